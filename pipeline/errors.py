@@ -1,0 +1,5 @@
+"""What a user can mend is a `UserError`: one line that says what, where and what to do, and exit code 2."""
+
+
+class UserError(ValueError):
+    """A mistake in arguments, recipe or data. The message is shown as it is, without a traceback."""

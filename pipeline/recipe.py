@@ -1,0 +1,305 @@
+"""The recipe: everything that decides what is trained, in one typed, checked YAML file.
+
+Invariant: a `Recipe` that exists is possible. A misspelt key, a wrong type or a combination that cannot work
+is one `UserError` that names the file and the key's path; nothing is guessed and nothing is ignored.
+
+Each method has its own section under `method`, so `--set method.name=mae` is all it takes to change the method;
+only the section that `method.name` names is used.
+"""
+
+import difflib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UserError
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class MaeOptions(Section):
+    """Masked Autoencoders Are Scalable Vision Learners (He et al., 2022)."""
+
+    mask_ratio: float = Field(0.75, gt=0.0, lt=1.0)
+
+
+class EmaeOptions(Section):
+    """Efficient Masked Autoencoders with Self-Consistency (Li et al.). The mask ratio is 1 - 1/num_parts."""
+
+    num_parts: int = Field(4, ge=2)
+    """K: parts an image is divided into; each is encoded alone and predicts all the others."""
+    consistency_weight: float = Field(1.0, ge=0.0)
+    consistency_kind: Literal["l1", "l2", "smooth_l1"] = "l1"
+
+
+class MethodSection(Section):
+    name: Literal["mae", "emae"]
+    normalize_targets: bool = True
+    """Predict each patch's pixels normalised by the patch's own mean and variance (MAE's norm_pix_loss)."""
+    mae: MaeOptions = MaeOptions()
+    emae: EmaeOptions = EmaeOptions()
+
+
+class ModelSection(Section):
+    name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+    patch_size: int = Field(16, ge=1)
+    width: int | None = Field(None, ge=1)
+    """Width, depth and heads replace the named model's own; null keeps them."""
+    depth: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)
+    decoder_width: int = Field(512, ge=1)
+    decoder_depth: int = Field(8, ge=1)
+    decoder_heads: int = Field(16, ge=1)
+
+
+class DataSection(Section):
+    image_size: int = Field(224, ge=1)
+    global_batch: int = Field(4096, ge=1)
+    """Images a step, over all ranks and accumulation steps."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Share of the image's area that a random resized crop covers, from and to."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    window_shards: int = Field(16, ge=1)
+    """Samples mix freely inside windows of so many shards: more mixes better, fewer reads more locally."""
+    threads: int | None = Field(None, ge=1)
+    """Decoding threads a rank; null: the machine's cores shared evenly by its ranks."""
+    prefetch: int = Field(2, ge=1)
+    """Batches decoded ahead."""
+    trace: bool = False
+    """Write the samples of every step to samples/rank-R.txt in the run directory."""
+
+
+class EngineSection(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    micro_batch: int = Field(64, ge=1)
+    """Images a rank takes through the model at once. The accumulation steps follow from it."""
+
+
+class OptimSection(Section):
+    base_lr: float = Field(1.5e-4, gt=0.0)
+    """Learning rate for a batch of 256; the rate in use is base_lr x global_batch / 256."""
+    min_lr: float = Field(0.0, ge=0.0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.05, ge=0.0)
+    warmup_epochs: float | None = Field(None, ge=0.0)
+    warmup_steps: int | None = Field(None, ge=0)
+    clip_grad: float | None = Field(None, gt=0.0)
+
+
+class TrainSection(Section):
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0.0)
+    log_every: int = Field(20, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+
+
+class Recipe(Section):
+    """What is trained, on what, and how. `load_recipe` makes one."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    method: MethodSection
+    model: ModelSection
+    data: DataSection = DataSection()
+    engine: EngineSection = EngineSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Recipe":
+        size, patch = self.data.image_size, self.model.patch_size
+        if size % patch:
+            raise ValueError(f"data.image_size: {size} is not a multiple of model.patch_size, {patch}")
+        if self.method.name == "emae" and self.num_patches % self.method.emae.num_parts:
+            raise ValueError(
+                f"method.emae.num_parts: {self.method.emae.num_parts} does not divide the {self.num_patches} patches"
+                f" of a {size} px image (patch {patch})"
+            )
+        if self.method.name == "mae" and not 1 <= self.mae_visible < self.num_patches:
+            raise ValueError(
+                f"method.mae.mask_ratio: {self.method.mae.mask_ratio} leaves {self.mae_visible} of "
+                f"{self.num_patches} patches visible; at least one must be visible and one masked"
+            )
+        if (self.train.steps is None) == (self.train.epochs is None):
+            raise ValueError("train.steps, train.epochs: give one of the two")
+        if self.optim.warmup_steps is not None and self.optim.warmup_epochs is not None:
+            raise ValueError("optim.warmup_steps, optim.warmup_epochs: give at most one of the two")
+        for name, (low, high) in {"crop_scale": self.data.crop_scale, "crop_ratio": self.data.crop_ratio}.items():
+            if not 0 < low <= high:
+                raise ValueError(f"data.{name}: [{low}, {high}] is not a range of positive numbers")
+        if self.data.crop_scale[1] > 1:
+            raise ValueError(f"data.crop_scale: {self.data.crop_scale[1]} is more than the whole image")
+        if min(self.data.std) <= 0:
+            raise ValueError("data.std: each of the three must be positive")
+        if not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise ValueError(f"optim.betas: {list(self.optim.betas)} must lie in [0, 1)")
+        return self
+
+    @property
+    def num_patches(self) -> int:
+        """L: patches an image is cut into."""
+        return (self.data.image_size // self.model.patch_size) ** 2
+
+    @property
+    def mae_visible(self) -> int:
+        """Patches that MAE's encoder sees, int(L x (1 - mask_ratio)) as in the official code."""
+        return int(self.num_patches * (1 - self.method.mae.mask_ratio))
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate, by MAE's linear scaling rule."""
+        return self.optim.base_lr * self.data.global_batch / 256
+
+    def total_steps(self, num_samples: int) -> int:
+        """Steps of the whole run on a set of `num_samples`. An epoch need not be a whole number of steps."""
+        if self.train.steps is not None:
+            return self.train.steps
+        return math.ceil(self.train.epochs * num_samples / self.data.global_batch)
+
+    def warmup_steps(self, num_samples: int) -> float:
+        """Steps over which the learning rate rises, on a set of `num_samples`."""
+        if self.optim.warmup_epochs is not None:
+            return self.optim.warmup_epochs * num_samples / self.data.global_batch
+        return self.optim.warmup_steps or 0
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included; `load_recipe` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(name_or_path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    `name_or_path`: a YAML file, or the name of a recipe that ships with the package.
+    `overrides`: "a.b=c" strings; c is read as YAML. Setting `train.steps` drops the file's `train.epochs` and the
+    other way round, and likewise `optim.warmup_steps` and `optim.warmup_epochs`.
+    Raises UserError, one line: the file, the key's path, what is wrong.
+    """
+    path = _find(name_or_path)
+    try:
+        tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
+    where = str(path)
+    if overrides:
+        _override(tree, overrides)
+        where += " with --set " + " ".join(overrides)
+    try:
+        # Python mode is strict about tuples and YAML has lists only, so validation goes through JSON's rules.
+        return Recipe.model_validate_json(_as_json(tree))
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_complaint(e) for e in error.errors())) from None
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, with two of its traps closed: a key given twice, and `1e-4` read as a string."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"{path}: no such recipe file")
+        return path
+    shipped = SHIPPED / f"{name_or_path}.yaml"
+    if not shipped.is_file():
+        names = shipped_recipes()
+        raise UserError(
+            f"recipe {str(name_or_path)!r}: neither a file nor a shipped recipe{_nearest(str(name_or_path), names)}; "
+            f"shipped are {', '.join(names)}"
+        )
+    return shipped
+
+
+RIVALS = {  # of each pair at most one is given: an override of one takes the other out
+    ("train", "steps"): ("train", "epochs"),
+    ("train", "epochs"): ("train", "steps"),
+    ("optim", "warmup_steps"): ("optim", "warmup_epochs"),
+    ("optim", "warmup_epochs"): ("optim", "warmup_steps"),
+}
+
+
+def _override(tree: dict, overrides: tuple[str, ...] | list[str]) -> None:
+    given = {tuple(override.partition("=")[0].strip().split(".")) for override in overrides}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        keys = tuple(key.strip().split("."))
+        if not equals or not all(keys):
+            raise UserError(f"--set {override}: expected KEY.KEY=VALUE, for example --set optim.base_lr=1e-4")
+        try:
+            value = yaml.load(text, Loader=_UniqueKeys)
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: the value is not YAML") from None
+        section = tree
+        for name in keys[:-1]:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise UserError(f"--set {override}: {name!r} is a value in this recipe, not a section")
+        section[keys[-1]] = value
+        rival = RIVALS.get(keys)
+        if rival and rival not in given and isinstance(tree.get(rival[0]), dict):
+            tree[rival[0]].pop(rival[1], None)
+
+
+def _as_json(tree: dict) -> str:
+    # YAML also knows dates and binary data; no recipe key takes one, so as strings they fail with their key named.
+    return json.dumps(tree, default=str)
+
+
+def _complaint(error: Any) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{location}: unknown key{_nearest(str(error['loc'][-1]), _keys_at(error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"{location}: missing"
+    if error["type"] == "value_error":  # our own message names its keys
+        return str(error["ctx"]["error"])
+    return f"{location}: {error['msg'].lower()}, got {error['input']!r}"
+
+
+def _keys_at(location: tuple) -> list[str]:
+    section: Any = Recipe
+    for name in location:
+        section = section.model_fields[name].annotation
+    return list(section.model_fields)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,52 @@
+"""ShardMAE: masked image pre-training from image archives to a ViT, on DALI and DeepSpeed."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# ds_configs/ and slurm/ stand at the top of the repository, where people look for them; in an installed
+# package they lie inside `pipeline`.
+OUTSIDE = {"pipeline.ds_configs": "ds_configs", "pipeline.slurm": "slurm"}
+
+CORE = [
+    "deepspeed>=0.19",
+    "numpy>=1.26",
+    "pillow>=10.3",
+    "pydantic>=2.7",
+    "pyyaml>=6.0",
+    "safetensors>=0.4",
+    "tensorboard>=2.16",
+    "timm>=1.0.9",
+    "torch>=2.5",
+    "torchvision>=0.20",
+    "tqdm>=4.66",
+    "webdataset>=1.0",
+]
+# NVIDIA publishes DALI once per CUDA version. Both builds run on a machine without a GPU; exactly one may be installed.
+DALI_CUDA13 = ["nvidia-dali-cuda130>=2.0"]
+DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
+DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
+DEV = ["hypothesis>=6.100", "ninja>=1.11", "pytest>=8.0", "ruff>=0.6"]
+
+setup(
+    name="shardmae",
+    version="0.1.0",
+    description=__doc__.strip(),
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]) + list(OUTSIDE),
+    package_dir=OUTSIDE,
+    package_data={"pipeline": ["recipes/*.yaml"], "pipeline.ds_configs": ["*.json"], "pipeline.slurm": ["*.sh"]},
+    install_requires=CORE,
+    extras_require={
+        "cuda13": DALI_CUDA13,
+        "cuda12": DALI_CUDA12,
+        "demo": DEMO,
+        "dev": DEV + DEMO,
+    },
+    entry_points={
+        "console_scripts": ["shardmae=pipeline.__main__:main", "shardmae-data=data_prep.__main__:main"]
+    },
+)
