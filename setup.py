@@ -22,7 +22,7 @@ CORE = [
     "tqdm>=4.66",
     "webdataset>=1.0",
 ]
-# NVIDIA publishes DALI once per CUDA version. Both builds run on a machine without a GPU; exactly one may be installed.
+# NVIDIA publishes DALI once per CUDA version. Either runs on a machine without a GPU; install exactly one.
 DALI_CUDA13 = ["nvidia-dali-cuda130>=2.0"]
 DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
@@ -38,7 +38,11 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]) + list(OUTSIDE),
     package_dir=OUTSIDE,
-    package_data={"pipeline": ["recipes/*.yaml"], "pipeline.ds_configs": ["*.json"], "pipeline.slurm": ["*.sh"]},
+    package_data={
+        "pipeline": ["recipes/*.yaml"],
+        "pipeline.ds_configs": ["*.json"],
+        "pipeline.slurm": ["*.sh"],
+    },
     install_requires=CORE,
     extras_require={
         "cuda13": DALI_CUDA13,

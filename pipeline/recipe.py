@@ -3,8 +3,8 @@
 Invariant: a `Recipe` that exists is possible. A misspelt key, a wrong type or a combination that cannot work
 is one `UserError` that names the file and the key's path; nothing is guessed and nothing is ignored.
 
-Each method has its own section under `method`, so `--set method.name=mae` is all it takes to change the method;
-only the section that `method.name` names is used.
+Each method has its own section under `method`, so `--set method.name=mae` is all it takes to change the
+method; only the section that `method.name` names is used.
 """
 
 import difflib
@@ -125,8 +125,8 @@ class Recipe(Section):
             raise ValueError(f"data.image_size: {size} is not a multiple of model.patch_size, {patch}")
         if self.method.name == "emae" and self.num_patches % self.method.emae.num_parts:
             raise ValueError(
-                f"method.emae.num_parts: {self.method.emae.num_parts} does not divide the {self.num_patches} patches"
-                f" of a {size} px image (patch {patch})"
+                f"method.emae.num_parts: {self.method.emae.num_parts} does not divide the {self.num_patches} "
+                f"patches of a {size} px image (patch {patch})"
             )
         if self.method.name == "mae" and not 1 <= self.mae_visible < self.num_patches:
             raise ValueError(
@@ -137,7 +137,8 @@ class Recipe(Section):
             raise ValueError("train.steps, train.epochs: give one of the two")
         if self.optim.warmup_steps is not None and self.optim.warmup_epochs is not None:
             raise ValueError("optim.warmup_steps, optim.warmup_epochs: give at most one of the two")
-        for name, (low, high) in {"crop_scale": self.data.crop_scale, "crop_ratio": self.data.crop_ratio}.items():
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self.data, name)
             if not 0 < low <= high:
                 raise ValueError(f"data.{name}: [{low}, {high}] is not a range of positive numbers")
         if self.data.crop_scale[1] > 1:
@@ -184,8 +185,8 @@ def load_recipe(name_or_path: str | Path, overrides: tuple[str, ...] | list[str]
     """Read a recipe and apply overrides.
 
     `name_or_path`: a YAML file, or the name of a recipe that ships with the package.
-    `overrides`: "a.b=c" strings; c is read as YAML. Setting `train.steps` drops the file's `train.epochs` and the
-    other way round, and likewise `optim.warmup_steps` and `optim.warmup_epochs`.
+    `overrides`: "a.b=c" strings; c is read as YAML. Setting `train.steps` drops the file's `train.epochs` and
+    the other way round, and likewise `optim.warmup_steps` and `optim.warmup_epochs`.
     Raises UserError, one line: the file, the key's path, what is wrong.
     """
     path = _find(name_or_path)
@@ -221,7 +222,8 @@ class _UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {key_node.start_mark.line + 1}")
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {line}")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -241,8 +243,8 @@ def _find(name_or_path: str | Path) -> Path:
     if not shipped.is_file():
         names = shipped_recipes()
         raise UserError(
-            f"recipe {str(name_or_path)!r}: neither a file nor a shipped recipe{_nearest(str(name_or_path), names)}; "
-            f"shipped are {', '.join(names)}"
+            f"recipe {str(name_or_path)!r}: neither a file nor a shipped recipe"
+            f"{_nearest(str(name_or_path), names)}; shipped are {', '.join(names)}"
         )
     return shipped
 
@@ -278,7 +280,7 @@ def _override(tree: dict, overrides: tuple[str, ...] | list[str]) -> None:
 
 
 def _as_json(tree: dict) -> str:
-    # YAML also knows dates and binary data; no recipe key takes one, so as strings they fail with their key named.
+    # YAML also knows dates and binary data; no recipe key takes one, so as strings they fail, key named.
     return json.dumps(tree, default=str)
 
 
