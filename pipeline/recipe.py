@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UserError
+from pipeline.models.sizes import SIZES, Size
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -39,6 +40,8 @@ class EmaeOptions(Section):
     """K: parts an image is divided into; each is encoded alone and predicts all the others."""
     consistency_weight: float = Field(1.0, ge=0.0)
     consistency_kind: Literal["l1", "l2", "smooth_l1"] = "l1"
+    decode_share: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of each part's masked positions that is decoded; the same for every part that misses them."""
 
 
 class MethodSection(Section):
@@ -59,6 +62,12 @@ class ModelSection(Section):
     decoder_width: int = Field(512, ge=1)
     decoder_depth: int = Field(8, ge=1)
     decoder_heads: int = Field(16, ge=1)
+
+    @property
+    def size(self) -> Size:
+        """Width, depth and heads of the encoder, replacements applied."""
+        named = SIZES[self.name]
+        return Size(self.width or named.width, self.depth or named.depth, self.heads or named.heads)
 
 
 class DataSection(Section):
@@ -86,6 +95,10 @@ class EngineSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     micro_batch: int = Field(64, ge=1)
     """Images a rank takes through the model at once. The accumulation steps follow from it."""
+    activation_checkpointing: bool = False
+    """Compute each transformer block's activations again in the backward pass: less memory, more time."""
+    compile: bool = False
+    """torch.compile the method's forward."""
 
 
 class OptimSection(Section):
@@ -123,6 +136,15 @@ class Recipe(Section):
         size, patch = self.data.image_size, self.model.patch_size
         if size % patch:
             raise ValueError(f"data.image_size: {size} is not a multiple of model.patch_size, {patch}")
+        for name, width, heads in (
+            ("", self.model.size.width, self.model.size.heads),
+            ("decoder_", self.model.decoder_width, self.model.decoder_heads),
+        ):
+            if width % 4 or width % heads:
+                raise ValueError(
+                    f"model.{name}width: {width} must be a multiple of model.{name}heads, {heads}, and of 4"
+                    f" (2-D sine-cosine positions)"
+                )
         if self.method.name == "emae" and self.num_patches % self.method.emae.num_parts:
             raise ValueError(
                 f"method.emae.num_parts: {self.method.emae.num_parts} does not divide the {self.num_patches} "
@@ -150,9 +172,14 @@ class Recipe(Section):
         return self
 
     @property
+    def grid(self) -> int:
+        """Patches along one side of an image."""
+        return self.data.image_size // self.model.patch_size
+
+    @property
     def num_patches(self) -> int:
         """L: patches an image is cut into."""
-        return (self.data.image_size // self.model.patch_size) ** 2
+        return self.grid**2
 
     @property
     def mae_visible(self) -> int:
@@ -175,6 +202,22 @@ class Recipe(Section):
         if self.optim.warmup_epochs is not None:
             return self.optim.warmup_epochs * num_samples / self.data.global_batch
         return self.optim.warmup_steps or 0
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro batches a rank takes through the model for one step. UserError where there is a remainder."""
+        share = world_size * self.engine.micro_batch
+        steps, rest = divmod(self.data.global_batch, share)
+        if rest or not steps:
+            raise UserError(
+                f"data.global_batch: {self.data.global_batch} is not a multiple of engine.micro_batch x ranks "
+                f"= {self.engine.micro_batch} x {world_size} = {share}; change one of the three"
+            )
+        return steps
+
+    def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """Keys whose values differ, as "a.b.c": (value here, value there)."""
+        mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included; `load_recipe` reads it back to an equal one."""
@@ -277,6 +320,13 @@ def _override(tree: dict, overrides: tuple[str, ...] | list[str]) -> None:
         rival = RIVALS.get(keys)
         if rival and rival not in given and isinstance(tree.get(rival[0]), dict):
             tree[rival[0]].pop(rival[1], None)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _as_json(tree: dict) -> str:
