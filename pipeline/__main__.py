@@ -1,0 +1,141 @@
+"""The command line of `python -m pipeline`. Arguments are parsed here and nowhere else.
+
+Heavy imports wait until a command runs, so that --help answers at once.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+EXAMPLES = """\
+examples:
+  python -m pipeline pretrain vitl16_emae --data shards/imagenet-train --run runs/l16
+  deepspeed --module pipeline pretrain vitl16_emae --data shards/imagenet-train --run runs/l16
+  python -m pipeline reconstruct runs/l16 --images photos/ --out reconstruction.png
+"""
+PRETRAIN = """\
+Pre-train a recipe on a shard set. The same command under `deepspeed --module pipeline`, `torchrun -m
+pipeline` or `srun python -m pipeline` trains on many GPUs. Started again on a run directory that holds a
+checkpoint, it continues there: nothing is lost, read twice or trained twice.
+"""
+PRETRAIN_EXAMPLES = """\
+examples:
+  on all GPUs of this machine:
+    deepspeed --module pipeline pretrain vitl16_emae --data shards/imagenet-train --run runs/l16
+  on two processes without a GPU:
+    deepspeed --num_accelerators 2 --module pipeline pretrain demo_emae --data shards/demo --run runs/demo
+  with keys of the recipe replaced:
+    python -m pipeline pretrain vitb16_mae --data D --run R --set train.epochs=100 --set engine.zero_stage=2
+
+exit codes: 0 done; 2 something for you to mend, said in one line
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.command(args)
+    except UserError as error:
+        _let_rank_0_speak()
+        print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline",
+        description="Pre-train vision transformers by masked image modelling, and look at what they learned.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # DeepSpeed's launcher puts this before the command; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    command = _command(
+        commands, "pretrain", _pretrain, "train a recipe on a shard set", PRETRAIN, PRETRAIN_EXAMPLES
+    )
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
+    command.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="shard set, made by data_prep"
+    )
+    command.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="run directory: new, or continued"
+    )
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a recipe's key",
+    )
+
+    command = _command(
+        commands,
+        "reconstruct",
+        _reconstruct,
+        "picture what a run reconstructs",
+        "Draw photographs, what of them the model saw, and what it predicted for the rest.",
+        "example:\n  python -m pipeline reconstruct runs/demo --images photos/ --out reconstruction.png\n",
+    )
+    command.add_argument("run", type=Path, metavar="RUN", help="run directory with a checkpoint")
+    command.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="folder of photographs, or one"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="PNG", help="where the picture goes")
+    command.add_argument("--count", type=_positive, default=8, metavar="N", help="photographs (default: 8)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
+    return parser
+
+
+def _command(
+    commands, name: str, run, summary: str, description: str, epilog: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=run)
+    return command
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    from pipeline.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    from pipeline.train.loop import pretrain
+
+    pretrain(recipe, args.data, args.run)
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    from pipeline.evals.reconstruct import reconstruct
+
+    print(reconstruct(args.run, args.images, args.out, args.count, args.seed))
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def _let_rank_0_speak() -> None:
+    # All ranks usually find the same fault: rank 0 says it, and the launcher ends the others while they wait.
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
+        time.sleep(10)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Feeding the engine: `order` says which sample comes when, `crops` how it is cut, `dali` decodes it."""

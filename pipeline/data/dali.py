@@ -1,0 +1,196 @@
+"""Decode and augment: DALI turns the planned samples into images on the device.
+
+Invariant: DALI decides nothing. It is given each sample's bytes, crop box and flip, decodes only the box,
+resizes it as Pillow does (bicubic, antialiased) and normalises. The same plan therefore gives the same
+pixels, on any number of ranks and after any restart; on a GPU (`mixed` decode) as on a CPU.
+
+A background thread plans and reads ahead; DALI's own threads decode ahead; `next` waits only when both are
+late.
+"""
+
+import io
+import queue
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from PIL import Image
+
+from pipeline.data.crops import crop_boxes, flips
+from pipeline.data.jpeg import jpeg_size
+from pipeline.data.order import Located, Stream, rank_positions
+from pipeline.data.random import Purpose, uniform
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+
+class Batch(NamedTuple):
+    """One micro batch, on the device."""
+
+    images: torch.Tensor
+    """(B, 3, H, W) float32, normalised."""
+    noise: torch.Tensor
+    """(B, noise_size) float32 in [0, 1): the method's randomness."""
+    located: Located
+    """Where the samples come from."""
+
+
+class Planned(NamedTuple):
+    """A micro batch before decoding."""
+
+    located: Located
+    encoded: list[np.ndarray]
+    boxes: np.ndarray
+    flips: np.ndarray
+    noise: np.ndarray
+
+
+class Loader:
+    """An endless iterator over this rank's micro batches, from a given global step on."""
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        recipe: Recipe,
+        noise_size: int,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        step: int = 0,
+        threads: int = 1,
+    ):
+        self.reader, self.recipe, self.noise_size, self.device = reader, recipe, noise_size, device
+        self.rank, self.world_size = rank, world_size
+        self.stream = Stream(reader.shard_sizes, recipe.seed, recipe.data.window_shards)
+        self._planned: queue.Queue[Planned | Exception] = queue.Queue(maxsize=recipe.data.prefetch)
+        self._in_flight: list[Planned] = []
+        self._closed = threading.Event()
+        self._planner = threading.Thread(target=self._plan_ahead, args=(step,), daemon=True)
+        self._planner.start()
+        self._pipeline = self._build(threads)
+
+    def next(self) -> Batch:
+        """The next micro batch. UserError where a sample cannot be read or decoded."""
+        try:
+            (decoded,) = self._pipeline.run()
+        except RuntimeError as error:
+            raise self._blame(error) from error
+        planned = self._in_flight.pop(0)
+        # A copy, because DALI writes its next batch into the same memory.
+        images = torch.from_dlpack(decoded.as_tensor()).clone()
+        noise = torch.from_numpy(planned.noise)
+        return Batch(images, noise.to(self.device, non_blocking=True), planned.located)
+
+    def keys(self, located: Located) -> list[str]:
+        """The samples' keys in the shard set."""
+        return [self.reader.key(s, i) for s, i in zip(located.shard, located.index, strict=True)]
+
+    def close(self) -> None:
+        self._closed.set()
+        self._planner.join()
+        del self._pipeline
+        self.reader.close()
+
+    def _plan_ahead(self, step: int) -> None:
+        data, micro_batch = self.recipe.data, self.recipe.engine.micro_batch
+        try:
+            while True:
+                positions = rank_positions(step, data.global_batch, self.rank, self.world_size)
+                for start in range(0, len(positions), micro_batch):
+                    if not self._put(self._plan(positions[start : start + micro_batch])):
+                        return
+                step += 1
+        except Exception as error:  # handed to the thread that asks for the batch
+            self._put(error)
+
+    def _put(self, item: Planned | Exception) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._planned.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _plan(self, positions: np.ndarray) -> Planned:
+        data, seed = self.recipe.data, self.recipe.seed
+        located = self.stream.locate(positions)
+        encoded = [self.reader.read(s, i) for s, i in zip(located.shard, located.index, strict=True)]
+        sizes = np.array([self._size(located, row, image) for row, image in enumerate(encoded)])
+        boxes = crop_boxes(seed, located.epoch, located.sample, sizes, data.crop_scale, data.crop_ratio)
+        mirrored = flips(seed, located.epoch, located.sample) & data.flip
+        noise = uniform(seed, Purpose.MASK, located.epoch, located.sample, self.noise_size)
+        return Planned(located, encoded, boxes, mirrored, noise)
+
+    def _size(self, located: Located, row: int, image: np.ndarray) -> tuple[int, int]:
+        try:
+            return jpeg_size(image.data)
+        except ValueError as error:
+            raise UserError(f"{self._sample(located, row)}: {error}; {self._remedy}") from None
+
+    def _build(self, threads: int) -> Pipeline:
+        data = self.recipe.data
+        on_gpu = self.device.type == "cuda"
+        pipeline = Pipeline(
+            batch_size=self.recipe.engine.micro_batch,
+            num_threads=threads,
+            device_id=self.device.index if on_gpu else None,
+            prefetch_queue_depth=data.prefetch,
+        )
+        with pipeline:
+            encoded, anchor, shape, mirror = fn.external_source(
+                source=self._feed, num_outputs=4, batch=True, dtype=[types.UINT8] + 3 * [types.INT32]
+            )
+            images = fn.decoders.image_slice(
+                encoded,
+                anchor,
+                shape,
+                axis_names="WH",
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,  # orientation is the shard builder's business
+            )
+            size = [data.image_size, data.image_size]
+            images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+            images = fn.crop_mirror_normalize(
+                images,
+                mirror=mirror,
+                dtype=types.FLOAT,
+                output_layout="CHW",
+                mean=[255 * value for value in data.mean],
+                std=[255 * value for value in data.std],
+            )
+            pipeline.set_outputs(images)
+        pipeline.build()
+        return pipeline
+
+    def _feed(self) -> tuple[list[np.ndarray], ...]:
+        planned = self._planned.get()
+        if isinstance(planned, Exception):
+            raise planned
+        self._in_flight.append(planned)
+        boxes = planned.boxes.astype(np.int32)
+        return planned.encoded, list(boxes[:, :2]), list(boxes[:, 2:]), list(planned.flips.astype(np.int32))
+
+    def _blame(self, error: RuntimeError) -> UserError:
+        """DALI says that a batch failed; find the samples that did by decoding them one by one."""
+        planned = self._in_flight[0]
+        for row, image in enumerate(planned.encoded):
+            try:
+                Image.open(io.BytesIO(image)).load()
+            except (OSError, SyntaxError) as reason:
+                name = self._sample(planned.located, row)
+                return UserError(f"{name}: this image cannot be decoded: {reason}; {self._remedy}")
+        return UserError(f"DALI failed on {self._sample(planned.located, 0)} or a later sample: {error}")
+
+    def _sample(self, located: Located, row: int) -> str:
+        shard, index = located.shard[row], located.index[row]
+        name = self.reader.manifest.shards[shard].name
+        return f"{self.reader.directory / name}.tar, sample {self.reader.key(shard, index)!r}"
+
+    @property
+    def _remedy(self) -> str:
+        return f"run `python -m data_prep verify {self.reader.directory}` and build the shard set anew"

@@ -1,0 +1,1 @@
+"""The life of a run. `loop` tells the story; the other files are its rooms."""

@@ -1,0 +1,174 @@
+"""Checkpoints on disk.
+
+    checkpoints/
+        latest                    the name of the newest whole checkpoint; switched atomically, last
+        step-00001000/            whole, because it has this name
+            state.json            step, world size, ... and every file's size and SHA-256
+            *.pt                  DeepSpeed's files: model and optimiser
+        step-00002000.partial/    being written, or left by a killed run: never read, removed at the next
+        start
+
+Invariant: a directory is given its final name only when everything in it is on the disk and listed in its
+state.json. So a checkpoint with that name is whole, whenever the run was killed; and one that was damaged
+later is found out before anything is read from it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.train import engine
+from pipeline.train.distributed import World, from_rank_0, gathered
+
+STATE = "state.json"
+LATEST = "latest"
+NAME = re.compile(r"step-(\d{8})")
+PARTIAL = ".partial"
+
+
+def save(model: engine.Engine, directory: Path, step: int, state: dict, keep: int, world: World) -> None:
+    """Write, check and publish the checkpoint of `step`; every rank calls it. `state` goes to state.json."""
+    partial = directory / (name_of(step) + PARTIAL)
+    engine.save(model, directory, partial.name)
+    files = from_rank_0(files_of(partial) if world.rank == 0 else None)
+    described = gathered(describe(partial, files[world.rank :: world.size]))
+    if world.rank == 0:
+        listed = {name: entry for part in described for name, entry in part.items()}
+        publish(directory, step, {"step": step, **state, "files": listed}, keep)
+    gathered("published")
+
+
+def newest_whole(directory: Path, rank: int = 0, world_size: int = 1) -> Path | None:
+    """The newest checkpoint without a fault, None if there is none at all; every rank calls it.
+
+    A damaged one is passed over with a warning. UserError where all are damaged: training from the beginning
+    would overwrite what could perhaps be saved.
+    """
+    steps = from_rank_0(steps_of(directory) if rank == 0 else None)
+    for step in reversed(steps):
+        checkpoint = directory / name_of(step)
+        try:
+            files = sorted(read_state(checkpoint)["files"])
+            found = faults(checkpoint, files[rank::world_size])
+        except ValueError as error:
+            found = [str(error)]
+        found = [fault for part in gathered(found) for fault in part]
+        if not found:
+            return checkpoint
+        if rank == 0:
+            print(
+                f"warning: {checkpoint.name} is damaged ({found[0]}); trying the one before", file=sys.stderr
+            )
+    if steps:
+        raise UserError(
+            f"{directory}: every checkpoint is damaged; mend one, or remove them all to begin anew"
+        )
+    return None
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def steps_of(directory: Path) -> list[int]:
+    """Steps that have a checkpoint of the final name, oldest first."""
+    found = (NAME.fullmatch(path.name) for path in directory.glob("step-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    """Paths inside a checkpoint that its state.json lists, sorted."""
+    paths = (p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file())
+    return sorted(path for path in paths if path != STATE)
+
+
+def describe(checkpoint: Path, files: list[str]) -> dict[str, dict]:
+    """Force files to the disk and return {path: {"bytes", "sha256"}}."""
+    described = {}
+    for name in files:
+        with open(checkpoint / name, "rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            described[name] = {"bytes": file.tell(), "sha256": digest}
+    return described
+
+
+def publish(directory: Path, step: int, state: dict, keep: int) -> Path:
+    """Give the partial checkpoint of `step` its final name, switch `latest`, remove all but the `keep`
+    newest.
+
+    `state` goes into state.json and must hold "files", as `describe` gives them for every file.
+    """
+    partial, final = directory / (name_of(step) + PARTIAL), directory / name_of(step)
+    _write(partial / STATE, json.dumps(state, indent=1))
+    _sync_directory(partial)
+    if final.exists():  # a damaged one that the run went behind
+        _remove(final)
+    partial.rename(final)
+    _sync_directory(directory)
+    _write(directory / LATEST, final.name)
+    for old in steps_of(directory)[:-keep]:
+        _remove(directory / name_of(old))
+    return final
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for path in directory.glob(f"*{PARTIAL}"):
+        shutil.rmtree(path)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """A checkpoint's state.json. ValueError where it cannot be read."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text())
+        if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
+            raise ValueError("it lists no files")
+        return state
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint / STATE}: {error}") from None
+
+
+def faults(checkpoint: Path, files: list[str]) -> list[str]:
+    """What is wrong with files of a checkpoint, a line each; empty where all are as state.json says."""
+    listed = read_state(checkpoint)["files"]
+    found = []
+    for name in files:
+        path = checkpoint / name
+        if not path.is_file():
+            found.append(f"{path}: missing")
+        elif path.stat().st_size != listed[name]["bytes"]:
+            found.append(f"{path}: {path.stat().st_size} bytes instead of {listed[name]['bytes']}")
+        elif describe(checkpoint, [name])[name]["sha256"] != listed[name]["sha256"]:
+            found.append(f"{path}: its checksum does not match {STATE}")
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    # Renamed first, so that a kill in between leaves no half checkpoint under a final name.
+    doomed = checkpoint.with_name(checkpoint.name + ".old" + PARTIAL)
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,123 @@
+"""Who am I among the ranks, and what do the others say: the one place that reads what a launcher sets.
+
+Understood are DeepSpeed's launcher and torchrun (RANK, WORLD_SIZE, LOCAL_RANK), srun (SLURM_*) and no
+launcher at all. Invariant: after `find_world` the environment says the same thing in the words that DeepSpeed
+reads.
+"""
+
+import os
+import socket
+import subprocess
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import UserError
+
+PORTS = range(20000, 32768)  # below the usual range of ephemeral ports
+
+
+class World(NamedTuple):
+    """This process among all: `rank` of `size`, and on its node `local_rank` of `local_size`."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def cores(self) -> int:
+        """This rank's even share of the node's cores, at least 1."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+
+
+def find_world() -> World:
+    """Read the launcher's environment, complete it for DeepSpeed, choose the device and its CPU threads."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, size = _number("RANK"), _number("WORLD_SIZE")
+        local_rank = _number("LOCAL_RANK", rank)
+        # DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
+        local_size = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", size))
+    elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun for its tasks, not by sbatch for its script
+        rank, size = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS")
+        local_rank = _number("SLURM_LOCALID")
+        local_size = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0])
+        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
+        env.setdefault("MASTER_PORT", str(PORTS[_number("SLURM_JOB_ID") % len(PORTS)]))
+    else:
+        rank, size, local_rank, local_size = 0, 1, 0, 1
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(_free_port()))
+    env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+
+    if torch.cuda.is_available() and env.get("DS_ACCELERATOR", "cuda") == "cuda":
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        env["DS_ACCELERATOR"] = "cpu"
+    world = World(rank, size, local_rank, local_size, device)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
+        torch.set_num_threads(world.cores)
+    return world
+
+
+def all_ranks_mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean over the ranks, element by element, in place."""
+    if not dist.is_initialized():
+        return values
+    dist.all_reduce(values)
+    return values.div_(dist.get_world_size())
+
+
+def from_rank_0(value: object) -> object:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gathered(value: object) -> list[object]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    boxes = [None] * dist.get_world_size()
+    dist.all_gather_object(boxes, value)
+    return boxes
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"environment variable {name}: expected a number, found {text!r}; the launcher sets it: "
+            "start with deepspeed, torchrun, srun, or none of them"
+        ) from None
+
+
+def _first_host(nodelist: str) -> str:
+    try:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"cannot expand Slurm's node list {nodelist!r} with scontrol ({error}); set MASTER_ADDR to the "
+            "first node's address"
+        ) from None
+    return hosts.stdout.split()[0]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

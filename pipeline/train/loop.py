@@ -1,0 +1,139 @@
+"""The story of a pre-training run, from top to bottom.
+
+Invariant: what is trained is a function of recipe and data alone. Killed anywhere and started again with the
+same command, on the same number of ranks, a run ends with the same weights and the same logged losses, to the
+bit.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.data.dali import Loader
+from pipeline.data.reader import ShardReader
+from pipeline.methods import build_method
+from pipeline.plan import forward_flops
+from pipeline.recipe import Recipe
+from pipeline.train import checkpoint, engine, run_directory
+from pipeline.train.distributed import find_world, gathered
+from pipeline.train.hardware import memory_gib, peak_flops
+from pipeline.train.metrics import Log, Window
+from pipeline.train.schedule import learning_rate
+from pipeline.train.trace import Trace, take_back
+
+
+def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
+    """Pre-train `recipe` on the shard set in `data`, in the run directory `run`; continue where it stands.
+
+    Every rank calls it. Raises UserError for what the user can mend, before anything is written.
+    """
+    # ---- Who we are, and whether what is asked is possible
+    world = find_world()
+    accumulation = recipe.accumulation(world.size)
+    run_directory.check(run, recipe)
+    reader = ShardReader(data)
+    num_samples = reader.manifest.num_samples
+    total_steps = recipe.total_steps(num_samples)
+    warmup_steps = recipe.warmup_steps(num_samples)
+    data_checked = reader.check_bytes(world.rank, world.size)
+
+    # ---- The model and its engine
+    torch.manual_seed(recipe.seed)
+    method = build_method(recipe)
+    step_flops = 3 * forward_flops(recipe)  # per image; a backward pass costs two forward ones
+    engine.connect()
+    gathered("ready")  # nothing is written before every rank has found everything in order
+    lock = run_directory.lock(run) if world.rank == 0 else None
+    model = engine.build_engine(recipe, method, world)
+
+    # ---- Continue where the run directory stands
+    checkpoints = run / "checkpoints"
+    identity = {"data": reader.fingerprint, "world_size": world.size, "zero_stage": recipe.engine.zero_stage}
+    step, window = 0, Window()
+    newest = checkpoint.newest_whole(checkpoints, world.rank, world.size)
+    if newest:
+        state = checkpoint.read_state(newest)
+        run_directory.check_continuation(newest, state, identity)
+        engine.load(model, checkpoints, newest.name)
+        step, window = state["step"], Window(state["window"])
+    log = None
+    if world.rank == 0:
+        checkpoint.sweep(checkpoints)
+        take_back(run, step)
+        run_directory.describe(run, recipe, step, world)
+        log = Log(run, step, total_steps)
+        log.note(
+            f"{recipe.method.name} on {recipe.model.name}: {num_samples} images, {total_steps} steps of "
+            f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch}"
+            + (f", continued after step {step}" if step else "")
+        )
+        if not data_checked:
+            log.note(f"too much data to check here; `python -m data_prep verify {data}` does it")
+    gathered("begun")
+    trace = Trace(run, world.rank) if recipe.data.trace else None
+    threads = recipe.data.threads or world.cores
+    loader = Loader(reader, recipe, method.noise_size, world.device, world.rank, world.size, step, threads)
+
+    # ---- Train
+    peak = peak_flops(world.device)
+    began, waited, logged_step = time.perf_counter(), 0.0, step
+    while step < total_steps:
+        rate = learning_rate(step, total_steps, warmup_steps, recipe.lr, recipe.optim.min_lr)
+        engine.set_learning_rate(model, rate)
+        parts: dict[str, torch.Tensor] = {}
+        for _ in range(accumulation):
+            asked = time.perf_counter()
+            batch = loader.next()
+            waited += time.perf_counter() - asked
+            output = model(batch.images, batch.noise)
+            model.backward(output.loss)
+            norm = engine.step(model)
+            for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+                parts[name] = parts.get(name, 0.0) + value / accumulation
+            if trace:
+                trace.write(step, loader.keys(batch.located))
+        window.add({**parts, "grad_norm": torch.as_tensor(norm, device=world.device)})
+        step += 1
+
+        # ---- Say how it goes
+        if step % recipe.train.log_every == 0 or step == total_steps:
+            means = window.close()
+            took = time.perf_counter() - began
+            images_per_s = (step - logged_step) * recipe.data.global_batch / took
+            if log:
+                log.write(
+                    {
+                        "step": step,
+                        "epoch": step * recipe.data.global_batch / num_samples,
+                        "samples": step * recipe.data.global_batch,
+                        **means,
+                        "lr": rate,
+                        "images_per_s": images_per_s,
+                        "data_wait": waited / took,
+                        "mfu": step_flops * images_per_s / (peak * world.size) if peak else None,
+                        "memory": memory_gib(world.device),
+                    }
+                )
+            began, waited, logged_step = time.perf_counter(), 0.0, step
+        if log:
+            log.advance(step)
+
+        # ---- Make sure of it
+        if step % recipe.train.checkpoint_every == 0 or step == total_steps:
+            paused = time.perf_counter()
+            state = {**identity, "window": window.collect()}
+            checkpoint.save(model, checkpoints, step, state, recipe.train.keep_checkpoints, world)
+            began += time.perf_counter() - paused  # the rate is the rate of training
+
+    # ---- Close
+    loader.close()
+    if trace:
+        trace.close()
+    if log:
+        log.note(f"done: {step} steps, {step * recipe.data.global_batch} images; {run}")
+        log.close()
+    engine.disconnect()
+    if lock is not None:
+        os.close(lock)

@@ -1,0 +1,144 @@
+"""The run directory: who may write there, and what was agreed on when it was made.
+
+Invariant: one run directory is one training history. It belongs to one process group at a time, and it is
+only ever continued with the recipe and the data it was begun with.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.train.distributed import World
+from pipeline.train.hardware import device_name
+
+PACKAGES = ("shardmae", "torch", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy")
+FREE = {  # keys that may change when a run is continued: they say how it is done, not what is trained
+    "engine.micro_batch",
+    "engine.zero_stage",  # checked against the checkpoint itself
+    "data.threads",
+    "data.prefetch",
+    "data.trace",
+    "train.steps",
+    "train.epochs",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+}
+LOCK_PATIENCE = 60.0  # seconds: a killed predecessor may still be dying
+
+
+def check(run: Path, recipe: Recipe) -> None:
+    """UserError where `run` is there and no run of this recipe. Writes nothing."""
+    if not run.exists():
+        return
+    if not run.is_dir():
+        raise UserError(
+            f"--run {run}: is a file; give a directory that is new, or that holds a run to continue"
+        )
+    begun = run / "recipe.yaml"
+    if not begun.exists():
+        if any(path.name != "lock" for path in run.iterdir()):
+            raise UserError(
+                f"--run {run}: holds something that is no run (no recipe.yaml); give a new directory"
+            )
+        return
+    changed = {k: v for k, v in load_recipe(begun).differences(recipe).items() if k not in FREE}
+    if changed:
+        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+        raise UserError(
+            f"--run {run}: was begun with another recipe: {listed}. Take that one, or a new directory"
+        )
+
+
+def check_continuation(checkpoint: Path, state: dict, identity: dict) -> None:
+    """UserError where a checkpoint's state.json and the run that would continue it don't fit together."""
+    if state["data"] != identity["data"]:
+        raise UserError(
+            f"{checkpoint}: was trained on another shard set than --data; give that one, or a new --run"
+        )
+    for key, remedy in {
+        "world_size": "start as many ranks",
+        "zero_stage": "set engine.zero_stage to it",
+    }.items():
+        if state[key] != identity[key]:
+            raise UserError(
+                f"{checkpoint}: was saved with {key} {state[key]}, this is {identity[key]}; {remedy}"
+            )
+
+
+def lock(run: Path) -> int:
+    """Hold the directory until the process ends; returns the lock's file descriptor, to be kept."""
+    run.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            raise UserError(
+                f"--run {run}: another run is at work there ({holder}); wait for it or end it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks: nothing to hold
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+        return descriptor
+
+
+def describe(run: Path, recipe: Recipe, step: int, world: World) -> None:
+    """Write recipe.yaml and environment.json; a run that is continued adds to the latter's list of starts."""
+    _replace(run / "recipe.yaml", recipe.to_yaml())
+    path = run / "environment.json"
+    try:
+        starts = json.loads(path.read_text())["starts"]
+    except (OSError, ValueError, KeyError):
+        starts = []
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "step": step,
+        "command": sys.argv,
+        "world_size": world.size,
+        "device": device_name(world.device),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+    _replace(path, json.dumps({**start, "starts": [*starts, start]}, indent=1) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this code runs from; None in an installed package."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,37 @@
+"""A trained method, out of a run directory.
+
+Invariant: the weights are those of the newest whole checkpoint, in full precision, whatever ZeRO stage,
+precision and number of ranks it was trained with.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.errors import UserError
+from pipeline.methods import build_method
+from pipeline.methods.method import Method
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.train import checkpoint, engine
+
+
+class Trained(NamedTuple):
+    recipe: Recipe
+    method: Method
+    """On the CPU, in fp32, in eval mode."""
+    step: int
+
+
+def load_run(run: Path) -> Trained:
+    """Read a run's recipe and its newest checkpoint. UserError where there is no run, or nothing saved yet."""
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(
+            f"{run}: no run directory (no recipe.yaml); `pipeline pretrain` makes one"
+        )
+    recipe = load_recipe(run / "recipe.yaml")
+    newest = checkpoint.newest_whole(run / "checkpoints")
+    if newest is None:
+        raise UserError(f"{run}: has no checkpoint yet; one is written every train.checkpoint_every steps")
+    state = checkpoint.read_state(newest)
+    method = build_method(recipe)
+    method.load_state_dict(engine.fp32_weights(newest, state["zero_stage"]))
+    return Trained(recipe, method.eval(), state["step"])
