@@ -1,4 +1,4 @@
-"""Targets and losses, all in float32 and all pure.
+"""Targets and losses: pure functions that compute in float32, whatever precision comes in (float64 stays).
 
 Invariant: a loss is the mean over images of a per-image loss, so it does not depend on how a batch is cut
 into ranks and micro batches.
@@ -41,7 +41,7 @@ def denormalize(prediction: torch.Tensor, patches: torch.Tensor, eps: float = 1e
 def patch_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """MAE's error of a patch: the mean over its pixels of the squared difference. (..., M, D) -> float32
     (..., M)."""
-    return (prediction.float() - target.float()).square().mean(dim=-1)
+    return (_wide(prediction) - _wide(target)).square().mean(dim=-1)
 
 
 def self_consistency_loss(prediction: torch.Tensor, masked: torch.Tensor, kind: str = "l1") -> torch.Tensor:
@@ -52,7 +52,8 @@ def self_consistency_loss(prediction: torch.Tensor, masked: torch.Tensor, kind: 
     position, then over images; 0 where no pair has one (K < 3 with EMAE's own parts). `kind` as in
     `disagreement`.
     """
-    total = prediction.new_zeros(len(prediction), dtype=torch.float32)
+    prediction = _wide(prediction)
+    total = prediction.new_zeros(len(prediction))
     pairs = torch.zeros_like(total)
     for i, j in combinations(range(prediction.shape[1]), 2):
         both = masked[:, i] & masked[:, j]
@@ -65,9 +66,9 @@ def self_consistency_loss(prediction: torch.Tensor, masked: torch.Tensor, kind: 
 
 
 def disagreement(first: torch.Tensor, second: torch.Tensor, kind: str) -> torch.Tensor:
-    """Elementwise difference of two predictions, float32: l1, l2 (squared) or smooth_l1 (Huber with threshold
+    """Elementwise difference of two predictions: l1, l2 (squared) or smooth_l1 (Huber with threshold
     1)."""
-    first, second = first.float(), second.float()
+    first, second = _wide(first), _wide(second)
     if kind == "l1":
         return (first - second).abs()
     if kind == "l2":
@@ -75,3 +76,7 @@ def disagreement(first: torch.Tensor, second: torch.Tensor, kind: str) -> torch.
     if kind == "smooth_l1":
         return F.smooth_l1_loss(first, second, reduction="none")
     raise ValueError(f"consistency of kind {kind!r}: expected l1, l2 or smooth_l1")
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,4 +1,4 @@
-"""EMAE: "Efficient Masked Autoencoders with Self-Consistency", Li et al., TPAMI 2024,
+"""EMAE: "Efficient Masked Autoencoders with Self-Consistency", Li et al.
 https://arxiv.org/abs/2302.14431.
 
 Parallel mask: one noise vector deals the L patches into K parts without overlap. Every part is encoded alone
@@ -8,8 +8,8 @@ Self-consistency: where two parts predict the same patch, their predictions are 
 Written from the paper's abstract and figure captions; its equations and hyperparameters were not at hand. Our
 reading: MAE's reconstruction loss on each part's own masked patches, averaged over parts, plus
 `consistency_weight` (1) times the mean absolute difference of the predictions of parts i < j over the patches
-masked in both, averaged over pairs. No stop-gradient is needed: the two-sided form with stop-gradients has the
-gradient of |p_i - p_j| too.
+masked in both, averaged over pairs. No stop-gradient is needed: the two-sided form with stop-gradients has
+the gradient of |p_i - p_j| too.
 """
 
 from itertools import combinations

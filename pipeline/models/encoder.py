@@ -69,7 +69,8 @@ def initialize_like_mae(module: nn.Module) -> None:
     """MAE's initialisation of one module's own parameters; for `nn.Module.apply`.
 
     Linear weights xavier-uniform with zero biases, the patch projection xavier-uniform on its flattened
-    weight, tokens normal with standard deviation 0.02. Layer norms start at one and zero, as torch makes them.
+    weight, tokens normal with standard deviation 0.02. Layer norms start at one and zero, as torch makes
+    them.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

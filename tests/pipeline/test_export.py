@@ -1,0 +1,67 @@
+"""Exported weights: timm loads them, official checkpoints load here."""
+
+import pytest
+import timm
+import torch
+
+from pipeline.errors import UserError
+from pipeline.export import load_official_state_dict, official_state_dict, timm_state_dict
+from pipeline.losses import patchify
+from pipeline.methods import build_method
+from pipeline.recipe import load_recipe
+
+TINY = ("model.name=vit_tiny", "model.depth=2", "model.decoder_depth=2", "model.decoder_width=64")
+
+
+def official_keys(depth: int, decoder_depth: int) -> set[str]:
+    """Written out from the official models_mae.py of facebookresearch/mae, not from our own names."""
+    parts = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    blocks = [f"blocks.{i}.{part}" for i in range(depth) for part in parts]
+    blocks += [f"decoder_blocks.{i}.{part}" for i in range(decoder_depth) for part in parts]
+    layers = [*blocks, "patch_embed.proj", "norm", "decoder_embed", "decoder_norm", "decoder_pred"]
+    tokens = {"cls_token", "pos_embed", "mask_token", "decoder_pos_embed"}
+    return tokens | {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("name", ["vitb16_mae", "vitb16_emae"])
+def test_the_whole_method_has_the_official_keys_and_shapes(name):
+    method = build_method(load_recipe(name, TINY))
+    state = official_state_dict(method)
+    assert state.keys() == official_keys(2, 2)
+    assert state["patch_embed.proj.weight"].shape == (192, 3, 16, 16)
+    assert state["pos_embed"].shape == (1, 197, 192) and state["decoder_pos_embed"].shape == (1, 197, 64)
+
+
+def test_timm_loads_the_encoder_and_gives_the_same_features():
+    torch.manual_seed(0)
+    method = build_method(load_recipe("vitb16_mae", ["model.name=vit_tiny"]))
+    peer = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    missing, unexpected = peer.load_state_dict(timm_state_dict(method))
+    assert not missing and not unexpected
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        ours = method.encoder(patchify(images, 16), torch.arange(196).expand(2, 196))
+        assert torch.allclose(ours, peer.forward_features(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("vitl16_mae", "vit_large_patch16_224"), ("vith14_mae", "vit_huge_patch14_224")]
+)
+def test_the_large_models_have_timms_keys_and_shapes(name, model):
+    with torch.device("meta"):
+        state = timm_state_dict(build_method(load_recipe(name)))
+        wanted = timm.create_model(model, num_classes=0).state_dict()
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in wanted.items()}
+
+
+def test_weights_that_do_not_fit_are_refused_with_their_names_and_nothing_is_loaded():
+    method = build_method(load_recipe("vitb16_mae", TINY))
+    before = {key: value.clone() for key, value in official_state_dict(method).items()}
+    state = {key: torch.zeros_like(value) for key, value in before.items()}
+    state["head.weight"] = state.pop("mask_token")
+    state["cls_token"] = torch.zeros(1, 1, 3)
+    with pytest.raises(UserError) as refusal:
+        load_official_state_dict(method, state)
+    assert "missing mask_token" in str(refusal.value) and "unknown head.weight" in str(refusal.value)
+    assert "cls_token is (1, 1, 3) instead of (1, 1, 192)" in str(refusal.value)
+    assert all(torch.equal(value, before[key]) for key, value in official_state_dict(method).items())
