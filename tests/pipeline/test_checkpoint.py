@@ -1,0 +1,70 @@
+"""The protocol on disk; that DeepSpeed's files come back right is tests/integration's business."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import UserError
+from pipeline.train import checkpoint
+
+
+def write(directory, step, content=b"weights", keep=10):
+    partial = directory / (checkpoint.name_of(step) + checkpoint.PARTIAL)
+    (partial / "inner").mkdir(parents=True)
+    (partial / "model.pt").write_bytes(content)
+    (partial / "inner" / "optimizer.pt").write_bytes(content * 3)
+    files = checkpoint.describe(partial, checkpoint.files_of(partial))
+    return checkpoint.publish(directory, step, {"step": step, "files": files}, keep)
+
+
+def test_latest_names_the_newest_and_only_so_many_are_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step, keep=2)
+        assert (tmp_path / "latest").read_text() == checkpoint.name_of(step)
+    assert checkpoint.steps_of(tmp_path) == [3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+
+
+def test_what_is_being_written_is_never_taken_for_a_checkpoint(tmp_path):
+    write(tmp_path, 1)
+    partial = tmp_path / (checkpoint.name_of(2) + checkpoint.PARTIAL)
+    partial.mkdir()
+    (partial / "state.json").write_text("{}")
+    assert checkpoint.newest_whole(tmp_path).name == checkpoint.name_of(1)
+    checkpoint.sweep(tmp_path)
+    assert not partial.exists()
+
+
+@given(st.integers(0, 7 * 8 - 1), st.sampled_from(["model.pt", "inner/optimizer.pt"]))
+def test_one_flipped_bit_is_found(tmp_path_factory, bit, name):
+    found = write(tmp_path_factory.mktemp("checkpoints"), 1)
+    data = bytearray((found / name).read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    (found / name).write_bytes(data)
+    assert len(checkpoint.faults(found, checkpoint.files_of(found))) == 1
+
+
+@pytest.mark.parametrize("name", ["model.pt", "inner/optimizer.pt", "state.json"])
+@pytest.mark.parametrize("how", ["removed", "cut", "emptied"])
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, name, how):
+    write(tmp_path, 1)
+    victim = write(tmp_path, 2) / name
+    if how == "removed":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-1] if how == "cut" else b"")
+    assert checkpoint.newest_whole(tmp_path).name == checkpoint.name_of(1)
+    assert "step-00000002 is damaged" in capsys.readouterr().err
+
+
+def test_when_all_are_damaged_nothing_is_begun_anew(tmp_path):
+    (write(tmp_path, 1) / "model.pt").unlink()
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        checkpoint.newest_whole(tmp_path)
+
+
+def test_a_run_that_comes_by_a_damaged_checkpoint_again_replaces_it(tmp_path):
+    (write(tmp_path, 5) / "model.pt").unlink()
+    replaced = write(tmp_path, 5, b"better")
+    assert checkpoint.faults(replaced, checkpoint.files_of(replaced)) == []
+    assert (replaced / "model.pt").read_bytes() == b"better"
