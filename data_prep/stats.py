@@ -1,0 +1,56 @@
+"""Counts that a build keeps about its samples, for the card and the manifest.
+
+Invariant: counts of a set are the sums of its shards' counts, in any order; so each shard stores its own.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from data_prep.images import Prepared
+
+SHORTER_SIDE_EDGES = (64, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+"""Pixels; a value belongs to the last edge that is not above it."""
+KILOBYTE_EDGES = (4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
+ASPECT_EDGES = (0.25, 0.5, 0.67, 0.75, 0.9, 1.1, 1.33, 1.5, 2.0, 4.0)
+"""Width over height."""
+
+
+@dataclass
+class Stats:
+    """Every field counts samples (`quarantine` inputs) by something; keys are strings, so that JSON keeps
+    them."""
+
+    shorter_side: Counter = field(default_factory=Counter)
+    kilobytes: Counter = field(default_factory=Counter)
+    aspect: Counter = field(default_factory=Counter)
+    color: Counter = field(default_factory=Counter)
+    labels: Counter = field(default_factory=Counter)
+    repairs: Counter = field(default_factory=Counter)
+    quarantine: Counter = field(default_factory=Counter)
+
+    def add(self, image: Prepared, label: int) -> None:
+        self.shorter_side[_bin(min(image.width, image.height), SHORTER_SIDE_EDGES)] += 1
+        self.kilobytes[_bin(len(image.data) / 1000, KILOBYTE_EDGES)] += 1
+        self.aspect[_bin(image.width / image.height, ASPECT_EDGES)] += 1
+        self.color["grey" if image.grey else "RGB"] += 1
+        self.repairs.update(image.repairs)
+        if label >= 0:
+            self.labels[str(label)] += 1
+
+    def merge(self, other: "Stats") -> None:
+        for item in fields(self):
+            getattr(self, item.name).update(getattr(other, item.name))
+
+    def to_json(self) -> dict[str, dict[str, int]]:
+        return {item.name: dict(sorted(getattr(self, item.name).items())) for item in fields(self)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Stats":
+        return cls(**{item.name: Counter(document[item.name]) for item in fields(cls)})
+
+
+def _bin(value: float, edges: tuple[float, ...]) -> str:
+    below = [edge for edge in edges if edge <= value]
+    return str(below[-1]) if below else "0"
