@@ -4,6 +4,7 @@ Invariant: no process outlives its use. A worker that loses its parent ends at t
 dies or fails ends the others, and the build stops with one clear error and every finished shard kept.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from data_prep.errors import BuildStopped, UserError
 from data_prep.pack import Job, build_shard, is_finished
@@ -35,7 +37,13 @@ def build_shards(
     context = multiprocessing.get_context("fork")  # the plan of millions of samples is shared, not sent
     connections: list[Connection] = []
     processes = []
-    previous = signal.signal(signal.SIGTERM, _stop)
+    stop_reader, stop_writer = context.Pipe(duplex=False)
+
+    def stop(_signal, _frame) -> None:
+        # Raising here could happen anywhere, also where Python swallows it: the loop below is told instead.
+        stop_writer.send(None)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
@@ -44,11 +52,10 @@ def build_shards(
             theirs.close()
             connections.append(ours)
             processes.append(process)
-        _deal(numbers, connections, processes, on_progress)
-    except KeyboardInterrupt:
-        raise BuildStopped(f"stopped; the same command continues the build in {job.directory}") from None
+        _deal(numbers, dict(zip(connections, processes, strict=True)), stop_reader, on_progress)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         for connection in connections:
             connection.close()
         for process in processes:
@@ -60,16 +67,18 @@ def build_shards(
                 leftover.unlink(missing_ok=True)
 
 
-def _deal(numbers: list[int], connections: list[Connection], processes: list, on_progress) -> None:
+def _deal(numbers: list[int], owner: dict[Connection, Any], stop: Connection, on_progress) -> None:
+    """owner: the process behind each connection. stop: becomes readable when this process is to stop."""
     waiting = iter(numbers)
-    owner = dict(zip(connections, processes, strict=True))
-    for connection in connections:
-        connection.send(next(waiting, None))
+    for connection in owner:
+        _hand_out(connection, next(waiting, None))
     while owner:
-        for connection in wait(list(owner)):
+        for connection in wait([stop, *owner]):
+            if connection is stop:
+                raise BuildStopped("stopped; finished shards are kept and the same command continues")
             try:
                 kind, content = connection.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 process = owner.pop(connection)
                 process.join()
                 raise BuildStopped(
@@ -80,7 +89,7 @@ def _deal(numbers: list[int], connections: list[Connection], processes: list, on
                 on_progress(content)
             elif kind == "done":
                 number = next(waiting, None)
-                connection.send(number)
+                _hand_out(connection, number)
                 if number is None:
                     owner.pop(connection)
             elif kind == "user_error":
@@ -89,11 +98,18 @@ def _deal(numbers: list[int], connections: list[Connection], processes: list, on
                 raise RuntimeError(f"in a worker:\n{content}")
 
 
+def _hand_out(connection: Connection, number: int | None) -> None:
+    with contextlib.suppress(
+        BrokenPipeError, ConnectionResetError
+    ):  # receiving from it will say that it is dead
+        connection.send(number)
+
+
 def _work(job: Job, connection: Connection, others: list[Connection]) -> None:
     for other in others:  # an inherited end would keep a pipe open after its owner died
         other.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
     parent = os.getppid()
     reader = Reader(job.source.root)
     totals, last = [0] * 5, time.monotonic()
@@ -130,7 +146,3 @@ def _work(job: Job, connection: Connection, others: list[Connection]) -> None:
 
 def _ending(exitcode: int | None) -> str:
     return f"signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"
-
-
-def _stop(_signal, _frame) -> None:
-    raise KeyboardInterrupt

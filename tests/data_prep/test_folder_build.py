@@ -1,0 +1,227 @@
+"""`python -m data_prep folder`: what is built, from what, and what is refused."""
+
+import json
+import os
+import shutil
+
+import pytest
+from bytes_of import contents
+
+from data_prep.shard_set import (
+    ShardSetError,
+    check_shard_bytes,
+    check_shard_files,
+    read_index,
+    read_manifest,
+    tar_path,
+)
+
+
+def _samples(directory, extension="jpg"):
+    """Key -> bytes, read by the index alone."""
+    found = {}
+    for shard in read_manifest(directory).shards:
+        index = read_index(directory, shard, extension)
+        data = tar_path(directory, shard).read_bytes()
+        for key, offset, size in zip(index.keys, index.offsets, index.sizes, strict=True):
+            found[key] = data[offset : offset + size]
+    return found
+
+
+def test_a_folder_becomes_a_set_with_the_sources_bytes_and_labels(image_folder, tmp_path, data_prep):
+    out = tmp_path / "shards"
+    done = data_prep("folder", image_folder, out, "--shard-size", "8")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 2), done.stderr
+    manifest = read_manifest(out)
+    check_shard_files(out, manifest)
+    for shard in manifest.shards:
+        check_shard_bytes(out, shard)
+    assert (manifest.num_samples, manifest.classes) == (30, ("ant", "bee", "cat"))
+    assert [shard.samples for shard in manifest.shards] == [8, 8, 8, 6]
+    source = {f"{p.parent.name}_{p.stem}": p for p in image_folder.rglob("*.jpg")}
+    assert _samples(out) == {key: path.read_bytes() for key, path in source.items()}
+    labels = _samples(out, "cls")
+    assert labels == {key: b"%d" % manifest.classes.index(p.parent.name) for key, p in source.items()}
+    assert data_prep("verify", out).returncode == 0
+    assert "| samples | 30 |" in data_prep("info", out).stdout
+
+
+def test_samples_are_shuffled_over_all_shards_and_the_seed_decides_how(image_folder, tmp_path, data_prep):
+    orders = []
+    for seed in (0, 0, 1):
+        out = tmp_path / f"shards{len(orders)}"
+        data_prep("folder", image_folder, out, "--shard-size", "10", "--seed", seed)
+        orders.append(list(_samples(out)))
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) != orders[0]
+    assert all(len({key[:3] for key in orders[0][i : i + 10]}) > 1 for i in (0, 10, 20))
+
+
+def test_dalis_own_reader_returns_the_sources_bytes(image_folder, tmp_path, data_prep):
+    from nvidia.dali import fn, pipeline_def
+
+    out = tmp_path / "shards"
+    data_prep("folder", image_folder, out, "--shard-size", "8")
+    shards = read_manifest(out).shards
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+    def read():
+        image, label = fn.readers.webdataset(
+            paths=[str(out / f"{shard.name}.tar") for shard in shards],
+            index_paths=[str(out / f"{shard.name}.idx") for shard in shards],
+            ext=["jpg", "cls"],
+        )
+        return image, label
+
+    pipeline = read()
+    pipeline.build()
+    seen = []
+    for _ in range(30):
+        image, label = pipeline.run()
+        seen.append((image.at(0).tobytes(), label.at(0).tobytes()))
+    assert seen == list(zip(_samples(out).values(), _samples(out, "cls").values(), strict=True))
+
+
+def test_webdataset_returns_the_sources_bytes(image_folder, tmp_path, data_prep):
+    import webdataset
+
+    out = tmp_path / "shards"
+    data_prep("folder", image_folder, out, "--shard-size", "8")
+    paths = [str(out / f"{shard.name}.tar") for shard in read_manifest(out).shards]
+    seen = {s["__key__"]: (s["jpg"], s["cls"]) for s in webdataset.WebDataset(paths, shardshuffle=False)}
+    labels = _samples(out, "cls")
+    assert seen == {key: (data, labels[key]) for key, data in _samples(out).items()}
+
+
+def test_the_set_is_the_same_to_the_byte_for_any_number_of_workers(image_folder, tmp_path, data_prep):
+    (image_folder / "ant" / "notes.txt").write_text("no image")
+    sets = []
+    for workers in (1, 2, 4):
+        out = tmp_path / f"by{workers}"
+        assert data_prep("folder", image_folder, out, "--shard-size", 7, "--workers", workers).returncode == 0
+        sets.append(contents(out))
+    assert sets[0] == sets[1] == sets[2]
+    assert set(sets[0]) >= {"manifest.json", "quarantine.jsonl", "card.md", "contact_sheet.png"}
+
+
+def test_building_a_whole_set_again_changes_nothing(image_folder, tmp_path, data_prep):
+    out = tmp_path / "shards"
+    data_prep("folder", image_folder, out)
+    before = contents(out)
+    again = data_prep("folder", image_folder, out)
+    assert again.returncode == 0 and "whole already" in again.stdout
+    assert contents(out) == before
+
+
+def test_content_decides_not_the_files_ending(image_folder, tmp_path, data_prep, photographs):
+    (image_folder / "bee" / "photograph.txt").write_bytes(photographs[40])
+    (image_folder / "bee" / "page.jpg").write_text("<!DOCTYPE html><html>404</html>")
+    (image_folder / "bee" / "empty.jpg").write_bytes(b"")
+    (image_folder / "bee" / "cut.jpg").write_bytes(photographs[41][:-700])
+    os.symlink("/etc/hostname", image_folder / "bee" / "link.jpg")
+    out = tmp_path / "shards"
+    assert data_prep("folder", image_folder, out).returncode == 0
+    assert _samples(out)["bee_photograph"] == photographs[40]
+    lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["source"]: line["reason"] for line in lines} == {
+        "bee/page.jpg": "not_an_image",
+        "bee/empty.jpg": "empty",
+        "bee/cut.jpg": "truncated",
+        "bee/link.jpg": "link",
+    }
+    assert read_manifest(out).inputs == 35
+
+
+@pytest.mark.parametrize("labels, expected", [("none", ()), ("auto", ()), ("folders", ("ant", "bee", "cat"))])
+def test_an_image_beside_the_class_folders_means_no_labels_unless_told(
+    image_folder, tmp_path, data_prep, photographs, labels, expected
+):
+    (image_folder / "loose.jpg").write_bytes(photographs[40])
+    data_prep("folder", image_folder, tmp_path / "shards", "--labels", labels)
+    manifest = read_manifest(tmp_path / "shards")
+    assert manifest.classes == expected
+    assert manifest.num_samples == (30 if expected else 31)
+
+
+def test_names_that_collide_after_normalisation_are_quarantined(tmp_path, data_prep, photographs):
+    source = tmp_path / "images"
+    (source / "a").mkdir(parents=True)
+    for name, data in zip(("a/b.jpg", "a_b.png", "a b.jpg", "ä b.jpg"), photographs, strict=False):
+        (source / name).write_bytes(data)
+    out = tmp_path / "shards"
+    assert data_prep("folder", source, out).returncode == 0
+    assert len(_samples(out)) == 3, "names that lose letters keep apart by a hash"
+    (line,) = (out / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "duplicate_key"
+    assert json.loads(line)["source"] == "a_b.png" and "a/b.jpg" in json.loads(line)["detail"]
+
+
+def test_dry_run_says_what_would_be_built_and_writes_nothing(image_folder, tmp_path, data_prep):
+    done = data_prep("folder", image_folder, tmp_path / "shards", "--dry-run", "--shard-size", 8)
+    assert done.returncode == 0 and "30 inputs, 3 classes" in done.stdout and "4 shards" in done.stdout
+    assert not (tmp_path / "shards").exists()
+
+
+def test_wrong_input_is_one_line_and_exit_2_and_leaves_nothing(tmp_path, data_prep, image_folder):
+    empty, texts, occupied = tmp_path / "empty", tmp_path / "texts", tmp_path / "occupied"
+    for folder in (empty, texts, occupied):
+        folder.mkdir()
+    (texts / "a.txt").write_text("no image")
+    (occupied / "thesis.tex").write_text("precious")
+    out = tmp_path / "shards"
+    for source, target, words in [
+        (tmp_path / "missing", out, "does not exist"),
+        (empty, out, "is empty"),
+        (texts, out, "no readable image"),
+        (image_folder / "ant" / "000.jpg", out, "is no folder"),
+        (image_folder, occupied, "is not empty"),
+        (image_folder, image_folder / "shards", "lies in SRC"),
+        (image_folder, texts / "a.txt", "is a file"),
+    ]:
+        done = data_prep("folder", source, target)
+        assert (done.returncode, done.stdout.count("shards:")) == (2, 0), done
+        assert done.stderr.splitlines()[-1].startswith("data_prep: ") and words in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not out.exists()
+    assert contents(occupied) == {"thesis.tex": b"precious"} and contents(texts) == {"a.txt": b"no image"}
+
+
+def test_out_that_holds_another_set_is_left_alone(image_folder, tmp_path, data_prep):
+    out = tmp_path / "shards"
+    data_prep("folder", image_folder, out)
+    before = contents(out)
+    other = data_prep("folder", image_folder, out, "--seed", 1)
+    assert other.returncode == 2 and "holds another shard set (seed 0, not 1)" in other.stderr
+    (image_folder / "cat" / "new.jpg").write_bytes((image_folder / "ant" / "000.jpg").read_bytes())
+    other = data_prep("folder", image_folder, out)
+    assert other.returncode == 2 and "its source had other files" in other.stderr
+    assert contents(out) == before
+
+
+def test_a_directory_without_a_manifest_says_what_makes_one(tmp_path, data_prep):
+    with pytest.raises(ShardSetError, match=r"no shard set.*python -m data_prep folder"):
+        read_manifest(tmp_path)
+    (tmp_path / ".build").mkdir()
+    with pytest.raises(ShardSetError, match=r"unfinished.*run again, finishes it"):
+        read_manifest(tmp_path)
+    for command in ("verify", "info"):
+        done = data_prep(command, tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_help_has_an_example_and_loads_nothing_heavy(data_prep):
+    import subprocess
+    import sys
+
+    for command in ([], ["folder"], ["verify"], ["info"]):
+        done = data_prep(*command, "--help")
+        assert done.returncode == 0 and "python -m data_prep" in done.stdout.split("options:")[0]
+    code = "import sys, data_prep.__main__, data_prep.shard_set; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"PIL", "simplejpeg", "torch", "nvidia.dali", "tqdm"} & set(loaded.split())
+
+
+def test_a_set_that_moves_stays_whole(image_folder, tmp_path, data_prep):
+    data_prep("folder", image_folder, tmp_path / "here")
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    assert data_prep("verify", tmp_path / "there").returncode == 0

@@ -1,0 +1,122 @@
+"""A build killed anywhere is continued by the same command and ends with the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from bytes_of import contents
+
+
+@pytest.fixture
+def many_images(tmp_path, photographs):
+    root = tmp_path / "images"
+    root.mkdir()
+    for number in range(400):
+        (root / f"{number:04d}.jpg").write_bytes(photographs[number % 30])
+    return root
+
+
+def _command(source, out):
+    return [sys.executable, "-m", "data_prep", "folder", source, out, "--shard-size", "20", "--workers", "2"]
+
+
+def test_a_build_killed_at_twenty_random_moments_ends_byte_identical(many_images, tmp_path):
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    start = time.monotonic()
+    subprocess.run(_command(many_images, undisturbed), check=True, capture_output=True)
+    whole_build = time.monotonic() - start
+    moments = random.Random(0)
+    killed = 0
+    for _ in range(20):
+        process = subprocess.Popen(
+            _command(many_images, disturbed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            process.wait(moments.uniform(0.1, 0.9) * whole_build)
+            assert process.returncode == 0, process.stderr.read()
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            if moments.random() < 0.5 and (disturbed / "manifest.json").exists() is False:
+                _tear_a_finished_shard(disturbed)
+    assert killed
+    subprocess.run(_command(many_images, disturbed), check=True, capture_output=True)
+    assert contents(disturbed) == contents(undisturbed)
+
+
+def _tear_a_finished_shard(directory):
+    """What a power cut may leave behind: a name without its content."""
+    for path in sorted(directory.glob("*.tar"))[:1]:
+        with open(path, "r+b") as file:
+            file.truncate(1000)
+
+
+def test_a_killed_worker_stops_the_build_with_one_line_and_exit_75(many_images, tmp_path):
+    out = tmp_path / "shards"
+    process = subprocess.Popen(
+        _command(many_images, out), stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE
+    )
+    workers = []
+    while len(workers) < 2 and process.poll() is None:
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+            workers = file.read().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "a worker was killed (signal 9" in errors and "Traceback" not in errors
+    assert not (out / "manifest.json").exists() and not list(out.glob(".build/*.tmp"))
+    assert subprocess.run(_command(many_images, out), capture_output=True).returncode == 0
+
+
+def test_sigterm_stops_the_build_with_exit_75_and_no_process_left(many_images, tmp_path):
+    out = tmp_path / "shards"
+    process = subprocess.Popen(
+        _command(many_images, out), stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE
+    )
+    workers = []
+    while len(workers) < 2 and process.poll() is None:
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+            workers = file.read().split()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command continues" in errors
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
+def test_a_source_that_changes_during_the_build_stops_it(many_images, tmp_path, data_prep):
+    out = tmp_path / "shards"
+    process = subprocess.Popen(
+        _command(many_images, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not (out / ".build" / "build.json").exists() and process.poll() is None:
+        pass
+    for path in many_images.iterdir():
+        path.write_bytes(b"other")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and "has changed since the build was planned" in errors
+    again = data_prep("folder", many_images, out, "--shard-size", "20")
+    assert again.returncode == 2 and "its source had other files" in again.stderr
+
+
+def test_an_unfinished_build_is_continued_only_with_the_same_options(many_images, tmp_path, data_prep):
+    out = tmp_path / "shards"
+    (out / ".build").mkdir(parents=True)
+    (out / ".build" / "build.json").write_text(json.dumps({"source": "folder", "seed": 0, "options": {}}))
+    done = data_prep("folder", many_images, out)
+    assert done.returncode == 2 and "holds an unfinished build of another set" in done.stderr
+
+
+def test_two_builds_of_one_directory_do_not_run_at_once(many_images, tmp_path):
+    out = tmp_path / "shards"
+    first = subprocess.Popen(_command(many_images, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / ".build" / "lock").exists() and first.poll() is None:
+        pass
+    second = subprocess.run(_command(many_images, out), capture_output=True, text=True)
+    assert first.wait() == 0
+    assert (second.returncode, "another process" in second.stderr) in [(2, True), (0, False)]
