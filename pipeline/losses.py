@@ -44,6 +44,32 @@ def patch_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (_wide(prediction) - _wide(target)).square().mean(dim=-1)
 
 
+def difficulty_flatten_loss(
+    error: torch.Tensor, distance: torch.Tensor, gamma: float, keep: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Efficient MAE's Difficulty-Flatten Loss, Eq. 2, with the weights d^-gamma of each image adding up to
+    one.
+
+    error (B, M), distance (B, M) > 0, keep bool (B, M) or None for all -> scalar, the mean over images.
+    Patches that are not kept, or infinitely far, have no weight; an image that keeps none counts as 0.
+    """
+    counted = distance.isfinite() if keep is None else keep & distance.isfinite()
+    # Filled in before the power: 0 and infinity would make its gradient NaN even where they do not count.
+    weight = _wide(distance).masked_fill(~counted, 1.0).pow(-gamma).masked_fill(~counted, 0.0)
+    return weighted_mean(error, weight)
+
+
+def weighted_mean(error: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Per image (first dimension) the mean of its errors with these weights, then the mean over images.
+
+    A patch without weight may have any error, NaN included; an image without weights counts as 0.
+    """
+    error, weight = _wide(error).flatten(1), weight.flatten(1)
+    total = (weight * torch.where(weight > 0, error, 0.0)).sum(dim=1)
+    everything = weight.sum(dim=1)
+    return (total / torch.where(everything > 0, everything, 1.0)).mean()
+
+
 def self_consistency_loss(prediction: torch.Tensor, masked: torch.Tensor, kind: str = "l1") -> torch.Tensor:
     """EMAE's self-consistency: how much the K predictions of one patch disagree.
 

@@ -41,3 +41,32 @@ def as_mask(ids: torch.Tensor, num_patches: int) -> torch.Tensor:
     """ids (..., M) in [0, L) -> bool (..., L), true at the ids."""
     mask = torch.zeros(*ids.shape[:-1], num_patches, dtype=torch.bool, device=ids.device)
     return mask.scatter(-1, ids, True)
+
+
+def draw_windows(noise: torch.Tensor, grid: int, window: int, num_windows: int) -> torch.Tensor:
+    """LoMaR's windows: noise (B, 2 x places) -> ids (B, num_windows, window^2), each window's patches row by
+    row.
+
+    places = grid - window + 1 positions along a side. As in LoMaR's code the windows' rows are drawn without
+    repetition, and so are their columns; where there are more windows than places, both are gone through
+    again.
+    """
+    places = grid - window + 1
+    turn = torch.arange(num_windows, device=noise.device) % places
+    top = noise[:, :places].argsort(dim=1, stable=True)[:, turn]
+    left = noise[:, places:].argsort(dim=1, stable=True)[:, turn]
+    return (top * grid + left)[:, :, None] + _window(grid, window, noise.device)
+
+
+def tile_windows(grid: int, window: int, device: torch.device) -> torch.Tensor:
+    """The fewest windows that cover the image, the last ones moved in from the edge: ids (1, windows,
+    window^2)."""
+    start = torch.arange(0, grid, window, device=device).clamp(max=grid - window)
+    corner = (start[:, None] * grid + start).flatten()
+    return (corner[:, None] + _window(grid, window, device))[None]
+
+
+def _window(grid: int, window: int, device: torch.device) -> torch.Tensor:
+    """(window^2,): positions of the patches of a window in the image's corner."""
+    side = torch.arange(window, device=device)
+    return (side[:, None] * grid + side).flatten()

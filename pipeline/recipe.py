@@ -4,7 +4,8 @@ Invariant: a `Recipe` that exists is possible. A misspelt key, a wrong type or a
 is one `UserError` that names the file and the key's path; nothing is guessed and nothing is ignored.
 
 Each method has its own section under `method`, so `--set method.name=mae` is all it takes to change the
-method; only the section that `method.name` names is used.
+method; only the section that `method.name` names is used, and that of efficient_mae by the methods that
+borrow its loss.
 """
 
 import difflib
@@ -42,14 +43,52 @@ class EmaeOptions(Section):
     consistency_kind: Literal["l1", "l2", "smooth_l1"] = "l1"
     decode_share: float = Field(1.0, gt=0.0, le=1.0)
     """Share of each part's masked positions that is decoded; the same for every part that misses them."""
+    difficulty_flatten: bool = False
+    """Not in the paper: Efficient MAE's loss and decoder masking on every part, with method.efficient_mae's
+    gamma, beta, k, exact_distance and metric."""
+
+
+class EfficientMaeOptions(Section):
+    """Efficient MAE towards Large-Scale Vision Transformers (Han et al., 2024)."""
+
+    mask_ratio: float = Field(0.85, gt=0.0, lt=1.0)
+    gamma: float = Field(0.6, ge=0.0)
+    """Flattening: a patch of difficulty d weighs d^-gamma (Eq. 2, Table 7)."""
+    beta: float | None = Field(26.0, gt=0.0)
+    """Decoder masking: patches with a P2Dist above so many pixels are left out (Table 8); null: none is."""
+    prediction_ratio: float | None = Field(0.765, gt=0.0, lt=1.0)
+    """Slots of the decoder for the easiest masked patches, as a share of all patches; null: one for each."""
+    k: int = Field(8, ge=1)
+    """Nearest boundary points in Algorithm 1."""
+    exact_distance: bool = False
+    """P2Dist by Eq. 1 instead of Algorithm 1."""
+    metric: Literal["p2dist", "neighbors_3x3", "inverse_distance_5x5", "nearest_patch"] = "p2dist"
+    """What difficulty is: the paper's own, or row (a), (b) or (c) of Table 5."""
+    scheduler: Literal["flatten", "threshold", "schedule", "normalize"] = "flatten"
+    """What is done about difficulty: the paper's own, or row (a), (b) or (c) of Table 6."""
+
+
+class LomarOptions(Section):
+    """Efficient Self-supervised Vision Pretraining with Local Masked Reconstruction (Chen et al., 2022)."""
+
+    num_windows: int = Field(4, ge=1)
+    window_size: int = Field(7, ge=1)
+    """Patches along a window's side."""
+    mask_ratio: float = Field(0.8, gt=0.0, lt=1.0)
+    """Of each window."""
+    difficulty_flatten: bool = False
+    """Not in the paper: Efficient MAE's loss inside the windows, with method.efficient_mae's gamma, k,
+    exact_distance and metric."""
 
 
 class MethodSection(Section):
-    name: Literal["mae", "emae"]
+    name: Literal["mae", "emae", "efficient_mae", "lomar"]
     normalize_targets: bool = True
     """Predict each patch's pixels normalised by the patch's own mean and variance (MAE's norm_pix_loss)."""
     mae: MaeOptions = MaeOptions()
     emae: EmaeOptions = EmaeOptions()
+    efficient_mae: EfficientMaeOptions = EfficientMaeOptions()
+    lomar: LomarOptions = LomarOptions()
 
 
 class ModelSection(Section):
@@ -150,11 +189,7 @@ class Recipe(Section):
                 f"method.emae.num_parts: {self.method.emae.num_parts} does not divide the {self.num_patches} "
                 f"patches of a {size} px image (patch {patch})"
             )
-        if self.method.name == "mae" and not 1 <= self.mae_visible < self.num_patches:
-            raise ValueError(
-                f"method.mae.mask_ratio: {self.method.mae.mask_ratio} leaves {self.mae_visible} of "
-                f"{self.num_patches} patches visible; at least one must be visible and one masked"
-            )
+        self._possible_mask()
         if (self.train.steps is None) == (self.train.epochs is None):
             raise ValueError("train.steps, train.epochs: give one of the two")
         if self.optim.warmup_steps is not None and self.optim.warmup_epochs is not None:
@@ -171,6 +206,36 @@ class Recipe(Section):
             raise ValueError(f"optim.betas: {list(self.optim.betas)} must lie in [0, 1)")
         return self
 
+    def _possible_mask(self) -> None:
+        name, method = self.method.name, self.method
+        efficient, lomar = method.efficient_mae, method.lomar
+        if name == "lomar" and lomar.window_size > self.grid:
+            raise ValueError(
+                f"method.lomar.window_size: {lomar.window_size} patches do not fit into an image of "
+                f"{self.grid} x {self.grid}"
+            )
+        if name != "emae":
+            maskable = lomar.window_size**2 if name == "lomar" else self.num_patches
+            if not 1 <= self.num_visible < maskable:
+                raise ValueError(
+                    f"method.{name}.mask_ratio: {getattr(method, name).mask_ratio} leaves {self.num_visible} "
+                    f"of {maskable} patches visible; at least one must be visible and one masked"
+                )
+        if name == "efficient_mae" or (name == "emae" and method.emae.difficulty_flatten):
+            if efficient.beta is not None and efficient.metric in ("neighbors_3x3", "inverse_distance_5x5"):
+                raise ValueError(
+                    f"method.efficient_mae.beta: a distance in pixels, which {efficient.metric} is not; "
+                    f"set it to null"
+                )
+            if efficient.scheduler != "flatten" and name == "emae":
+                raise ValueError(
+                    f"method.efficient_mae.scheduler: {efficient.scheduler} goes with efficient_mae alone"
+                )
+            if efficient.beta is None and efficient.scheduler in ("threshold", "schedule"):
+                raise ValueError(
+                    f"method.efficient_mae.beta: the scheduler {efficient.scheduler} needs a threshold"
+                )
+
     @property
     def grid(self) -> int:
         """Patches along one side of an image."""
@@ -182,9 +247,23 @@ class Recipe(Section):
         return self.grid**2
 
     @property
-    def mae_visible(self) -> int:
-        """Patches that MAE's encoder sees, int(L x (1 - mask_ratio)) as in the official code."""
-        return int(self.num_patches * (1 - self.method.mae.mask_ratio))
+    def num_visible(self) -> int:
+        """Patches that the encoder sees at once, of an image or (LoMaR) a window; rounded as in MAE's code."""
+        if self.method.name == "emae":
+            return self.num_patches // self.method.emae.num_parts
+        if self.method.name == "lomar":
+            patches = self.method.lomar.window_size**2
+            return patches - int(patches * self.method.lomar.mask_ratio)
+        ratio = {"mae": self.method.mae, "efficient_mae": self.method.efficient_mae}[
+            self.method.name
+        ].mask_ratio
+        return int(self.num_patches * (1 - ratio))
+
+    @property
+    def num_predicted(self) -> int:
+        """Efficient MAE: slots of the decoder."""
+        masked, share = self.num_patches - self.num_visible, self.method.efficient_mae.prediction_ratio
+        return masked if share is None else max(1, min(masked, round(share * self.num_patches)))
 
     @property
     def lr(self) -> float:
@@ -204,12 +283,12 @@ class Recipe(Section):
         return self.optim.warmup_steps or 0
 
     def accumulation(self, world_size: int) -> int:
-        """Micro batches a rank takes through the model for one step. UserError where there is a remainder."""
+        """Micro batches that a rank takes for a step. UserError where there is a remainder."""
         share = world_size * self.engine.micro_batch
         steps, rest = divmod(self.data.global_batch, share)
         if rest or not steps:
             raise UserError(
-                f"data.global_batch: {self.data.global_batch} is not a multiple of engine.micro_batch x ranks "
+                f"data.global_batch: {self.data.global_batch} is no multiple of engine.micro_batch x ranks "
                 f"= {self.engine.micro_batch} x {world_size} = {share}; change one of the three"
             )
         return steps

@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from pipeline.methods.efficient_mae import EfficientMAE, Flattening
 from pipeline.methods.emae import EMAE
+from pipeline.methods.lomar import LoMaR
 from pipeline.methods.mae import MAE
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
+from pipeline.models.window_encoder import WindowEncoder
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -19,26 +22,60 @@ def build_method(recipe: "Recipe") -> Method:
     options = recipe.method
     common = {"normalize_targets": options.normalize_targets}
     if options.name == "mae":
-        return MAE(_encoder(recipe), _decoder(recipe), num_visible=recipe.mae_visible, **common)
-    return EMAE(
-        _encoder(recipe),
-        _decoder(recipe),
-        num_parts=options.emae.num_parts,
-        consistency_weight=options.emae.consistency_weight,
-        consistency_kind=options.emae.consistency_kind,
-        decode_share=options.emae.decode_share,
+        return MAE(_encoder(recipe), _decoder(recipe), num_visible=recipe.num_visible, **common)
+    if options.name == "emae":
+        return EMAE(
+            _encoder(recipe),
+            _decoder(recipe),
+            num_parts=options.emae.num_parts,
+            consistency_weight=options.emae.consistency_weight,
+            consistency_kind=options.emae.consistency_kind,
+            decode_share=options.emae.decode_share,
+            flattening=_flattening(recipe) if options.emae.difficulty_flatten else None,
+            **common,
+        )
+    if options.name == "efficient_mae":
+        return EfficientMAE(
+            _encoder(recipe),
+            _decoder(recipe),
+            num_visible=recipe.num_visible,
+            num_predicted=recipe.num_predicted,
+            flattening=_flattening(recipe),
+            scheduler=options.efficient_mae.scheduler,
+            **common,
+        )
+    return LoMaR(
+        WindowEncoder(
+            window=options.lomar.window_size,
+            patch_size=recipe.model.patch_size,
+            **recipe.model.size._asdict(),
+            checkpointing=recipe.engine.activation_checkpointing,
+        ),
+        grid=recipe.grid,
+        num_windows=options.lomar.num_windows,
+        num_visible=recipe.num_visible,
+        flattening=_flattening(recipe) if options.lomar.difficulty_flatten else None,
         **common,
     )
 
 
+def _flattening(recipe: "Recipe") -> Flattening:
+    options = recipe.method.efficient_mae
+    return Flattening(
+        patch_size=recipe.model.patch_size,
+        gamma=options.gamma,
+        beta=options.beta,
+        metric=options.metric,
+        exact=options.exact_distance,
+        k=options.k,
+    )
+
+
 def _encoder(recipe: "Recipe") -> Encoder:
-    width, depth, heads = recipe.model.size
     return Encoder(
         grid=recipe.grid,
         patch_size=recipe.model.patch_size,
-        width=width,
-        depth=depth,
-        heads=heads,
+        **recipe.model.size._asdict(),
         checkpointing=recipe.engine.activation_checkpointing,
     )
 

@@ -16,8 +16,15 @@ from itertools import combinations
 
 import torch
 
-from pipeline.losses import disagreement, patch_error, patchify
+from pipeline.losses import (
+    difficulty_flatten_loss,
+    disagreement,
+    patch_error,
+    patchify,
+    self_consistency_loss,
+)
 from pipeline.masking import parallel_parts, take
+from pipeline.methods.efficient_mae import Flattening
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
@@ -44,12 +51,14 @@ class EMAE(Method):
         consistency_weight: float,
         consistency_kind: str,
         decode_share: float,
+        flattening: Flattening | None,
         normalize_targets: bool,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.num_parts, self.normalize_targets = num_parts, normalize_targets
         self.consistency_weight, self.consistency_kind = consistency_weight, consistency_kind
+        self.flattening = flattening
         self.patch_size, self.noise_size = encoder.patch_size, encoder.grid**2
         self.part_size = self.noise_size // num_parts
         self.num_decoded = max(1, round(decode_share * self.part_size))  # of each part, by each other part
@@ -58,54 +67,78 @@ class EMAE(Method):
         """MethodOutput with K parts, V = L/K, M = (K-1) x the decoded patches of a part."""
         patches = patchify(images, self.patch_size)
         parts = parallel_parts(noise, self.num_parts)  # (B, K, V)
-        prediction = self._predict(patches, parts, self.num_decoded)  # (B, K, K-1, n, D)
         asked = parts[:, :, : self.num_decoded]
+        asked_ids = self._for_each_slot(asked).flatten(2, 3)  # (B, K, M)
+        distance, keep = self._difficulty(parts, asked_ids)
+
+        prediction = self._predict(patches, parts, asked_ids, keep)  # (B, K, M, D)
         target = self.targets(take(patches, asked.flatten(1))).view(*asked.shape, -1)
-        target = self._for_each_slot(target)
-        reconstruction = patch_error(prediction, target).flatten(1).mean(dim=1).mean()
-        consistency = self._consistency(prediction)
+        target = self._for_each_slot(target).flatten(2, 3)
+        error = patch_error(prediction, target)
+        if self.flattening:
+            gamma = self.flattening.gamma
+            parts_keep = None if keep is None else keep.flatten(0, 1)
+            reconstruction = difficulty_flatten_loss(
+                error.flatten(0, 1), distance.flatten(0, 1), gamma, parts_keep
+            )
+        else:
+            reconstruction = error.flatten(1).mean(dim=1).mean()
+        consistency = self._consistency(prediction, asked_ids, keep)
         loss = reconstruction + self.consistency_weight * consistency
-        return MethodOutput(
-            loss,
-            prediction.detach().flatten(2, 3),
-            target.flatten(2, 3),
-            parts,
-            self._for_each_slot(asked).flatten(2, 3),
-            {"reconstruction": reconstruction.detach(), "consistency": consistency.detach()},
-        )
+        metrics = {"reconstruction": reconstruction.detach(), "consistency": consistency.detach()}
+        return MethodOutput(loss, prediction.detach(), target, parts, asked_ids, metrics)
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         patches = patchify(images, self.patch_size)
         parts = parallel_parts(noise, self.num_parts)
-        prediction = self._predict(patches, parts, self.part_size)
-        return self.picture(
-            patches, prediction.flatten(2, 3), parts, self._for_each_slot(parts).flatten(2, 3)
-        )
+        asked_ids = self._for_each_slot(parts).flatten(2, 3)
+        prediction = self._predict(patches, parts, asked_ids, keep=None)
+        return self.picture(patches, prediction, parts, asked_ids)
 
     def _for_each_slot(self, of_part: torch.Tensor) -> torch.Tensor:
         """of_part (B, K, ...) -> (B, K, K-1, ...): for part k and slot s what belongs to the part predicted
         there."""
         return torch.stack([of_part.roll(-1 - s, dims=1) for s in range(self.num_parts - 1)], dim=2)
 
-    def _predict(self, patches: torch.Tensor, parts: torch.Tensor, num_decoded: int) -> torch.Tensor:
+    def _difficulty(
+        self, parts: torch.Tensor, asked_ids: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Difficulty (B, K, M) of what each part is asked for, and which of it stays under the threshold."""
+        if self.flattening is None:
+            return None, None
+        distance = self.flattening.difficulty(parts.flatten(0, 1), self.encoder.grid)
+        distance = distance.view(*parts.shape[:2], -1).gather(2, asked_ids)
+        return distance, self.flattening.keep(distance, self.flattening.beta)
+
+    def _predict(
+        self, patches: torch.Tensor, parts: torch.Tensor, asked_ids: torch.Tensor, keep: torch.Tensor | None
+    ) -> torch.Tensor:
         batch, num_parts, visible = parts.shape
         views = batch * num_parts
         visible_ids = parts.reshape(views, visible)
         encoded = self.encoder(take(patches, parts.flatten(1)).view(views, visible, -1), visible_ids)
-        asked_ids = self._for_each_slot(parts[:, :, :num_decoded])
-        prediction = self.decoder(encoded, visible_ids, asked_ids.reshape(views, -1))
+        keep = None if keep is None else keep.reshape(views, -1)
+        prediction = self.decoder(encoded, visible_ids, asked_ids.reshape(views, -1), keep)
         return prediction.float().view(*asked_ids.shape, -1)
 
-    def _consistency(self, prediction: torch.Tensor) -> torch.Tensor:
-        """`losses.self_consistency_loss` on the packed layout (B, K, K-1, n, D), without the positions that
-        no pair has.
+    def _consistency(
+        self, prediction: torch.Tensor, asked_ids: torch.Tensor, keep: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`losses.self_consistency_loss`: in value always, and by its own code where a threshold drops
+        predictions.
 
-        All pairs of parts share equally many patches, so the mean over pairs of means is one mean over
-        everything. K = 2 has no pair that predicts the same patch: 0.
+        Without one, every pair of parts shares equally many patches, so the mean over pairs of means is one
+        mean over the packed layout. K = 2 has no pair that predicts the same patch: 0.
         """
+        if keep is not None:
+            whole = prediction.new_zeros(*prediction.shape[:2], self.noise_size, prediction.shape[3])
+            whole = whole.scatter(2, asked_ids[..., None].expand_as(prediction), prediction)
+            predicted = keep.new_zeros(*keep.shape[:2], self.noise_size).scatter(2, asked_ids, keep)
+            return self_consistency_loss(whole, predicted, self.consistency_kind)
         # Part m's predictions by its K-1 others, one a slot: rolled back, slot s of part m - 1 - s.
-        by_target = [prediction[:, :, s].roll(1 + s, dims=1) for s in range(self.num_parts - 1)]
+        slots = prediction.unflatten(2, (self.num_parts - 1, self.num_decoded))
+        by_target = [slots[:, :, s].roll(1 + s, dims=1) for s in range(self.num_parts - 1)]
         pairs = list(combinations(by_target, 2))
         total = prediction.new_zeros(())
         for first, second in pairs:

@@ -60,6 +60,9 @@ class Method(nn.Module):
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """Every patch that a view did not see, predicted. Same arguments as forward; no gradient."""
 
+    def set_progress(self, done: float) -> None:
+        """Where training stands, from 0 to 1. Called before a step; it does not wait for the device."""
+
     def targets(self, patches: torch.Tensor) -> torch.Tensor:
         return normalize_targets(patches) if self.normalize_targets else patches
 
@@ -77,4 +80,7 @@ class Method(nn.Module):
         prediction = prediction.float()
         if self.normalize_targets:
             prediction = denormalize(prediction, truth.gather(2, index))
-        return Reconstruction(as_mask(visible_ids, patches.shape[1]), truth.scatter(2, index, prediction))
+        visible = as_mask(visible_ids, patches.shape[1])
+        return Reconstruction(
+            visible, torch.where(visible[..., None], truth, truth.scatter(2, index, prediction))
+        )

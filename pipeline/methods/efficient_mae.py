@@ -1,0 +1,164 @@
+"""Efficient MAE: "Efficient MAE towards Large-Scale Vision Transformers", Han et al., WACV 2024.
+
+MAE at a higher mask ratio (0.85). The Difficulty-Flatten Loss weighs each masked patch by d^-gamma, where d
+is its difficulty, P2Dist (Eq. 1, Algorithm 1, Eq. 2); decoder masking drops patches with d > beta before the
+decoder (Section 4.2). The ablations of Tables 5 (`metric`) and 6 (`scheduler`) are options.
+
+Layout. The threshold keeps another number of patches in every image. The decoder gets the same number of
+slots for each: the easiest `prediction_ratio` x L masked patches, the threshold inside them as an attention
+mask. Shapes are static, an image's loss depends on no other image, and the loss equals the one of really
+dropping the patches. The paper's "Decoder Pred. Ratio" of 0.75 and "Number of Patches" of 150 (Table 8)
+suggest that its authors cut at a fixed number too. With `prediction_ratio` null every masked patch has a slot
+and the threshold alone decides.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pipeline.difficulty import Metric, difficulty
+from pipeline.losses import difficulty_flatten_loss, patch_error, patchify, weighted_mean
+from pipeline.masking import as_mask, random_split, take
+from pipeline.methods.method import Method, MethodOutput, Reconstruction
+from pipeline.models.decoder import Decoder
+from pipeline.models.encoder import Encoder
+
+Scheduler = Literal["flatten", "threshold", "schedule", "normalize"]
+
+EASIEST_BETA = 9.0  # pixels; where the growing threshold of Table 6 (b) starts: the smallest beta of Table 8
+REFERENCE_MASK_RATIO = 0.75  # Table 6 (c) compares with MAE's
+
+
+@dataclass(frozen=True)
+class Flattening:
+    """The loss's and the decoder's view of difficulty; also for the methods that borrow it.
+
+    gamma >= 0: 0 weighs all patches alike. beta: pixels, None for no threshold. `exact`, `k`: P2Dist's.
+    """
+
+    patch_size: int
+    gamma: float = 0.6
+    beta: float | None = 26.0
+    metric: Metric = "p2dist"
+    exact: bool = False
+    k: int = 8
+
+    def difficulty(self, visible_ids: torch.Tensor, grid: int) -> torch.Tensor:
+        """visible_ids (N, V) on a grid x grid image -> difficulty of every patch, float32 (N, L)."""
+        visible = as_mask(visible_ids, grid * grid).view(-1, grid, grid)
+        return difficulty(visible, self.patch_size, self.metric, self.exact, self.k).flatten(1)
+
+    def keep(self, distance: torch.Tensor, beta: float | torch.Tensor | None) -> torch.Tensor | None:
+        """Which patches stay under the threshold; None where nothing can be dropped, for the faster
+        attention."""
+        if beta is not None:
+            return distance <= beta
+        return distance.isfinite() if self.metric in ("neighbors_3x3", "inverse_distance_5x5") else None
+
+
+class EfficientMAE(Method):
+    """`num_visible` of L patches are encoded, `num_predicted` of the others are slots of the decoder."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        *,
+        num_visible: int,
+        num_predicted: int,
+        flattening: Flattening,
+        scheduler: Scheduler,
+        normalize_targets: bool,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.num_visible, self.num_predicted = num_visible, num_predicted
+        self.flattening, self.scheduler = flattening, scheduler
+        self.normalize_targets = normalize_targets
+        self.patch_size, self.noise_size = encoder.patch_size, encoder.grid**2
+        if scheduler == "schedule":
+            # In millionths and whole: DeepSpeed would round a floating-point buffer to bf16.
+            self.register_buffer("progress", torch.zeros((), dtype=torch.int64), persistent=False)
+        if scheduler == "normalize":
+            counts = interval_ratios(encoder.grid, num_visible, flattening)
+            self.register_buffer("interval_weights", counts, persistent=False)
+
+    def set_progress(self, done: float) -> None:
+        if self.scheduler == "schedule":
+            self.progress.fill_(round(done * 1e6))
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
+        """MethodOutput with M = num_predicted, from easy to hard; a prediction beyond the threshold means
+        nothing."""
+        patches = patchify(images, self.patch_size)
+        visible_ids, masked_ids = random_split(noise, self.num_visible)
+        distance = self.flattening.difficulty(visible_ids, self.encoder.grid).gather(1, masked_ids)
+        # Equal distances may differ in their last bits; rounded, they rank the same on every device.
+        easiest = (distance * 1024).round().argsort(dim=1, stable=True)[:, : self.num_predicted]
+        asked_ids, distance = masked_ids.gather(1, easiest), distance.gather(1, easiest)
+        keep = self.flattening.keep(distance, self._beta())
+
+        encoded = self.encoder(take(patches, visible_ids), visible_ids)
+        prediction = self.decoder(encoded, visible_ids, asked_ids, keep).float()
+        target = self.targets(take(patches, asked_ids))
+        error = patch_error(prediction, target)
+        loss = self._loss(error, distance, keep)
+        kept = torch.ones_like(error) if keep is None else keep.float()
+        metrics = {
+            "reconstruction": weighted_mean(error.detach(), kept),
+            "decoded_patches": kept.sum(dim=1).mean(),
+        }
+        return MethodOutput(loss, prediction.detach(), target, visible_ids, asked_ids, metrics)
+
+    @torch.no_grad()
+    def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
+        """All masked patches at once, the hardest included, although the decoder was not trained on those."""
+        patches = patchify(images, self.patch_size)
+        visible_ids, masked_ids = random_split(noise, self.num_visible)
+        encoded = self.encoder(take(patches, visible_ids), visible_ids)
+        prediction = self.decoder(encoded, visible_ids, masked_ids)
+        return self.picture(patches, prediction[:, None], visible_ids[:, None], masked_ids[:, None])
+
+    def _beta(self) -> float | torch.Tensor | None:
+        beta = self.flattening.beta
+        if self.scheduler != "schedule":
+            return beta
+        return EASIEST_BETA + (beta - EASIEST_BETA) * self.progress / 1e6
+
+    def _loss(self, error: torch.Tensor, distance: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+        if self.scheduler == "flatten":
+            return difficulty_flatten_loss(error, distance, self.flattening.gamma, keep)
+        weight = torch.ones_like(error)
+        if self.scheduler == "normalize":
+            weight = self.interval_weights.float()[interval(distance, self.patch_size)]
+        return weighted_mean(error, weight if keep is None else weight * keep)
+
+
+NUM_INTERVALS = 16
+
+
+def interval(distance: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Table 6 (c): which of 16 intervals a difficulty falls into. The paper gives none; ours are a quarter
+    patch."""
+    return (distance * 4 / patch_size).clamp(max=NUM_INTERVALS - 1).long()
+
+
+def interval_ratios(grid: int, num_visible: int, flattening: Flattening, masks: int = 64) -> torch.Tensor:
+    """Table 6 (c): per interval, masked patches at mask ratio 0.75 over masked patches at this one: float32
+    (16,).
+
+    Counted once on 64 random masks from a fixed seed.
+    """
+    device = torch.empty(0).device  # the caller's default, which may be the meta device
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(masks, grid * grid, generator=generator, device="cpu")
+    counts = []
+    with torch.device("cpu"):
+        for visible in (int(grid * grid * (1 - REFERENCE_MASK_RATIO)), num_visible):
+            visible_ids, masked_ids = random_split(noise, max(1, visible))
+            distance = flattening.difficulty(visible_ids, grid).gather(1, masked_ids)
+            found = interval(distance, flattening.patch_size).flatten()
+            counts.append(torch.bincount(found, minlength=NUM_INTERVALS).float())
+    reference, own = counts
+    return (reference / own.clamp(min=1.0)).to(device)

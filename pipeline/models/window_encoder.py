@@ -1,0 +1,45 @@
+"""LoMaR's encoder: a ViT on one window of patches, mask tokens included, with relative positions only."""
+
+import torch
+from torch import nn
+
+from pipeline.models.encoder import (
+    LAYER_NORM_EPS,
+    PatchEmbed,
+    initialize_like_mae,
+    make_block,
+    run_blocks,
+)
+from pipeline.models.relative_position import RelativeAttention
+
+
+class WindowEncoder(nn.Module):
+    """`window`: patches along one side of a window. Attention never leaves it."""
+
+    def __init__(
+        self, *, window: int, patch_size: int, width: int, depth: int, heads: int, checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.window, self.patch_size = window, patch_size
+        self.checkpointing = checkpointing
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.patch_embed = PatchEmbed(patch_size, width)
+        self.blocks = nn.ModuleList([make_block(width, heads) for _ in range(depth)])
+        for block in self.blocks:
+            block.attn = RelativeAttention(width, heads, window)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.apply(initialize_like_mae)
+
+    def forward(self, patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """patches (N, V, P*P*3) that stand at ids (N, V) of their windows -> (N, 1 + window^2, D), class
+        token first.
+
+        All other places hold the mask token.
+        """
+        seen = self.patch_embed(patches)
+        count, _, width = seen.shape
+        tokens = self.mask_token.to(seen.dtype).expand(count, self.window**2, width)
+        tokens = tokens.scatter(1, ids[:, :, None].expand(-1, -1, width), seen)
+        tokens = torch.cat([self.cls_token.expand(count, -1, -1), tokens], dim=1)
+        return self.norm(run_blocks(self.blocks, tokens, None, self.checkpointing))
