@@ -40,6 +40,11 @@ def timm_state_dict(method: Method) -> dict[str, torch.Tensor]:
 
     UserError for an encoder with relative positions, which timm's VisionTransformer cannot hold.
     """
+    if not hasattr(method.encoder, "pos_embed"):
+        raise UserError(
+            f"{type(method).__name__}'s encoder has relative positions, which timm's VisionTransformer "
+            "cannot hold"
+        )
     return {
         name.removeprefix("encoder."): tensor
         for name, tensor in _tensors(method).items()

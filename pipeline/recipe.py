@@ -248,7 +248,7 @@ class Recipe(Section):
 
     @property
     def num_visible(self) -> int:
-        """Patches that the encoder sees at once, of an image or (LoMaR) a window; rounded as in MAE's code."""
+        """Patches that the encoder sees at once, of an image or (LoMaR) a window, rounded as MAE's code."""
         if self.method.name == "emae":
             return self.num_patches // self.method.emae.num_parts
         if self.method.name == "lomar":

@@ -1,0 +1,166 @@
+"""Efficient MAE: the packed layout against really dropping patches, image by image; its ablations."""
+
+import pytest
+import torch
+
+from pipeline.difficulty import difficulty, patch_distance
+from pipeline.errors import UserError
+from pipeline.losses import patchify
+from pipeline.masking import as_mask, take
+from pipeline.methods import build_method
+from pipeline.methods.efficient_mae import interval
+from pipeline.recipe import load_recipe
+
+SMALL = (
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=4",
+    "model.patch_size=4",
+    "model.decoder_width=16",
+    "model.decoder_depth=2",
+    "model.decoder_heads=2",
+    "data.image_size=40",
+)
+GRID, PATCHES, VISIBLE = 10, 100, 15
+OPTION = "method.efficient_mae."
+
+
+def small(*options: str):
+    torch.manual_seed(0)
+    return build_method(load_recipe("vitb16_efficient_mae", [*SMALL, *(OPTION + o for o in options)]))
+
+
+def batch(method, size: int = 4):
+    generator = torch.Generator().manual_seed(5)
+    return (
+        torch.randn(size, 3, 40, 40, generator=generator),
+        torch.rand(size, method.noise_size, generator=generator),
+    )
+
+
+def plain(method, images, noise, *, beta=None, slots=None, weigh, metric="p2dist", exact=False) -> float:
+    """The definition: per image, drop what is too hard before the decoder, then weigh the rest."""
+    losses = []
+    for image, row in zip(images, noise, strict=True):
+        order = row.argsort()
+        visible_ids, masked_ids = order[None, :VISIBLE], order[VISIBLE:]
+        visible = as_mask(visible_ids, PATCHES).view(1, GRID, GRID)
+        d = difficulty(visible, 4, metric, exact, 8).flatten()[masked_ids]
+        kept = [i for i in range(len(d)) if d[i].isfinite() and (beta is None or d[i] <= beta)]
+        if slots is not None:
+            kept = sorted(kept, key=lambda i: round(d[i].item() * 1024))[:slots]
+        patches = patchify(image[None], 4)
+        encoded = method.encoder(take(patches, visible_ids), visible_ids)
+        asked = masked_ids[kept][None]
+        prediction = method.decoder(encoded, visible_ids, asked)[0].double()
+        error = (prediction - method.targets(take(patches, asked))[0].double()).square().mean(dim=1)
+        weight = torch.tensor([weigh(x) for x in d[kept].tolist()], dtype=torch.float64)
+        losses.append((weight * error).sum() / weight.sum())
+    return torch.stack(losses).mean().item()
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("beta", ["null", "3", "6"])
+def test_with_a_slot_for_every_patch_the_loss_is_that_of_the_threshold_alone(beta, exact):
+    method = small(f"beta={beta}", "prediction_ratio=null", f"exact_distance={str(exact).lower()}")
+    images, noise = batch(method)
+    out = method(images, noise)
+    threshold = None if beta == "null" else float(beta)
+    expected = plain(method, images, noise, beta=threshold, exact=exact, weigh=lambda d: d**-0.6)
+    assert abs(out.loss.item() - expected) < 1e-5
+    assert out.predicted_ids.shape == (4, PATCHES - VISIBLE)
+
+
+@pytest.mark.parametrize(("beta", "slots"), [("6", 30), ("3", 60), ("null", 40)])
+def test_with_fewer_slots_the_easiest_patches_under_the_threshold_are_predicted(beta, slots):
+    method = small(f"beta={beta}", f"prediction_ratio={slots / PATCHES}")
+    images, noise = batch(method)
+    out = method(images, noise)
+    threshold = None if beta == "null" else float(beta)
+    expected = plain(method, images, noise, beta=threshold, slots=slots, weigh=lambda d: d**-0.6)
+    assert abs(out.loss.item() - expected) < 1e-5
+    assert out.predicted_ids.shape == (4, slots)
+
+
+def test_gradients_are_those_of_really_dropping_patches():
+    method = small("beta=4", "prediction_ratio=null")
+    images, noise = batch(method, 1)
+    method(images, noise).loss.backward()
+    packed = {name: p.grad.clone() for name, p in method.named_parameters()}
+    method.zero_grad()
+    visible_ids, masked_ids = noise.argsort()[:, :VISIBLE], noise.argsort()[:, VISIBLE:]
+    d = patch_distance(as_mask(visible_ids, PATCHES).view(1, GRID, GRID), 4).flatten(1).gather(1, masked_ids)
+    asked, d = masked_ids[d <= 4][None], d[d <= 4]
+    patches = patchify(images, 4)
+    prediction = method.decoder(method.encoder(take(patches, visible_ids), visible_ids), visible_ids, asked)
+    error = (prediction - method.targets(take(patches, asked))).square().mean(dim=2)[0]
+    ((d**-0.6 * error).sum() / (d**-0.6).sum()).backward()
+    assert all(torch.allclose(packed[name], p.grad, atol=1e-5) for name, p in method.named_parameters())
+
+
+def test_a_prediction_ratio_of_150_in_196_is_table_8s_number():
+    for name, slots in (("vitb16", 150), ("vitl16", 150), ("vith14", 196)):
+        assert load_recipe(f"{name}_efficient_mae").num_predicted == slots
+
+
+@pytest.mark.parametrize("metric", ["neighbors_3x3", "inverse_distance_5x5", "nearest_patch"])
+def test_the_metrics_of_table_5_weigh_by_their_own_difficulty(metric):
+    method = small("beta=null", "prediction_ratio=null", f"metric={metric}")
+    images, noise = batch(method)
+    expected = plain(method, images, noise, metric=metric, weigh=lambda d: d**-0.6)
+    assert abs(method(images, noise).loss.item() - expected) < 1e-5
+
+
+def test_thresholding_of_table_6_a_drops_but_does_not_weigh():
+    method = small("scheduler=threshold", "beta=4", "prediction_ratio=null")
+    images, noise = batch(method)
+    expected = plain(method, images, noise, beta=4.0, weigh=lambda d: 1.0)
+    assert abs(method(images, noise).loss.item() - expected) < 1e-5
+
+
+@pytest.mark.parametrize(("done", "beta"), [(0.0, 9.0), (0.5, 17.5), (1.0, 26.0)])
+def test_scheduling_of_table_6_b_lets_harder_patches_in_as_training_goes_on(done, beta):
+    torch.manual_seed(0)
+    method = build_method(
+        load_recipe("vitb16_efficient_mae", [*SMALL, OPTION + "scheduler=schedule", "model.patch_size=10"])
+    )
+    method.set_progress(done)
+    noise = torch.rand(3, method.noise_size)
+    out = method(torch.randn(3, 3, 40, 40), noise)
+    visible = as_mask(out.visible_ids, 16).view(3, 4, 4)
+    d = patch_distance(visible, 10).flatten(1).gather(1, out.predicted_ids)
+    assert out.metrics["decoded_patches"] == (d <= beta).float().sum(1).mean()
+
+
+def test_normalisation_of_table_6_c_weighs_as_if_the_mask_ratio_were_maes():
+    method = small("scheduler=normalize", "beta=null", "prediction_ratio=null")
+    images, noise = batch(method)
+    weights = method.interval_weights
+
+    def weigh(d: float) -> float:
+        return weights[interval(torch.tensor(d), 4)].item()
+
+    assert abs(method(images, noise).loss.item() - plain(method, images, noise, weigh=weigh)) < 1e-5
+    assert weights[2:4].min() > weights[7:].max()  # easy patches are rarer, hard ones commoner than in MAE
+
+
+def test_reconstruction_predicts_the_hardest_patches_too():
+    method = small()
+    images, noise = batch(method)
+    picture = method.reconstruct(images, noise)
+    truth = patchify(images, 4)[:, None]
+    assert picture.visible.shape == (4, 1, PATCHES) and picture.pixels.shape == (4, 1, PATCHES, 48)
+    assert not torch.isclose(picture.pixels, truth).all(dim=-1)[~picture.visible].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["mask_ratio=0.999"], "method.efficient_mae.mask_ratio: 0.999 leaves 0 of 100 patches visible"),
+        (["metric=neighbors_3x3"], "method.efficient_mae.beta: a distance in pixels"),
+        (["scheduler=schedule", "beta=null"], "method.efficient_mae.beta: the scheduler schedule needs"),
+    ],
+)
+def test_impossible_options_are_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message):
+        small(*options)
