@@ -109,7 +109,7 @@ def test_approximate_and_exact_p2dist_differ_by_less_than_half_a_pixel():
 
 
 class ElementCount(TorchDispatchMode):
-    """Numbers that every operation writes; for a sort or a choice of the k smallest, ten for each one read."""
+    """Numbers that operations write; for a sort or a choice of the k smallest, ten for each number read."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def official_keys(depth: int, decoder_depth: int) -> set[str]:
     return tokens | {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
 
 
-@pytest.mark.parametrize("name", ["vitb16_mae", "vitb16_emae"])
+@pytest.mark.parametrize("name", ["vitb16_mae", "vitb16_emae", "vitb16_efficient_mae"])
 def test_the_whole_method_has_the_official_keys_and_shapes(name):
     method = build_method(load_recipe(name, TINY))
     state = official_state_dict(method)

@@ -68,7 +68,7 @@ def test_tiles_cover_the_image(window, room):
 
 
 def test_near_offsets_have_an_index_of_their_own_and_far_ones_share():
-    """By hand from Eq. 18, alpha 1.9, beta 3.8, gamma 15.2: 4 patches are 1.9 + ln(4/1.9)/ln(8) x 1.9 = 2.58."""
+    """By hand from Eq. 18 with alpha 1.9, beta 3.8, gamma 15.2: 4 is 1.9 + ln(4/1.9)/ln(8) x 1.9 = 2.58."""
     assert [piecewise_index(offset) for offset in range(8)] == [0, 1, 2, 2, 3, 3, 3, 3]
     assert [piecewise_index(-offset) for offset in range(8)] == [0, -1, -2, -2, -3, -3, -3, -3]
 
