@@ -1,17 +1,96 @@
-"""What a recipe costs, without running it: pure functions of the recipe and of the hardware's figures."""
+"""What a recipe costs, without running it: pure functions of the recipe and of the hardware's figures.
+
+Parameters, operations and activations are counted on shapes alone (torch's meta device). Time is a model:
+peak arithmetic x MFU, with a loader and a network that keep up. Memory is counted but for `OVERHEAD_GIB`.
+"""
+
+from dataclasses import asdict, dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.errors import UserError
+from pipeline.footprint import activation_bytes
 from pipeline.methods import build_method
 from pipeline.recipe import Recipe
+
+IMAGENET = 1_281_167  # training images of ImageNet-1k
+SHARD_SAMPLES = 1_150  # ImageNet's JPEGs, 110 kB on average, in data_prep's shards of 128 MB
+OVERHEAD_GIB = 3.0  # assumed: CUDA context, NCCL, DeepSpeed's communication buckets, the loader's batches
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak dense TFLOP/s of matrix products in 16 and 32 bits, and memory, by NVIDIA's data sheets."""
+
+    bits16: float
+    bits32: float
+    memory_gb: float
+
+
+GPUS = {
+    "v100": Gpu(125, 15.7, 32),  # fp16 only
+    "a100-40": Gpu(312, 19.5, 40),
+    "a100": Gpu(312, 19.5, 80),
+    "l40s": Gpu(362, 91.6, 48),
+    "rtx4090": Gpu(165, 82.6, 24),
+    "h100": Gpu(989, 67, 80),
+    "h200": Gpu(989, 67, 141),
+    "b200": Gpu(2250, 80, 180),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A GPU's memory with one ZeRO stage, in GiB."""
+
+    zero_stage: int
+    states: float
+    """Weights, gradients and optimiser, this GPU's share."""
+    activations: float
+    """What the backward pass of a micro batch needs."""
+    total: float
+    largest_micro_batch: int
+    """0 where not even one image fits."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    method: str
+    encoder: str
+    parameters: int
+    encoder_parameters: int
+    forward_gflops: float
+    """10^9 floating-point operations an image; a multiply-add counts as two."""
+    step_gflops: float
+    """Forward and backward: three times the forward pass, four with activation checkpointing."""
+    gpu: str
+    gpus: int
+    """In all nodes together."""
+    nodes: int
+    precision: str
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    memory: list[Memory]
+    mfu: float
+    images_per_s: float
+    """Of all GPUs together."""
+    samples: int
+    steps: int
+    hours: float
+    gpu_hours: float
+    shards: int
+    shards_per_rank: float
+    checkpoint_gib: float
+    """Weights in the run's precision, master weights and both of Adam's averages in float32."""
 
 
 def forward_flops(recipe: Recipe) -> int:
     """Floating-point operations of one image's forward pass, a multiply-add counted as two.
 
-    Counted by torch on shapes alone (the meta device): matrix products and attention, as everybody counts
-    them.
+    Counted by torch on shapes alone: matrix products and attention, as everybody counts them.
     """
     with torch.device("meta"), torch.no_grad():
         method = build_method(recipe)
@@ -20,3 +99,130 @@ def forward_flops(recipe: Recipe) -> int:
         with FlopCounterMode(display=False) as counter:
             method(images, noise)
     return counter.get_total_flops()
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    gpus: int = 8,
+    nodes: int = 1,
+    gpu: str = "h100",
+    mfu: float = 0.4,
+    samples: int = IMAGENET,
+    shards: int | None = None,
+) -> Plan:
+    """What the recipe costs on `nodes` machines of `gpus` each, if a GPU reaches `mfu` (0 to 1) of its peak.
+
+    `samples`, `shards`: of the data set. UserError: an unknown GPU, a number out of range, or a global batch
+    that does not divide among the GPUs.
+    """
+    if gpu not in GPUS:
+        raise UserError(f"--gpu {gpu}: unknown; known are {', '.join(GPUS)}")
+    for name, value in {"--gpus": gpus, "--nodes": nodes, "samples": samples}.items():
+        if value < 1:
+            raise UserError(f"{name} {value}: must be at least 1")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu {mfu}: must lie in (0, 1]")
+    world = gpus * nodes
+    with torch.device("meta"):
+        method = build_method(recipe)
+    parameters = sum(p.numel() for p in method.parameters())
+    forward = forward_flops(recipe)
+    step = forward * (4 if recipe.engine.activation_checkpointing else 3)
+    peak = 1e12 * (GPUS[gpu].bits32 if recipe.engine.precision == "fp32" else GPUS[gpu].bits16)
+    images_per_s = world * mfu * peak / step
+    steps = recipe.total_steps(samples)
+    hours = steps * recipe.data.global_batch / images_per_s / 3600
+    shards = shards or -(-samples // SHARD_SAMPLES)
+    width, depth, heads = recipe.model.size
+    return Plan(
+        method=recipe.method.name,
+        encoder=f"{recipe.model.name} (width {width}, depth {depth}, heads {heads}, "
+        f"patch {recipe.model.patch_size})",
+        parameters=parameters,
+        encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
+        forward_gflops=forward / 1e9,
+        step_gflops=step / 1e9,
+        gpu=gpu,
+        gpus=world,
+        nodes=nodes,
+        precision=recipe.engine.precision,
+        micro_batch=recipe.engine.micro_batch,
+        accumulation=recipe.accumulation(world),
+        global_batch=recipe.data.global_batch,
+        memory=memory(recipe, parameters, world, GPUS[gpu].memory_gb * 1e9 / GIB),
+        mfu=mfu,
+        images_per_s=images_per_s,
+        samples=samples,
+        steps=steps,
+        hours=hours,
+        gpu_hours=hours * world,
+        shards=shards,
+        shards_per_rank=shards / world,
+        checkpoint_gib=parameters * sum(_state_bytes(recipe)[::2]) / GIB,
+    )
+
+
+def memory(recipe: Recipe, parameters: int, world: int, available_gib: float) -> list[Memory]:
+    """A GPU's memory by ZeRO stage. GPUs share the optimiser from stage 1, gradients from 2, weights in 3."""
+    per_image = activation_bytes(recipe)
+    weights, gradients, optimizer = (parameters * size for size in _state_bytes(recipe))
+    table = []
+    for stage in (0, 1, 2, 3):
+        states = (
+            weights / (world if stage >= 3 else 1)
+            + gradients / (world if stage >= 2 else 1)
+            + optimizer / (world if stage >= 1 else 1)
+        ) / GIB
+        activations = recipe.engine.micro_batch * per_image / GIB
+        room = available_gib - OVERHEAD_GIB - states
+        table.append(
+            Memory(
+                zero_stage=stage,
+                states=states,
+                activations=activations,
+                total=states + activations + OVERHEAD_GIB,
+                largest_micro_batch=max(0, int(room * GIB // per_image)),
+            )
+        )
+    return table
+
+
+def _state_bytes(recipe: Recipe) -> tuple[int, int, int]:
+    """Bytes a parameter: weights, gradients, optimiser. In 16 bits the optimiser holds float32 weights of its
+    own, and gradients are added up in float32 (ds_configs)."""
+    return (4, 4, 8) if recipe.engine.precision == "fp32" else (2, 4, 12)
+
+
+def as_json(plan: Plan) -> dict:
+    """The plan as plain numbers and strings, keys as the fields' names."""
+    return asdict(plan)
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan for a reader."""
+    lines = [
+        f"{plan.method}, {plan.encoder}",
+        f"parameters      {plan.parameters / 1e6:.1f} M, {plan.encoder_parameters / 1e6:.1f} M in the encoder",
+        f"one image       {plan.forward_gflops:.1f} GFLOP forward ({plan.forward_gflops / 2:.1f} G "
+        f"multiply-adds), {plan.step_gflops:.1f} a training step",
+        f"batch           {plan.global_batch} = {plan.micro_batch} a GPU x {plan.accumulation} accumulated "
+        f"x {plan.gpus} GPUs",
+        f"speed           {plan.images_per_s:,.0f} images/s on {plan.gpus} {plan.gpu} in {plan.nodes} "
+        f"node{'s' * (plan.nodes > 1)}, {plan.precision}, if MFU is {plan.mfu:.0%}",
+        f"schedule        {plan.steps:,} steps of {plan.samples:,} samples: {plan.hours:,.1f} hours, "
+        f"{plan.gpu_hours:,.0f} GPU-hours",
+        f"data            {plan.shards:,} shards, {plan.shards_per_rank:.1f} a rank",
+        f"checkpoint      {plan.checkpoint_gib:.1f} GiB",
+        f"memory a GPU    {'ZeRO':>4}{'states':>9}{'activations':>13}{'total':>8}   largest micro batch",
+    ]
+    lines += [
+        f"{'':16}{m.zero_stage:>4}{m.states:>8.1f}G{m.activations:>12.1f}G{m.total:>7.1f}G"
+        f"{m.largest_micro_batch:>22}"
+        for m in plan.memory
+    ]
+    lines.append(
+        f"Counted: parameters, operations, activations. Assumed: the MFU, {OVERHEAD_GIB:.0f} GiB a GPU beside "
+        "them, and a loader and a network that keep up."
+    )
+    return "\n".join(lines)

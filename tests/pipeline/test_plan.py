@@ -1,0 +1,137 @@
+"""The plan against the papers' figures and against counting by hand."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline.errors import UserError
+from pipeline.footprint import activation_bytes
+from pipeline.methods import build_method
+from pipeline.plan import GPUS, as_json, format_plan, forward_flops, plan
+from pipeline.recipe import load_recipe
+
+TABLE_3 = {  # "Efficient MAE towards Large-Scale Vision Transformers", 10^9 multiply-adds an image
+    "vitb16_mae": 9.8,
+    "vitl16_mae": 20.8,
+    "vith14_mae": 48.6,
+    "vitb16_efficient_mae": 7.6,
+    "vitl16_efficient_mae": 14.1,
+    "vith14_efficient_mae": 31.3,
+}
+
+
+@pytest.mark.parametrize("name", list(TABLE_3))
+def test_a_forward_pass_costs_what_table_3_says_and_never_more(name):
+    ours = forward_flops(load_recipe(name)) / 2e9
+    assert 0.96 * TABLE_3[name] <= ours <= TABLE_3[name]
+
+
+def test_mae_costs_what_its_layers_add_up_to_by_hand():
+    tokens, width, depth, decoder_tokens, narrow = 50, 768, 12, 197, 512
+    encoder = depth * (12 * width**2 * tokens + 2 * tokens**2 * width) + 49 * 768 * width
+    decoder = 8 * (12 * narrow**2 * decoder_tokens + 2 * decoder_tokens**2 * narrow) + tokens * width * narrow
+    head = 147 * narrow * 768
+    assert forward_flops(load_recipe("vitb16_mae")) == 2 * (encoder + decoder + head)
+
+
+def test_a_part_of_emae_costs_no_more_than_an_image_of_mae_and_less_with_a_share_decoded():
+    image = forward_flops(load_recipe("vitl16_mae"))
+    part = forward_flops(load_recipe("vitl16_emae")) / 4
+    assert part <= image * 1.0001
+    assert forward_flops(load_recipe("vitl16_emae", ["method.emae.decode_share=0.5"])) / 4 < 0.9 * image
+
+
+def test_parameters_are_counted_as_they_are():
+    for name in ("vitb16_mae", "vitb16_lomar"):
+        recipe = load_recipe(name)
+        method = build_method(recipe)
+        assert plan(recipe).parameters == sum(p.numel() for p in method.parameters())
+
+
+def test_time_is_work_over_speed():
+    recipe = load_recipe("vitl16_mae")
+    result = plan(recipe, gpus=4, nodes=2, gpu="a100", mfu=0.5)
+    step = 3 * forward_flops(recipe)
+    assert result.images_per_s == pytest.approx(8 * 0.5 * 312e12 / step)
+    assert result.steps == 500_456  # 1600 x 1,281,167 / 4096, rounded up
+    assert result.hours == pytest.approx(result.steps * 4096 / result.images_per_s / 3600)
+    assert result.gpu_hours == pytest.approx(8 * result.hours) and result.accumulation == 8
+    assert plan(recipe, gpus=4, nodes=2, gpu="a100", mfu=0.25).hours == pytest.approx(2 * result.hours)
+
+
+def test_each_zero_stage_shares_one_more_thing_among_the_gpus():
+    result = plan(load_recipe("vith14_mae"), gpus=8)
+    n, gib = result.parameters, 2**30
+    expected = [18 * n, (2 + 4 + 12 / 8) * n, (2 + 16 / 8) * n, 18 / 8 * n]
+    assert [m.states * gib for m in result.memory] == pytest.approx(expected)
+    assert [m.largest_micro_batch for m in result.memory] == sorted(
+        m.largest_micro_batch for m in result.memory
+    )
+
+
+@pytest.mark.parametrize("name", ["vitb16_mae", "vitb16_lomar"])
+def test_activations_are_what_autograd_keeps_by_a_real_count(name):
+    small = ["model.depth=3", "model.width=64", "model.heads=4", "engine.precision=fp32"]
+    recipe = load_recipe(name, [*small, "model.decoder_width=32", "model.decoder_heads=4"])
+    method = build_method(recipe)
+    weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
+
+    def kept(batch: int) -> int:
+        storages = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        images, noise = torch.rand(batch, 3, 224, 224), torch.rand(batch, method.noise_size)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            method(images, noise)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert activation_bytes(recipe) == pytest.approx(kept(5) - kept(4), rel=0.03)
+
+
+def test_checkpointing_saves_most_activations_and_costs_a_forward_pass():
+    plain = plan(load_recipe("vitl16_mae"))
+    saving = plan(load_recipe("vitl16_mae", ["engine.activation_checkpointing=true"]))
+    assert saving.memory[0].activations < 0.2 * plain.memory[0].activations
+    assert saving.step_gflops == pytest.approx(4 / 3 * plain.step_gflops)
+
+
+def test_the_json_holds_every_figure_and_the_text_names_the_main_ones():
+    result = plan(load_recipe("vitb16_emae"), samples=1000, shards=16)
+    again = json.loads(json.dumps(as_json(result)))
+    assert again["memory"][3]["zero_stage"] == 3 and again["shards_per_rank"] == 2
+    text = format_plan(result)
+    for part in (
+        "emae",
+        "vit_base",
+        "GFLOP",
+        "images/s",
+        "GPU-hours",
+        "largest micro batch",
+        "16 shards, 2.0 a rank",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpu": "h1000"}, "--gpu h1000: unknown; known are v100"),
+        ({"gpus": 0}, "--gpus 0: must be at least 1"),
+        ({"mfu": 1.5}, r"--mfu 1.5: must lie in \(0, 1\]"),
+        ({"gpus": 7}, "data.global_batch: 4096 is no multiple of"),
+    ],
+)
+def test_impossible_hardware_is_refused_in_one_line(options, message):
+    with pytest.raises(UserError, match=message):
+        plan(load_recipe("vitb16_mae"), **options)
+
+
+def test_every_gpu_in_the_table_can_be_planned_for():
+    for gpu in GPUS:
+        assert plan(load_recipe("vitb16_mae"), gpu=gpu).images_per_s > 0

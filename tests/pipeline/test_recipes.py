@@ -1,0 +1,64 @@
+"""The recipes that ship: complete, possible, documented, and with the papers' settings."""
+
+import re
+
+import pytest
+import torch
+
+from pipeline.methods import build_method
+from pipeline.recipe import SHIPPED, load_recipe, shipped_recipes
+
+MODELS = {
+    "vitb16": ("vit_base", 16, (768, 12, 12)),
+    "vitl16": ("vit_large", 16, (1024, 24, 16)),
+    "vith14": ("vit_huge", 14, (1280, 32, 16)),
+}
+METHODS = ("mae", "emae", "efficient_mae", "lomar")
+NAMES = [f"{model}_{method}" for model in MODELS for method in METHODS]
+every_recipe = pytest.mark.parametrize("name", NAMES)
+
+
+def test_three_models_of_four_methods_ship():
+    assert set(NAMES) <= set(shipped_recipes())
+
+
+@every_recipe
+def test_a_recipe_trains_the_model_and_the_method_of_its_name(name):
+    model, _, method = name.partition("_")
+    recipe = load_recipe(name)
+    named, patch, size = MODELS[model]
+    assert (recipe.model.name, recipe.model.patch_size, tuple(recipe.model.size)) == (named, patch, size)
+    assert recipe.method.name == method and recipe.data.image_size == 224
+    with torch.device("meta"):
+        build_method(recipe)
+
+
+@every_recipe
+def test_the_optimiser_is_the_papers(name):
+    optim = load_recipe(name).optim
+    assert (optim.base_lr, optim.betas, optim.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
+    assert optim.warmup_epochs == (20 if name.endswith("lomar") else 40) and optim.clip_grad is None
+
+
+@every_recipe
+def test_the_head_comment_names_paper_time_accuracy_and_command(name):
+    lines = (SHIPPED / f"{name}.yaml").read_text().splitlines()
+    head = "\n".join(line.removeprefix("# ") for line in lines[: lines.index("seed: 0")])
+    assert re.search(r"arXiv \d{4}\.\d{5}|WACV 2024", head)
+    assert "hours" in head.lower() and ("ImageNet-1k" in head or "No figure" in head)
+    assert f"deepspeed --module pipeline pretrain {name} --data DATA --run RUN" in head
+    assert "has not been trained to the end" in head.replace("\n", " ")
+
+
+def test_the_mask_ratios_are_the_papers():
+    visible = {name: load_recipe(name).num_visible for name in NAMES}
+    assert [visible[f"{model}_mae"] for model in MODELS] == [49, 49, 64]
+    assert [visible[f"{model}_emae"] for model in MODELS] == [49, 49, 64]  # K = 4 is MAE's ratio
+    assert [visible[f"{model}_efficient_mae"] for model in MODELS] == [29, 29, 38]
+    assert [visible[f"{model}_lomar"] for model in MODELS] == [10, 10, 10]  # 39 of 49 masked
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16])
+def test_the_batch_divides_among_the_usual_numbers_of_gpus(gpus):
+    for name in NAMES:
+        assert load_recipe(name).accumulation(gpus) >= 1
