@@ -19,6 +19,7 @@ from data_prep.card import write_card
 from data_prep.errors import UserError
 from data_prep.images import Policy
 from data_prep.pack import Job, disk_full, estimated_bytes, quarantine_entry, read_record
+from data_prep.pixels import load_resizer
 from data_prep.plan import Plan, ShardSize
 from data_prep.progress import Progress
 from data_prep.shard_set import (
@@ -113,6 +114,8 @@ def run_shards(job: Job, numbers: range, workers: int) -> None:
         raise UserError(
             f"{job.directory}: the build needs about {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free"
         )
+    if job.policy.resize is not None:
+        load_resizer()
     progress = Progress(sum(job.plan.shard_inputs(number) for number in missing))
     try:
         build_shards(job, numbers, workers, progress.update)

@@ -72,8 +72,9 @@ def prepare(data: bytes, policy: Policy, rotation: int = 0) -> Prepared:
         if policy.check == "decode":
             pixels.check_jpeg(data)
         return Prepared(data, header.width, header.height, grey, tuple(repairs))
-    array = pixels.orient(pixels.decode_jpeg(data, grey), orientation)
-    return _encode(pixels.rotate(array, rotation), policy, repairs)
+    array = pixels.decode_jpeg(data, header.width, header.height, grey, policy.resize)
+    array = pixels.rotate(pixels.orient(array, orientation), rotation)
+    return _encode(array, policy, repairs)
 
 
 def sniff(data: bytes) -> str:

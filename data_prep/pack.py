@@ -20,7 +20,7 @@ from data_prep.errors import UserError
 from data_prep.pixels import ImageError
 from data_prep.plan import Plan
 from data_prep.reading import Reader
-from data_prep.shard_file import BLOCK, ShardWriter
+from data_prep.shard_file import ShardWriter
 from data_prep.shard_set import (
     BUILD_DIRECTORY,
     Shard,
@@ -167,13 +167,8 @@ def _record_to_json(record: Record, plan: Plan) -> bytes:
 
 def estimated_bytes(job: Job, number: int) -> int:
     """About how large a shard will be: exact for what passes through, a guess for what is re-encoded."""
-    total = 2 * BLOCK
-    for sample in job.plan.shard(number):
-        size = sample.location.size
-        if job.policy.resize is not None:
-            size = min(size, job.policy.resize**2 // 2)
-        total += BLOCK + -(-size // BLOCK) * BLOCK + (2 * BLOCK if sample.label >= 0 else 0)
-    return total
+    limit = None if job.policy.resize is None else job.policy.resize**2 // 2
+    return job.plan.shard_bytes(number, limit)
 
 
 def _check_free_disk(job: Job, number: int) -> None:

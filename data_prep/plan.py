@@ -88,6 +88,16 @@ class Plan:
     def shard_inputs(self, shard: int) -> int:
         return int(self.bounds[shard + 1] - self.bounds[shard])
 
+    def shard_bytes(self, shard: int, image_limit: int | None = None) -> int:
+        """Of its tar file, metadata aside, if every image passes through, or takes image_limit bytes at
+        most."""
+        rows = self.order[self.bounds[shard] : self.bounds[shard + 1]]
+        sizes = np.asarray(self._size)[rows].astype(np.int64)
+        if image_limit is not None:
+            sizes = np.minimum(sizes, image_limit)
+        labels = int((np.asarray(self._label)[rows] >= 0).sum())
+        return int((BLOCK + -(-sizes // BLOCK) * BLOCK).sum()) + 2 * BLOCK * (labels + 1)
+
     def shard(self, shard: int) -> Iterable[Sample]:
         """The samples of one shard, in its order."""
         for row in self.order[self.bounds[shard] : self.bounds[shard + 1]]:

@@ -3,6 +3,7 @@
 Invariant: counts of a set are the sums of its shards' counts, in any order; so each shard stores its own.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -52,5 +53,5 @@ class Stats:
 
 
 def _bin(value: float, edges: tuple[float, ...]) -> str:
-    below = [edge for edge in edges if edge <= value]
-    return str(below[-1]) if below else "0"
+    place = bisect_right(edges, value)
+    return str(edges[place - 1]) if place else "0"
