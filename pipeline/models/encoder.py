@@ -5,18 +5,12 @@ Invariant: a parameter is used only inside the forward of the module that owns i
 module by module and would hand out an empty one otherwise.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from pipeline.models.block import LAYER_NORM_EPS, make_block, run_block
 from pipeline.models.position import sincos_2d
-
-LAYER_NORM_EPS = 1e-6  # MAE's; torch's own default is 1e-5
 
 
 class PatchProjection(nn.Module):
@@ -47,24 +41,6 @@ class PatchEmbed(nn.Module):
         return self.proj(patches)
 
 
-def make_block(width: int, heads: int) -> nn.Module:
-    """timm's pre-norm transformer block with MAE's settings; attention is torch's fused one."""
-    return Block(width, heads, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS))
-
-
-def run_blocks(
-    blocks: nn.ModuleList, tokens: torch.Tensor, attn_mask: torch.Tensor | None, checkpointing: bool
-) -> torch.Tensor:
-    """All blocks in turn. With `checkpointing` each block's activations are computed again in the backward
-    pass."""
-    for block in blocks:
-        if checkpointing and torch.is_grad_enabled():
-            tokens = checkpoint(block, tokens, attn_mask, use_reentrant=False)
-        else:
-            tokens = block(tokens, attn_mask)
-    return tokens
-
-
 def initialize_like_mae(module: nn.Module) -> None:
     """MAE's initialisation of one module's own parameters; for `nn.Module.apply`.
 
@@ -87,7 +63,7 @@ def initialize_like_mae(module: nn.Module) -> None:
 class Encoder(nn.Module):
     """A ViT with a class token and fixed positions that encodes any subset of an image's patches.
 
-    `grid`: patches along one side of the image. `make_block(width, heads)`: the transformer block to build.
+    `grid`: patches along one side of the image.
     """
 
     def __init__(
@@ -99,7 +75,6 @@ class Encoder(nn.Module):
         depth: int,
         heads: int,
         checkpointing: bool = False,
-        make_block: Callable[[int, int], nn.Module] = make_block,
     ) -> None:
         super().__init__()
         self.grid, self.patch_size, self.width = grid, patch_size, width
@@ -118,4 +93,6 @@ class Encoder(nn.Module):
         tokens = self.patch_embed(patches) + self.pos_embed[0, 1:][ids]
         cls_token = self.cls_token + self.pos_embed[:, :1]
         tokens = torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        return self.norm(run_blocks(self.blocks, tokens, None, self.checkpointing))
+        for block in self.blocks:
+            tokens = run_block(block, tokens, checkpointing=self.checkpointing)
+        return self.norm(tokens)

@@ -1,15 +1,11 @@
 """LoMaR's encoder: a ViT on one window of patches, mask tokens included, with relative positions only."""
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import nn
 
-from pipeline.models.encoder import (
-    LAYER_NORM_EPS,
-    PatchEmbed,
-    initialize_like_mae,
-    make_block,
-    run_blocks,
-)
+from pipeline.models.block import LAYER_NORM_EPS, make_block, run_block
+from pipeline.models.encoder import PatchEmbed, initialize_like_mae
 from pipeline.models.relative_position import RelativeAttention
 
 
@@ -25,7 +21,7 @@ class WindowEncoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = PatchEmbed(patch_size, width)
-        self.blocks = nn.ModuleList([make_block(width, heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([make_block(width, heads, Block) for _ in range(depth)])
         for block in self.blocks:
             block.attn = RelativeAttention(width, heads, window)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
@@ -42,4 +38,6 @@ class WindowEncoder(nn.Module):
         tokens = self.mask_token.to(seen.dtype).expand(count, self.window**2, width)
         tokens = tokens.scatter(1, ids[:, :, None].expand(-1, -1, width), seen)
         tokens = torch.cat([self.cls_token.expand(count, -1, -1), tokens], dim=1)
-        return self.norm(run_blocks(self.blocks, tokens, None, self.checkpointing))
+        for block in self.blocks:
+            tokens = run_block(block, tokens, checkpointing=self.checkpointing)
+        return self.norm(tokens)

@@ -1,0 +1,151 @@
+"""Every method on CIFAR-10 for the same time: loss, images/s and operations of a small ViT, patches of 4 pixels.
+
+    CIFAR10_DIR=... python benchmarks/methods_cifar.py                    60 seconds each
+    CIFAR10_DIR=... python benchmarks/methods_cifar.py --seconds 300 --json
+
+It shows that each method trains. It ranks nothing: the losses are over different patches with different weights,
+and what counts is what a model learned. CIFAR10_DIR holds train.tar with <split>/<class>/<number>.jpg. Images are
+decoded once into memory; the methods take turns, so that a machine that slows down slows all of them.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.methods import Method, build_method
+from pipeline.plan import forward_flops
+from pipeline.recipe import Recipe, load_recipe
+
+SMALL = (
+    "data.image_size=32",
+    "model.name=vit_tiny",
+    "model.patch_size=4",
+    "model.width=128",
+    "model.depth=4",
+    "model.heads=4",
+    "model.decoder_width=64",
+    "model.decoder_depth=2",
+    "model.decoder_heads=4",
+    "method.lomar.window_size=4",  # of 8 x 8 patches, as 7 is of 14 x 14
+    "method.efficient_mae.beta=6.5",  # 26 px at patch 16, in patches of 4
+)
+METHODS = {
+    "mae": ("vitb16_mae",),
+    "emae": ("vitb16_emae",),
+    "efficient_mae": ("vitb16_efficient_mae",),
+    "lomar": ("vitb16_lomar",),
+    "emae + difficulty": ("vitb16_emae", "method.emae.difficulty_flatten=true"),
+    "lomar + difficulty": ("vitb16_lomar", "method.lomar.difficulty_flatten=true"),
+}
+BATCH, WARM_UP, PEAK = 128, 50, 2e-3  # images, steps, learning rate
+TURN = 5.0  # seconds
+
+
+@dataclass
+class Run:
+    name: str
+    recipe: Recipe
+    method: Method
+    optimizer: torch.optim.Optimizer
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+
+def cifar10(directory: Path) -> torch.Tensor:
+    """All 50,000 training images, uint8 (N, 3, 32, 32)."""
+    with tarfile.open(directory / "train.tar") as archive:
+        images = [
+            np.asarray(Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB"))
+            for member in archive
+            if member.name.endswith(".jpg")
+        ]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def make_run(name: str) -> Run:
+    preset, *overrides = METHODS[name]
+    recipe = load_recipe(preset, [*SMALL, *overrides])
+    torch.manual_seed(0)
+    method = build_method(recipe)
+    groups = [
+        {"params": [p for p in method.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in method.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return Run(name, recipe, method, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95)))
+
+
+def take_turn(run: Run, images: torch.Tensor, seconds: float) -> None:
+    """Train for some seconds. The step's number decides images and noise, the same for every method."""
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (run.recipe.data.mean, run.recipe.data.std))
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        step = len(run.losses)
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(images), (BATCH,), generator=generator)
+        batch = (images[chosen].float() / 255 - mean) / std
+        if step % 2:
+            batch = batch.flip(3)
+        noise = torch.rand(BATCH, run.method.noise_size, generator=generator)
+        for group in run.optimizer.param_groups:
+            group["lr"] = PEAK * min(1.0, (step + 1) / WARM_UP)
+        loss = run.method(batch, noise).loss
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.losses.append(loss.item())
+    run.seconds += time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="of training for each method")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if "CIFAR10_DIR" not in os.environ:
+        sys.exit("CIFAR10_DIR is not set: name the folder that holds train.tar of CIFAR-10 as JPEG files")
+    images = cifar10(Path(os.environ["CIFAR10_DIR"]))
+    runs = [make_run(name) for name in METHODS]
+    while any(run.seconds < args.seconds for run in runs):
+        for run in runs:
+            if run.seconds < args.seconds:
+                take_turn(run, images, min(TURN, args.seconds - run.seconds))
+    rows = [
+        {
+            "method": run.name,
+            "mflops": forward_flops(run.recipe) / 1e6,
+            "steps": len(run.losses),
+            "images_per_s": len(run.losses) * BATCH / run.seconds,
+            "loss_first": float(np.mean(run.losses[:10])),
+            "loss_last": float(np.mean(run.losses[-50:])),
+        }
+        for run in runs
+    ]
+    if args.json:
+        print(json.dumps({"seconds": args.seconds, "threads": torch.get_num_threads(), "rows": rows}))
+        return
+    print(
+        f"{args.seconds:.0f} s each, batch {BATCH}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    )
+    print("| method | MFLOP/image, forward | steps | images/s | loss, first 10 steps | loss, last 50 |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['method']} | {row['mflops']:.1f} | {row['steps']} | {row['images_per_s']:.0f} "
+            f"| {row['loss_first']:.3f} | {row['loss_last']:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
