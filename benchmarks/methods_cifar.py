@@ -1,11 +1,12 @@
-"""Every method on CIFAR-10 for the same time: loss, images/s and operations of a small ViT, patches of 4 pixels.
+"""Every method on CIFAR-10 for the same time: loss, images/s and operations of a small ViT, patch 4.
 
     CIFAR10_DIR=... python benchmarks/methods_cifar.py                    60 seconds each
     CIFAR10_DIR=... python benchmarks/methods_cifar.py --seconds 300 --json
 
-It shows that each method trains. It ranks nothing: the losses are over different patches with different weights,
-and what counts is what a model learned. CIFAR10_DIR holds train.tar with <split>/<class>/<number>.jpg. Images are
-decoded once into memory; the methods take turns, so that a machine that slows down slows all of them.
+It shows that each method trains. It ranks nothing: the losses are over different patches with different
+weights, and what counts is what a model learned. CIFAR10_DIR holds train.tar with
+<split>/<class>/<number>.jpg. Images are decoded once into memory; the methods take turns, so that a machine
+that slows down slows all of them.
 """
 
 import argparse
@@ -136,7 +137,8 @@ def main() -> None:
         print(json.dumps({"seconds": args.seconds, "threads": torch.get_num_threads(), "rows": rows}))
         return
     print(
-        f"{args.seconds:.0f} s each, batch {BATCH}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+        f"{args.seconds:.0f} s each, batch {BATCH}, {torch.get_num_threads()} CPU threads, "
+        f"torch {torch.__version__}"
     )
     print("| method | MFLOP/image, forward | steps | images/s | loss, first 10 steps | loss, last 50 |")
     print("| --- | --- | --- | --- | --- | --- |")

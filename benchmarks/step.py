@@ -5,9 +5,9 @@
     python benchmarks/step.py --model vit_huge --patch 14 --batch 64 --compile
 
 A step is forward, backward and AdamW on random images; no loader, no network. The contestants take turns, so
-that a machine that slows down slows all of them, and the median of the turns counts. On a GPU ours hold bfloat16
-weights with float32 masters, as DeepSpeed does; the peers run under autocast, as their own examples do. Needs
-transformers and lightly.
+that a machine that slows down slows all of them, and the median of the turns counts. On a GPU ours hold
+bfloat16 weights with float32 masters, as DeepSpeed does; the peers run under autocast, as their own examples
+do. Needs transformers and lightly.
 """
 
 import argparse
@@ -232,8 +232,8 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
         torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     )
     print(
-        f"{args.model}, patch {args.patch}, {IMAGE} px, batch {args.batch}, {where}, torch {torch.__version__}; "
-        f"median of {args.rounds} turns of {args.steps}"
+        f"{args.model}, patch {args.patch}, {IMAGE} px, batch {args.batch}, {where}, "
+        f"torch {torch.__version__}; median of {args.rounds} turns of {args.steps}"
     )
     rate = {row["name"]: row["images_per_s"] for row in rows}
     best = max((rate[name] for name in PEERS if name in rate), default=None)

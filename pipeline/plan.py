@@ -203,9 +203,9 @@ def format_plan(plan: Plan) -> str:
     """The plan for a reader."""
     lines = [
         f"{plan.method}, {plan.encoder}",
-        f"parameters      {plan.parameters / 1e6:.1f} M, {plan.encoder_parameters / 1e6:.1f} M in the encoder",
-        f"one image       {plan.forward_gflops:.1f} GFLOP forward ({plan.forward_gflops / 2:.1f} G "
-        f"multiply-adds), {plan.step_gflops:.1f} a training step",
+        f"parameters      {plan.parameters / 1e6:.1f} M, encoder {plan.encoder_parameters / 1e6:.1f} M",
+        f"one image       {plan.forward_gflops:.1f} GFLOP forward, {plan.step_gflops:.1f} a training step "
+        f"({plan.forward_gflops / 2:.1f} G multiply-adds forward)",
         f"batch           {plan.global_batch} = {plan.micro_batch} a GPU x {plan.accumulation} accumulated "
         f"x {plan.gpus} GPUs",
         f"speed           {plan.images_per_s:,.0f} images/s on {plan.gpus} {plan.gpu} in {plan.nodes} "
@@ -222,7 +222,7 @@ def format_plan(plan: Plan) -> str:
         for m in plan.memory
     ]
     lines.append(
-        f"Counted: parameters, operations, activations. Assumed: the MFU, {OVERHEAD_GIB:.0f} GiB a GPU beside "
-        "them, and a loader and a network that keep up."
+        f"Counted: parameters, operations, activations. Assumed: the MFU, {OVERHEAD_GIB:.0f} GiB a GPU more, "
+        "and a loader and a network that keep up."
     )
     return "\n".join(lines)

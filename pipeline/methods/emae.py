@@ -40,6 +40,9 @@ class EMAE(Method):
     Layout: part k predicts the parts k+1, k+2, ..., k+K-1 (mod K), one slot s = 0 ... K-2 each. With a decode
     share below 1, only the first patches of every part, in noise order and so at random, are ever predicted:
     by all K-1 others, so that every pair of predictions stays a pair.
+
+    `flattening`: Efficient MAE's loss and decoder masking on every part; None, as in the paper: neither. What
+    is beyond the threshold counts for nothing, the consistency included.
     """
 
     def __init__(

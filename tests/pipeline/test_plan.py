@@ -32,8 +32,8 @@ def test_mae_costs_what_its_layers_add_up_to_by_hand():
     encoder = depth * (12 * width**2 * tokens + 2 * tokens**2 * width) + 49 * 768 * width
     decoder = 8 * (12 * narrow**2 * decoder_tokens + 2 * decoder_tokens**2 * narrow) + tokens * width * narrow
     head = 147 * narrow * 768
-    # Of the last block's 12 products 9, and its queries' attention, are spared for what it need not predict; the
-    # first block's 3 run for all 196 positions, once for a batch, and not for each image's 147.
+    # Of the last block's 12 products 9, and its queries' attention, are spared for what it need not predict;
+    # the first block's 3 run for all 196 positions, once for a batch, and not for each image's 147.
     spared = 9 * narrow**2 * tokens + 2 * tokens * decoder_tokens * narrow - 3 * narrow**2 * 49
     assert forward_flops(load_recipe("vitb16_mae")) == 2 * (encoder + decoder + head - spared)
 
