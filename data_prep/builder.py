@@ -2,61 +2,57 @@
 
 Invariant: OUT is always one of three things: absent (or empty), an unfinished build of exactly one plan (it
 has a .build directory), or a whole set (it has a manifest). Each step may be interrupted at any point and
-repeated; the bytes of the whole set do not depend on how often, nor on the number of workers.
+repeated; the bytes of the whole set do not depend on how often, nor on the number of workers and array tasks.
 """
 
-import contextlib
-import fcntl
-import json
-import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.card import write_card
 from data_prep.errors import UserError
+from data_prep.finish import (
+    NothingUsable,
+    finish,
+    lock,
+    read_ticket,
+    remove_build_directory,
+    ticket_of,
+    write_ticket,
+)
 from data_prep.images import Policy
-from data_prep.pack import Job, disk_full, estimated_bytes, quarantine_entry, read_record
+from data_prep.pack import Job, estimated_bytes, read_record
 from data_prep.pixels import load_resizer
 from data_prep.plan import Plan, ShardSize
 from data_prep.progress import Progress
-from data_prep.shard_set import (
-    BUILD_DIRECTORY,
-    FORMAT_VERSION,
-    MANIFEST,
-    QUARANTINE,
-    Manifest,
-    ShardSetError,
-    check_shard_files,
-    idx_path,
-    read_manifest,
-    tar_path,
-    write_atomically,
-    write_manifest,
-)
+from data_prep.shard_set import BUILD_DIRECTORY, MANIFEST, Manifest, ShardSetError, read_manifest
 from data_prep.sources.sample import Source
-from data_prep.stats import Stats
 from data_prep.workers import build_shards
 
-_IDENTITY = "build.json"
+
+@dataclass(frozen=True)
+class Task:
+    """The index-th of `count` shares of a build, from 0: every count-th shard."""
+
+    index: int
+    count: int
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user decided besides the source. Everything but `workers` is in the manifest's
-    options."""
+    """What the user decided besides the source. workers and task decide nothing about the set's bytes."""
 
     split: str
     seed: int
     shard_size: ShardSize
     policy: Policy
     workers: int
+    task: Task | None = None
 
 
-def build(source: Source, out: Path, settings: Settings, say=print) -> Manifest:
+def build(source: Source, out: Path, settings: Settings, say=print) -> Manifest | None:
     """Builds, or continues, the shard set of `source` in `out`; returns at once where it is whole already.
+    With a task it builds that share and returns None: `finalize` then makes the set whole.
 
     Raises UserError before anything is written when OUT holds something else; UserError or BuildStopped later
     leave a build that the same call continues.
@@ -68,20 +64,34 @@ def build(source: Source, out: Path, settings: Settings, say=print) -> Manifest:
         say(f"{out} is whole already: {whole.num_samples:,} samples in {len(whole.shards):,} shards")
         return whole
     created = not out.exists()
-    _begin(job, identity)
+    ticket = ticket_of(job, identity)
+    held = read_ticket(out)
+    if held is None:
+        write_ticket(out, ticket)
+    else:
+        _same_build(out, held.identity, identity, "an unfinished build of another set")
+    if settings.task is not None:
+        numbers = range(settings.task.index, job.plan.num_shards, settings.task.count)
+        with lock(out, exclusive=False):
+            run_shards(job, numbers, settings.workers)
+        say(f"{out}: task {settings.task.index} of {settings.task.count} is done, {len(numbers):,} shards")
+        return None
     try:
-        with _lock(job, exclusive=True):
+        with lock(out, exclusive=True):
             run_shards(job, range(job.plan.num_shards), settings.workers)
-            manifest = finish(job, identity)
-    except _NothingUsable as error:
-        for path in (job.build_directory, out) if created else (job.build_directory,):
-            shutil.rmtree(path)
+            manifest = finish(out, ticket)
+    except NothingUsable as error:
+        shutil.rmtree(out if created else job.build_directory)
         raise UserError(str(error)) from None
-    say(
+    say(describe(out, manifest))
+    return manifest
+
+
+def describe(out: Path, manifest: Manifest) -> str:
+    return (
         f"{out}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards, "
         f"{sum(manifest.repairs.values()):,} repaired, {manifest.quarantined:,} quarantined"
     )
-    return manifest
 
 
 def prepare(source: Source, out: Path, settings: Settings, say=print) -> tuple[Job, dict[str, Any]]:
@@ -98,21 +108,25 @@ def prepare(source: Source, out: Path, settings: Settings, say=print) -> tuple[J
         "plan_sha256": plan.sha256,
     }
     classes = f", {len(source.classes.names):,} classes" if source.classes.names else ""
+    needed = sum(estimated_bytes(job, number) for number in range(plan.num_shards))
     say(
         f"{source.kind} ({source.layout}): {plan.num_inputs:,} inputs{classes}, "
-        f"{plan.source_bytes / 1e6:,.1f} MB -> {plan.num_shards:,} shards in {out}"
+        f"{plan.source_bytes / 1e6:,.1f} MB -> {plan.num_shards:,} shards of {needed / 1e6:,.1f} MB in {out}"
     )
+    if source.expected is not None and source.expected != plan.num_inputs:
+        say(f"note: the data set as published has {source.expected:,} images")
     return job, identity
 
 
 def run_shards(job: Job, numbers: range, workers: int) -> None:
     """Builds those of the shards `numbers` that are not finished."""
-    missing = [number for number in numbers if read_record(job, number) is None]
+    missing = [n for n in numbers if read_record(job.directory, job.name(n), job.plan.sha256) is None]
     needed = sum(estimated_bytes(job, number) for number in missing)
     free = shutil.disk_usage(job.directory).free
     if free < needed:
         raise UserError(
-            f"{job.directory}: the build needs about {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free"
+            f"{job.directory}: the build needs about {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free; "
+            "make room and run the same command again"
         )
     if job.policy.resize is not None:
         load_resizer()
@@ -121,59 +135,6 @@ def run_shards(job: Job, numbers: range, workers: int) -> None:
         build_shards(job, numbers, workers, progress.update)
     finally:
         progress.close()
-
-
-def finish(job: Job, identity: dict[str, Any]) -> Manifest:
-    """Writes quarantine, card and, last, the manifest. Raises UserError when a shard is missing."""
-    shards, stats = [], Stats()
-    quarantine = []
-    for refused in job.plan.refused:
-        reason, _, detail = refused.reason.partition(": ")
-        quarantine.append(quarantine_entry(refused.location, reason, detail))
-        stats.quarantine[reason] += 1
-    for number in range(job.plan.num_shards):
-        record = read_record(job, number)
-        if record is None:
-            raise UserError(f"{job.directory}: shard {job.name(number)} is not built yet; run its task again")
-        stats.merge(record.stats)
-        quarantine += record.quarantine
-        if record.shard is not None:
-            shards.append(record.shard)
-    if not shards:
-        first = f"; the first: {quarantine[0]['source']}: {quarantine[0]['detail']}" if quarantine else ""
-        raise _NothingUsable(
-            f"no readable image in {job.source.root}: {len(quarantine):,} inputs refused{first}"
-        )
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        **identity,
-        inputs=job.plan.num_inputs,
-        quarantined=len(quarantine),
-        repairs=dict(sorted(stats.repairs.items())),
-        classes=job.source.classes.names,
-        class_names=job.source.classes.readable,
-        shards=tuple(shards),
-    )
-    try:
-        check_shard_files(job.directory, manifest)
-        lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
-        write_atomically(job.directory / QUARANTINE, lines.encode())
-        write_card(job.directory, manifest, stats)
-        for shard in shards:  # a manifest that survives a power cut must not speak of shards that did not
-            for path in (tar_path(job.directory, shard), idx_path(job.directory, shard)):
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        write_manifest(job.directory, manifest)
-    except ShardSetError as error:
-        raise UserError(f"{error}") from None
-    except OSError as error:
-        raise disk_full(job.directory) from error
-    _remove_build_directory(job.directory)
-    return manifest
-
-
-class _NothingUsable(Exception):
-    """Every input was refused: there is no set."""
 
 
 def _check_out(out: Path) -> None:
@@ -197,25 +158,8 @@ def _already_whole(out: Path, identity: dict[str, Any]) -> Manifest | None:
         raise UserError(str(error)) from None
     held = {name: getattr(manifest, name) for name in identity}
     _same_build(out, held, identity, "another shard set")
-    _remove_build_directory(out)
+    remove_build_directory(out)
     return manifest
-
-
-def _begin(job: Job, identity: dict[str, Any]) -> None:
-    """Marks OUT as an unfinished build of this plan, or checks that it is one."""
-    path = job.build_directory / _IDENTITY
-    try:
-        held = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        try:
-            job.build_directory.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(identity, indent=1).encode())
-        except OSError as error:
-            raise UserError(f"OUT {job.directory} can't be written: {error.strerror}") from None
-        return
-    except (OSError, ValueError):
-        raise UserError(f"{path} can't be read: remove {job.directory} and build again") from None
-    _same_build(job.directory, held, identity, "an unfinished build of another set")
 
 
 def _same_build(out: Path, held: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
@@ -228,24 +172,3 @@ def _same_build(out: Path, held: dict[str, Any], wanted: dict[str, Any], what: s
                 f"OUT {out} holds {what} ({name} {flat_held.get(name)!r}, not {value!r}); choose another"
             )
     raise UserError(f"OUT {out} holds {what} (its source had other files); choose another directory")
-
-
-@contextlib.contextmanager
-def _lock(job: Job, exclusive: bool) -> Iterator[None]:
-    """Keeps two builds out of one directory, where the file system has locks."""
-    with open(job.build_directory / "lock", "w") as file:
-        os.register_at_fork(after_in_child=file.close)
-        try:
-            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"OUT {job.directory} is being built by another process") from None
-        except OSError:
-            pass
-        if exclusive:
-            for leftover in job.build_directory.glob("*.tmp"):
-                leftover.unlink(missing_ok=True)
-        yield
-
-
-def _remove_build_directory(out: Path) -> None:
-    shutil.rmtree(out / BUILD_DIRECTORY, ignore_errors=True)

@@ -4,14 +4,17 @@ Invariant: both are a pure function of the set's content; they hold no time, pat
 """
 
 import io
+import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.shard_set import (
     CARD,
+    CARD_JSON,
     CONTACT_SHEET,
     QUARANTINE,
     Manifest,
@@ -29,6 +32,24 @@ _CLASSES_LISTED = 100
 def write_card(directory: Path, manifest: Manifest, stats: Stats) -> None:
     write_atomically(directory / CONTACT_SHEET, contact_sheet(directory, manifest))
     write_atomically(directory / CARD, card(manifest, stats).encode())
+    write_atomically(directory / CARD_JSON, (json.dumps(summary(manifest, stats), indent=1) + "\n").encode())
+
+
+def summary(manifest: Manifest, stats: Stats) -> dict[str, Any]:
+    """The card's figures. Histograms count from the named value up to the next one."""
+    return {
+        "source": manifest.source,
+        "split": manifest.split,
+        "seed": manifest.seed,
+        "options": dict(manifest.options),
+        "inputs": manifest.inputs,
+        "samples": manifest.num_samples,
+        "quarantined": manifest.quarantined,
+        "shards": len(manifest.shards),
+        "bytes": manifest.num_bytes,
+        "classes": len(manifest.classes),
+        **stats.to_json(),
+    }
 
 
 def card(manifest: Manifest, stats: Stats) -> str:

@@ -136,5 +136,7 @@ def _encode(array, policy: Policy, repairs: list[str]) -> Prepared:
     if policy.resize is not None:
         array = pixels.shrink(array, policy.resize)
     height, width, channels = array.shape
-    data = pixels.encode_jpeg(array, policy.quality or REENCODE_QUALITY)
+    # What is only mended keeps all it had; what is shrunk is to be small and fast to decode.
+    chroma = "444" if policy.resize is None and policy.quality is None else "420"
+    data = pixels.encode_jpeg(array, policy.quality or REENCODE_QUALITY, chroma)
     return Prepared(data, width, height, channels == 1, tuple(repairs))

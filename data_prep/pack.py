@@ -68,8 +68,9 @@ class Job:
     def name(self, number: int) -> str:
         return shard_name(self.source.kind, self.split, number)
 
-    def record_path(self, number: int) -> Path:
-        return self.build_directory / f"{self.name(number)}.json"
+
+def _record_path(directory: Path, name: str) -> Path:
+    return directory / BUILD_DIRECTORY / f"{name}.json"
 
 
 def build_shard(job: Job, number: int, reader: Reader, report: Report) -> Record:
@@ -82,8 +83,9 @@ def build_shard(job: Job, number: int, reader: Reader, report: Report) -> Record
             writer = ShardWriter(file)
             for sample in job.plan.shard(number):
                 details = job.source.details(sample.key)
-                data = reader.read(sample.location)
+                data = b""
                 try:
+                    data = reader.read(sample.location)
                     image = images.prepare(data, job.policy, details.rotation)
                 except ImageError as error:
                     quarantine.append(quarantine_entry(sample.location, error.reason, str(error)))
@@ -107,29 +109,30 @@ def build_shard(job: Job, number: int, reader: Reader, report: Report) -> Record
             os.replace(temporary, tar_path(job.directory, name))
             write_atomically(idx_path(job.directory, name), index)
         record = Record(shard, quarantine, stats)
-        write_atomically(job.record_path(number), _record_to_json(record, job.plan))
+        write_atomically(_record_path(job.directory, name), _record_to_json(record, job.plan))
         return record
     except OSError as error:
-        if error.errno in _FULL:
-            raise disk_full(job.directory) from None
-        raise UserError(f"{job.directory}: can't write shard {name}: {error.strerror}") from None
+        raise disk_full(job.directory, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def disk_full(directory: Path) -> UserError:
-    return UserError(f"{directory}: the disk or quota is full; make room and run the same command again")
+def disk_full(directory: Path, error: OSError | None = None) -> UserError:
+    """What to tell the user when writing failed; without `error` the disk is known to be full."""
+    if error is None or error.errno in _FULL:
+        return UserError(f"{directory}: the disk or quota is full; make room and run the same command again")
+    return UserError(f"{directory} can't be written: {error.strerror}")
 
 
 def quarantine_entry(location: Location, reason: str, detail: str) -> dict[str, str]:
     return {"source": location.container, "member": location.member, "reason": reason, "detail": detail}
 
 
-def read_record(job: Job, number: int) -> Record | None:
-    """The record of an earlier run, or None when the shard is still to be built."""
+def read_record(directory: Path, name: str, plan_sha256: str) -> Record | None:
+    """The record of a shard built earlier by the same plan, or None when it is still to be built."""
     try:
-        document = json.loads(job.record_path(number).read_bytes())
-        if document["plan_sha256"] != job.plan.sha256:
+        document = json.loads(_record_path(directory, name).read_bytes())
+        if document["plan_sha256"] != plan_sha256:
             return None
         shard = Shard(**document["shard"]) if document["shard"] else None
         return Record(shard, document["quarantine"], Stats.from_json(document["stats"]))
@@ -142,7 +145,7 @@ def is_finished(job: Job, number: int) -> bool:
 
     They are read again: a machine that lost its power may have kept a file's name and lost its content.
     """
-    record = read_record(job, number)
+    record = read_record(job.directory, job.name(number), job.plan.sha256)
     if record is None:
         return False
     if record.shard is None:

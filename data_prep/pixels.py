@@ -63,11 +63,11 @@ def decode_jpeg(
         raise _undecodable(error) from None
 
 
-def encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
+def encode_jpeg(pixels: np.ndarray, quality: int, chroma: str) -> bytes:
+    """chroma: "444" keeps colour at full resolution, "420" halves it in both directions."""
     grey = pixels.shape[2] == 1
-    return simplejpeg.encode_jpeg(
-        np.ascontiguousarray(pixels), quality, "GRAY" if grey else "RGB", "Gray" if grey else "420"
-    )
+    pixels = np.ascontiguousarray(pixels)
+    return simplejpeg.encode_jpeg(pixels, quality, "GRAY" if grey else "RGB", "Gray" if grey else chroma)
 
 
 def decode_other(data: bytes, max_pixels: int) -> tuple[np.ndarray, list[str], int]:

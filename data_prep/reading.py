@@ -1,15 +1,20 @@
 """Reads the bytes of one planned image from wherever it lies.
 
 Invariant: exactly the planned bytes come back, or UserError says which source can't be read: a build must not
-go on over a source that is changing or failing under it.
+go on over a source that is changing or failing under it. What is wrong with one image alone is an ImageError.
+No read takes more memory than IMAGE_BYTES_LIMIT.
 """
 
 import os
+import zlib
 from collections import OrderedDict
 
 from data_prep.errors import UserError
+from data_prep.pixels import ImageError
+from data_prep.sources.archives import open_gzip
 from data_prep.sources.sample import Location, Storage
 
+IMAGE_BYTES_LIMIT = 512 << 20
 _OPEN_FILES = 256
 
 
@@ -21,25 +26,50 @@ class Reader:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
     def read(self, location: Location) -> bytes:
-        """Raises UserError."""
+        """Raises UserError, and ImageError for what is too large or does not inflate."""
+        if location.size > IMAGE_BYTES_LIMIT:
+            raise ImageError("too_large", f"a file of {location.size:,} bytes")
         try:
-            if location.storage == Storage.FILE:
-                with open(os.path.join(self._root, location.container), "rb", buffering=0) as file:
-                    data = file.read(location.size + 1)
-            else:
-                data = self._pread(location)
+            data = self._read(location)
         except OSError as error:
-            raise UserError(f"{location} can't be read from {self._root}: {error.strerror}") from None
+            raise UserError(
+                f"{location} can't be read from {self._root}: {error.strerror or error}"
+            ) from None
         if len(data) != location.size:
             raise UserError(
                 f"{location} in {self._root} has changed since the build was planned: it no longer has "
                 f"{location.size:,} bytes"
             )
-        return data
+        return _inflate(data) if location.storage == Storage.DEFLATED else data
 
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+    def _read(self, location: Location) -> bytes:
+        path = os.path.join(self._root, location.container) if location.container else self._root
+        if location.storage == Storage.FILE:
+            with open(path, "rb", buffering=0) as file:
+                return file.read(location.size + 1)
+        if location.storage == Storage.GZIPPED:
+            file = open_gzip(path)
+            file.seek(location.offset)
+            return file.read(location.size)
+        return os.pread(self._descriptor(path), location.size, location.offset)
 
-    def _pread(self, location: Location) -> bytes:
-        raise NotImplementedError(location.storage)
+    def _descriptor(self, path: str) -> int:
+        if path in self._descriptors:
+            self._descriptors.move_to_end(path)
+        else:
+            if len(self._descriptors) >= _OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
+
+
+def _inflate(data: bytes) -> bytes:
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        inflated = stream.decompress(data, IMAGE_BYTES_LIMIT)
+    except zlib.error as error:
+        raise ImageError("damaged_member", f"the archive's member does not inflate ({error})") from None
+    if not stream.eof:
+        reason = "too_large" if stream.unconsumed_tail else "damaged_member"
+        raise ImageError(reason, "the archive's member does not inflate to its end")
+    return inflated

@@ -4,7 +4,8 @@
     imagenet-train-000000.idx   DALI's index: "v1.2 SAMPLES", then per sample "EXTENSION OFFSET SIZE NAME ..."
     manifest.json               what the set is; sizes and sha256 of every shard and index
     quarantine.jsonl            every input that is not in the shards, and why
-    card.md, contact_sheet.png  for people
+    wids.json                   the list of shards as the wids library reads it
+    card.md, card.json, contact_sheet.png   counts and pictures, for people
 
 Invariant: a directory with a readable manifest.json is a whole set. The manifest is written last and
 atomically, and whatever differs from what it says is an error that names the file. Everything read here is
@@ -24,12 +25,8 @@ import numpy as np
 
 FORMAT = "shardmae-shard-set"
 FORMAT_VERSION = 1
-MANIFEST, QUARANTINE, CARD, CONTACT_SHEET = (
-    "manifest.json",
-    "quarantine.jsonl",
-    "card.md",
-    "contact_sheet.png",
-)
+MANIFEST, QUARANTINE, WIDS = "manifest.json", "quarantine.jsonl", "wids.json"
+CARD, CARD_JSON, CONTACT_SHEET = "card.md", "card.json", "contact_sheet.png"
 BUILD_DIRECTORY = ".build"
 """Where an unfinished build keeps its state; a whole set has none."""
 

@@ -4,10 +4,14 @@ Invariant: verify trusts no part of the set: tar, index and manifest are each re
 It goes on after a fault, so that one run names them all.
 """
 
+import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from data_prep.shard_file import KEY, read_members
 from data_prep.shard_set import (
@@ -26,20 +30,27 @@ from data_prep.shard_set import (
 )
 
 
-def faults(directory: Path) -> Iterator[str]:
-    """Yields one line for each fault that is found; nothing for a set that is whole and true.
+def faults(directory: Path, deep: bool = False) -> Iterator[str]:
+    """Yields one line for each fault that is found; nothing for a set that is whole and true. deep: decode
+    every image with DALI.
 
     Raises ShardSetError when the manifest can't be used at all.
     """
     manifest = read_manifest(directory)
-    keys: set[bytes] = set()
+    keys = array("Q")
     for shard in manifest.shards:
         yield from _shard_faults(directory, manifest, shard, keys)
+    yield from _repeated_keys(directory, manifest, keys)
+    if deep:
+        from data_prep.deep import undecodable
+
+        for shard in manifest.shards:
+            yield from undecodable(directory, shard)
     yield from _quarantine_faults(directory, manifest)
     yield from _stray_files(directory, manifest)
 
 
-def _shard_faults(directory: Path, manifest: Manifest, shard: Shard, keys: set[bytes]) -> Iterator[str]:
+def _shard_faults(directory: Path, manifest: Manifest, shard: Shard, keys: array) -> Iterator[str]:
     sound = True
     for check in (check_shard_bytes, read_index):
         try:
@@ -68,14 +79,33 @@ def _shard_faults(directory: Path, manifest: Manifest, shard: Shard, keys: set[b
         yield f"{error.filename} can't be read: {error.strerror}"
 
 
-def _key_faults(shard: Shard, files: list, keys: set[bytes]) -> Iterator[str]:
+def _key_faults(shard: Shard, files: list, keys: array) -> Iterator[str]:
     names = {name.removesuffix("." + extension) for extension, _, _, name in files}
     key = names.pop()
     if names or not KEY.fullmatch(key):
         yield f"{shard.name}: sample {key!r} is no single, well-formed key"
-    if key.encode() in keys:
-        yield f"{shard.name}: key {key!r} is in the set twice"
-    keys.add(key.encode())
+    keys.append(_hash(key))
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def _repeated_keys(directory: Path, manifest: Manifest, keys: array) -> Iterator[str]:
+    """Eight bytes a key are kept; only when two are equal are the indexes read again for the names."""
+    ordered = np.sort(np.asarray(keys))
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    seen: dict[str, str] = {}
+    for shard in manifest.shards if suspects else ():
+        try:
+            for key in read_index(directory, shard).keys:
+                if _hash(key) not in suspects:
+                    continue
+                if key in seen:
+                    yield f"{shard.name}: key {key!r} is also in {seen[key]}"
+                seen[key] = shard.name
+        except ShardSetError:
+            continue
 
 
 def _label_faults(directory: Path, manifest: Manifest, shard: Shard, files: list) -> Iterator[str]:

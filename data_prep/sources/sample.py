@@ -82,6 +82,7 @@ class Source(Protocol):
     classes: Classes
     root: str
     """Containers are paths below it."""
+    expected: int | None
 
     def samples(self) -> Iterator[Sample]: ...
 
@@ -99,6 +100,8 @@ class PlainSource:
     layout: str
     root: str
     classes: Classes = field(default_factory=Classes)
+    expected: int | None = None
+    """Samples of the whole data set as it was published, where that is known."""
 
     def details(self, key: str) -> Details:
         return NO_DETAILS

@@ -6,26 +6,14 @@ import shutil
 
 import pytest
 from bytes_of import contents
+from shard_contents import samples
 
 from data_prep.shard_set import (
     ShardSetError,
     check_shard_bytes,
     check_shard_files,
-    read_index,
     read_manifest,
-    tar_path,
 )
-
-
-def _samples(directory, extension="jpg"):
-    """Key -> bytes, read by the index alone."""
-    found = {}
-    for shard in read_manifest(directory).shards:
-        index = read_index(directory, shard, extension)
-        data = tar_path(directory, shard).read_bytes()
-        for key, offset, size in zip(index.keys, index.offsets, index.sizes, strict=True):
-            found[key] = data[offset : offset + size]
-    return found
 
 
 def test_a_folder_becomes_a_set_with_the_sources_bytes_and_labels(image_folder, tmp_path, data_prep):
@@ -39,8 +27,8 @@ def test_a_folder_becomes_a_set_with_the_sources_bytes_and_labels(image_folder, 
     assert (manifest.num_samples, manifest.classes) == (30, ("ant", "bee", "cat"))
     assert [shard.samples for shard in manifest.shards] == [8, 8, 8, 6]
     source = {f"{p.parent.name}_{p.stem}": p for p in image_folder.rglob("*.jpg")}
-    assert _samples(out) == {key: path.read_bytes() for key, path in source.items()}
-    labels = _samples(out, "cls")
+    assert samples(out) == {key: path.read_bytes() for key, path in source.items()}
+    labels = samples(out, "cls")
     assert labels == {key: b"%d" % manifest.classes.index(p.parent.name) for key, p in source.items()}
     assert data_prep("verify", out).returncode == 0
     assert "| samples | 30 |" in data_prep("info", out).stdout
@@ -51,7 +39,7 @@ def test_samples_are_shuffled_over_all_shards_and_the_seed_decides_how(image_fol
     for seed in (0, 0, 1):
         out = tmp_path / f"shards{len(orders)}"
         data_prep("folder", image_folder, out, "--shard-size", "10", "--seed", seed)
-        orders.append(list(_samples(out)))
+        orders.append(list(samples(out)))
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == sorted(orders[2]) != orders[0]
     assert all(len({key[:3] for key in orders[0][i : i + 10]}) > 1 for i in (0, 10, 20))
@@ -79,7 +67,7 @@ def test_dalis_own_reader_returns_the_sources_bytes(image_folder, tmp_path, data
     for _ in range(30):
         image, label = pipeline.run()
         seen.append((image.at(0).tobytes(), label.at(0).tobytes()))
-    assert seen == list(zip(_samples(out).values(), _samples(out, "cls").values(), strict=True))
+    assert seen == list(zip(samples(out).values(), samples(out, "cls").values(), strict=True))
 
 
 def test_webdataset_returns_the_sources_bytes(image_folder, tmp_path, data_prep):
@@ -89,8 +77,8 @@ def test_webdataset_returns_the_sources_bytes(image_folder, tmp_path, data_prep)
     data_prep("folder", image_folder, out, "--shard-size", "8")
     paths = [str(out / f"{shard.name}.tar") for shard in read_manifest(out).shards]
     seen = {s["__key__"]: (s["jpg"], s["cls"]) for s in webdataset.WebDataset(paths, shardshuffle=False)}
-    labels = _samples(out, "cls")
-    assert seen == {key: (data, labels[key]) for key, data in _samples(out).items()}
+    labels = samples(out, "cls")
+    assert seen == {key: (data, labels[key]) for key, data in samples(out).items()}
 
 
 def test_the_set_is_the_same_to_the_byte_for_any_number_of_workers(image_folder, tmp_path, data_prep):
@@ -121,7 +109,7 @@ def test_content_decides_not_the_files_ending(image_folder, tmp_path, data_prep,
     os.symlink("/etc/hostname", image_folder / "bee" / "link.jpg")
     out = tmp_path / "shards"
     assert data_prep("folder", image_folder, out).returncode == 0
-    assert _samples(out)["bee_photograph"] == photographs[40]
+    assert samples(out)["bee_photograph"] == photographs[40]
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert {line["source"]: line["reason"] for line in lines} == {
         "bee/page.jpg": "not_an_image",
@@ -150,7 +138,7 @@ def test_names_that_collide_after_normalisation_are_quarantined(tmp_path, data_p
         (source / name).write_bytes(data)
     out = tmp_path / "shards"
     assert data_prep("folder", source, out).returncode == 0
-    assert len(_samples(out)) == 3, "names that lose letters keep apart by a hash"
+    assert len(samples(out)) == 3, "names that lose letters keep apart by a hash"
     (line,) = (out / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "duplicate_key"
     assert json.loads(line)["source"] == "a_b.png" and "a/b.jpg" in json.loads(line)["detail"]

@@ -1,6 +1,5 @@
 """A build killed anywhere is continued by the same command and ends with the same bytes."""
 
-import json
 import os
 import random
 import signal
@@ -106,10 +105,9 @@ def test_a_source_that_changes_during_the_build_stops_it(many_images, tmp_path, 
 
 def test_an_unfinished_build_is_continued_only_with_the_same_options(many_images, tmp_path, data_prep):
     out = tmp_path / "shards"
-    (out / ".build").mkdir(parents=True)
-    (out / ".build" / "build.json").write_text(json.dumps({"source": "folder", "seed": 0, "options": {}}))
-    done = data_prep("folder", many_images, out)
-    assert done.returncode == 2 and "holds an unfinished build of another set" in done.stderr
+    data_prep("folder", many_images, out, "--task-index", 0, "--num-tasks", 2)
+    done = data_prep("folder", many_images, out, "--seed", 1)
+    assert done.returncode == 2 and "an unfinished build of another set (seed 0, not 1)" in done.stderr
 
 
 def test_two_builds_of_one_directory_do_not_run_at_once(many_images, tmp_path):

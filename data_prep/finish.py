@@ -1,0 +1,194 @@
+"""Makes a whole set of an unfinished build, once every shard of its plan is there.
+
+Invariant: everything written here is a function of the build's ticket and the shards' records, so that it
+does not matter which process finishes, nor who built which shard.
+
+    .build/build.json   the ticket: what is built (`identity`), and what the plan knows that no shard does
+    .build/SHARD.json   a shard's record
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.card import write_card
+from data_prep.errors import UserError
+from data_prep.pack import Job, disk_full, quarantine_entry, read_record
+from data_prep.shard_set import (
+    BUILD_DIRECTORY,
+    FORMAT_VERSION,
+    MANIFEST,
+    QUARANTINE,
+    WIDS,
+    Manifest,
+    ShardSetError,
+    check_shard_files,
+    idx_path,
+    shard_name,
+    tar_path,
+    write_atomically,
+    write_manifest,
+)
+from data_prep.stats import Stats
+
+_TICKET = "build.json"
+_NAMED = 3  # missing shards that a message lists
+
+
+class NothingUsable(Exception):
+    """Every input was refused: there is no set."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """identity: the manifest's fields that tell one build from another. refused: quarantine entries of inputs
+    that are in no shard's plan. root: the source, for messages."""
+
+    identity: dict[str, Any]
+    num_shards: int
+    inputs: int
+    classes: list[str]
+    class_names: list[str]
+    refused: list[dict[str, str]]
+
+
+def ticket_of(job: Job, identity: dict[str, Any]) -> Ticket:
+    refused = []
+    for item in job.plan.refused:
+        reason, _, detail = item.reason.partition(": ")
+        refused.append(quarantine_entry(item.location, reason, detail))
+    classes = job.source.classes
+    return Ticket(
+        identity,
+        job.plan.num_shards,
+        job.plan.num_inputs,
+        list(classes.names),
+        list(classes.readable),
+        refused,
+    )
+
+
+def read_ticket(out: Path) -> Ticket | None:
+    """None where OUT holds no unfinished build. Raises UserError when it can't be read."""
+    path = out / BUILD_DIRECTORY / _TICKET
+    try:
+        return Ticket(**json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path} can't be read: remove {out} and build again") from None
+
+
+def write_ticket(out: Path, ticket: Ticket) -> None:
+    try:
+        (out / BUILD_DIRECTORY).mkdir(parents=True, exist_ok=True)
+        write_atomically(out / BUILD_DIRECTORY / _TICKET, json.dumps(asdict(ticket)).encode())
+    except OSError as error:
+        raise UserError(f"OUT {out} can't be written: {error.strerror}") from None
+
+
+def finish(out: Path, ticket: Ticket) -> Manifest:
+    """Writes quarantine, card and, last, the manifest. Raises UserError when a shard is missing,
+    NothingUsable when no input was fit for any."""
+    shards, stats, quarantine, missing = [], Stats(), list(ticket.refused), []
+    for entry in ticket.refused:
+        stats.quarantine[entry["reason"]] += 1
+    for number in range(ticket.num_shards):
+        name = shard_name(ticket.identity["source"], ticket.identity["split"], number)
+        record = read_record(out, name, ticket.identity["plan_sha256"])
+        if record is None:
+            missing.append(name)
+            continue
+        stats.merge(record.stats)
+        quarantine += record.quarantine
+        if record.shard is not None:
+            shards.append(record.shard)
+    if missing:
+        names = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        raise UserError(
+            f"OUT {out}: {len(missing):,} of {ticket.num_shards:,} shards are not built yet ({names}); "
+            "run the build, or those of its array tasks that failed, again"
+        )
+    if not shards:
+        first = f"; the first: {quarantine[0]['source']}: {quarantine[0]['detail']}" if quarantine else ""
+        raise NothingUsable(f"no readable image in SRC: {len(quarantine):,} inputs refused{first}")
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        **ticket.identity,
+        inputs=ticket.inputs,
+        quarantined=len(quarantine),
+        repairs=dict(sorted(stats.repairs.items())),
+        classes=tuple(ticket.classes),
+        class_names=tuple(ticket.class_names),
+        shards=tuple(shards),
+    )
+    try:
+        check_shard_files(out, manifest)
+        lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
+        write_atomically(out / QUARANTINE, lines.encode())
+        write_atomically(out / WIDS, _wids(manifest))
+        write_card(out, manifest, stats)
+        for shard in shards:  # a manifest that survives a power cut must not speak of shards that did not
+            for path in (tar_path(out, shard), idx_path(out, shard)):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        write_manifest(out, manifest)
+    except ShardSetError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise disk_full(out, error) from None
+    remove_build_directory(out)
+    return manifest
+
+
+def finalize(out: Path) -> Manifest | None:
+    """For builds by array tasks. None when OUT is whole already. Raises UserError and ShardSetError."""
+    ticket = read_ticket(out)
+    if (out / MANIFEST).exists():
+        remove_build_directory(out)
+        return None
+    if ticket is None:
+        raise UserError(f"OUT {out} holds no unfinished build; the build's own command begins one")
+    with lock(out, exclusive=True):
+        try:
+            return finish(out, ticket)
+        except NothingUsable as error:
+            raise UserError(str(error)) from None
+
+
+@contextlib.contextmanager
+def lock(out: Path, exclusive: bool) -> Iterator[None]:
+    """Keeps other builds out of the directory (array tasks share it), where the file system has locks."""
+    with open(out / BUILD_DIRECTORY / "lock", "w") as file:
+        os.register_at_fork(
+            after_in_child=file.close
+        )  # the lock ends with this process, not with a stray worker
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"OUT {out} is being built by another process") from None
+        except OSError:
+            pass
+        if exclusive:
+            for leftover in (out / BUILD_DIRECTORY).glob("*.tmp"):
+                leftover.unlink(missing_ok=True)
+        yield
+
+
+def remove_build_directory(out: Path) -> None:
+    shutil.rmtree(out / BUILD_DIRECTORY, ignore_errors=True)
+
+
+def _wids(manifest: Manifest) -> bytes:
+    shards = [
+        {"url": f"{shard.name}.tar", "nsamples": shard.samples, "filesize": shard.bytes}
+        for shard in manifest.shards
+    ]
+    index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
+    return (json.dumps(index, indent=1) + "\n").encode()
