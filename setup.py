@@ -10,6 +10,7 @@ OUTSIDE = {"pipeline.ds_configs": "ds_configs", "pipeline.slurm": "slurm"}
 
 CORE = [
     "deepspeed>=0.19",
+    "matplotlib>=3.8",
     "numpy>=1.26",
     "pillow>=10.3",
     "pydantic>=2.7",

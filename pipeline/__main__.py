@@ -92,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="PNG", help="where the picture goes")
     command.add_argument("--count", type=_positive, default=8, metavar="N", help="photographs (default: 8)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
+
+    command = _command(
+        commands,
+        "report",
+        _report,
+        "make a page of a run",
+        "Write RUN/report.html: curves, reconstructions, interruptions, recipe and environment in one file.",
+        "example:\n  python -m pipeline report runs/demo\n",
+    )
+    command.add_argument("run", type=Path, metavar="RUN", help="run directory")
     return parser
 
 
@@ -122,6 +132,12 @@ def _reconstruct(args: argparse.Namespace) -> None:
     from pipeline.evals.reconstruct import reconstruct
 
     print(reconstruct(args.run, args.images, args.out, args.count, args.seed))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from pipeline.report import report
+
+    print(report(args.run))
 
 
 def _positive(text: str) -> int:

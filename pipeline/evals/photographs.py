@@ -1,11 +1,13 @@
 """Photographs of a folder as a batch, the way evaluation sees them: shorter side resized, centre cropped."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.recipe import DataSection
 
@@ -18,23 +20,36 @@ def load_photographs(folder: Path, count: int, data: DataSection) -> torch.Tenso
     if not folder.exists():
         raise UserError(f"--images {folder}: no such file or folder")
     paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]
-    images = []
+    images: list[Image.Image] = []
     for path in paths:
         if len(images) == count:
             break
         try:
             with Image.open(path) as image:
-                square = ImageOps.fit(
-                    ImageOps.exif_transpose(image).convert("RGB"),
-                    (data.image_size, data.image_size),
-                    Image.Resampling.BICUBIC,
-                )
+                images.append(ImageOps.exif_transpose(image).convert("RGB"))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue
-        images.append(np.asarray(square, np.float32) / 255)
     if not images:
         raise UserError(f"--images {folder}: no image there that can be read")
-    batch = (np.stack(images) - np.array(data.mean, np.float32)) / np.array(data.std, np.float32)
+    return as_batch(images, data)
+
+
+def first_of_set(reader: ShardReader, count: int, data: DataSection) -> torch.Tensor:
+    """The first `count` images of a shard set as a batch, the same at every call."""
+    places = [
+        (shard, i) for shard, size in enumerate(reader.shard_sizes[:count]) for i in range(min(size, count))
+    ]
+    encoded = [reader.read(shard, index) for shard, index in places[:count]]
+    return as_batch([Image.open(io.BytesIO(image)).convert("RGB") for image in encoded], data)
+
+
+def as_batch(images: list[Image.Image], data: DataSection) -> torch.Tensor:
+    """RGB images of any size to (B, 3, S, S) float32, normalised: the largest central square, resized."""
+    size = (data.image_size, data.image_size)
+    squares = [
+        np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC), np.float32) for image in images
+    ]
+    batch = (np.stack(squares) / 255 - np.array(data.mean, np.float32)) / np.array(data.std, np.float32)
     return torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
 
 

@@ -1,27 +1,11 @@
-"""The picture of what a method reconstructs: original, what it saw, what it made of that.
+"""`python -m pipeline reconstruct`: photographs through a trained method, as a picture."""
 
-One row a photograph. MAE has one view; EMAE's K parts stand side by side, and the last column is, patch by
-patch, the mean prediction of the parts that did not see it: nothing in it is copied from the original.
-"""
-
-import math
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
-from pipeline.data.random import Purpose, uniform
 from pipeline.errors import UserError
-from pipeline.evals.photographs import load_photographs, to_pixels
-from pipeline.losses import patchify
-from pipeline.methods.method import Method
-from pipeline.recipe import Recipe
+from pipeline.evals.photographs import load_photographs
+from pipeline.evals.picture import picture
 from pipeline.trained import load_run
-
-GAP, HEADER, GREY = 6, 26, 0.5
-TILE = 160
-"""Pixels a tile is enlarged to at least, by a whole factor."""
 
 
 def reconstruct(run: Path, images: Path, out: Path, count: int, seed: int) -> str:
@@ -33,56 +17,3 @@ def reconstruct(run: Path, images: Path, out: Path, count: int, seed: int) -> st
     out.parent.mkdir(parents=True, exist_ok=True)
     picture(trained.method, trained.recipe, batch, seed).save(out)
     return f"{out}: {len(batch)} photographs after step {trained.step}"
-
-
-def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> Image.Image:
-    """The grid for images (B, 3, S, S); the masks follow from `seed`."""
-    noise = torch.from_numpy(uniform(seed, Purpose.MASK, 0, np.arange(len(batch)), method.noise_size))
-    result = method.reconstruct(batch, noise)
-    size, patch = recipe.data.image_size, recipe.model.patch_size
-    patches = patchify(batch, patch)
-    visible = result.visible[..., None]
-    grey = (torch.full((3,), GREY) - torch.tensor(recipe.data.mean)) / torch.tensor(recipe.data.std)
-    columns = [("original", batch)]
-    views = result.pixels.shape[1]
-    for k in range(views):
-        seen = torch.where(visible[:, k], patches, grey.repeat(patch * patch))
-        name = f" {k + 1}" if views > 1 else ""
-        columns.append((f"seen{name}", _unpatchify(seen, patch)))
-        columns.append((f"predicted{name}", _unpatchify(result.pixels[:, k], patch)))
-    if views > 1:
-        unseen = (~visible).float()
-        mean = (result.pixels * unseen).sum(1) / unseen.sum(1).clamp(min=1)
-        columns.append(("mean prediction", _unpatchify(mean, patch)))
-    return _grid([(title, to_pixels(tile, recipe.data)) for title, tile in columns], size, _footnote(recipe))
-
-
-def _unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, L, P*P*3) in patchify's order back to square images (B, 3, S, S)."""
-    batch, length, _ = patches.shape
-    grid = math.isqrt(length)
-    tiles = patches.reshape(batch, grid, grid, patch_size, patch_size, 3)
-    return tiles.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, grid * patch_size, grid * patch_size)
-
-
-def _footnote(recipe: Recipe) -> str:
-    text = f"{recipe.method.name}, patches of {recipe.model.patch_size} px"
-    if recipe.method.normalize_targets:
-        text += "; targets are normalised: mean and contrast of each predicted patch are the original's"
-    return text
-
-
-def _grid(columns: list[tuple[str, np.ndarray]], size: int, footnote: str) -> Image.Image:
-    scale = max(1, -(-TILE // size))
-    tile, rows = size * scale, len(columns[0][1])
-    width = len(columns) * (tile + GAP) + GAP
-    canvas = Image.new("RGB", (width, HEADER + rows * (tile + GAP) + HEADER), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    for column, (title, tiles) in enumerate(columns):
-        x = GAP + column * (tile + GAP)
-        draw.text((x + tile / 2, HEADER / 2), title, "black", font, anchor="mm")
-        for row, pixels in enumerate(tiles):
-            enlarged = Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST)
-            canvas.paste(enlarged, (x, HEADER + row * (tile + GAP)))
-    draw.text((GAP, canvas.height - HEADER / 2), footnote, "black", font, anchor="lm")
-    return canvas

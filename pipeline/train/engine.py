@@ -79,6 +79,8 @@ def build_engine(recipe: Recipe, method: nn.Module, world: World) -> Engine:
         config=engine_config(recipe, world.size),
         dist_init_required=False,
     )
+    if recipe.engine.compile:
+        engine.compile()
     return engine
 
 

@@ -13,6 +13,8 @@ import torch
 
 from pipeline.data.dali import Loader
 from pipeline.data.reader import ShardReader
+from pipeline.evals.photographs import first_of_set
+from pipeline.evals.picture import picture
 from pipeline.methods import build_method
 from pipeline.plan import forward_flops
 from pipeline.recipe import Recipe
@@ -22,6 +24,9 @@ from pipeline.train.hardware import memory_gib, peak_flops
 from pipeline.train.metrics import Log, Window
 from pipeline.train.schedule import learning_rate
 from pipeline.train.trace import Trace, take_back
+
+SHOWN = 4
+"""Images of the shard set whose reconstruction is drawn at every checkpoint."""
 
 
 def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
@@ -76,6 +81,10 @@ def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
     threads = recipe.data.threads or world.cores
     loader = Loader(reader, recipe, method.noise_size, world.device, world.rank, world.size, step, threads)
 
+    shown = first_of_set(reader, SHOWN, recipe.data).to(world.device)
+    pictures = run / "reconstructions"
+    pictures.mkdir(exist_ok=True)
+
     # ---- Train
     peak = peak_flops(world.device)
     began, waited, logged_step = time.perf_counter(), 0.0, step
@@ -125,6 +134,9 @@ def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
             paused = time.perf_counter()
             state = {**identity, "window": window.collect()}
             checkpoint.save(model, checkpoints, step, state, recipe.train.keep_checkpoints, world)
+            drawn = picture(method, recipe, shown, recipe.seed)  # by all ranks: ZeRO-3 shares the weights
+            if log:
+                drawn.save(pictures / f"{checkpoint.name_of(step)}.png")
             began += time.perf_counter() - paused  # the rate is the rate of training
 
     # ---- Close
