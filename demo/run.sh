@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# What a user does, from a folder of photographs to a picture of what the model learned.
+# usage: demo/run.sh OUT [FOLDER]     OUT: where everything goes; FOLDER: your images instead of the demo's
+set -euo pipefail
+out=$1
+images=${2:-}
+here=$(dirname "$0")
+
+say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+run() { printf '$ %s\n' "$*"; "$@"; }
+
+# Without a GPU DeepSpeed runs on the CPU: two processes, as on two GPUs.
+if nvidia-smi >/dev/null 2>&1; then
+  launch=(deepspeed --module pipeline)
+else
+  export DS_ACCELERATOR=cpu
+  launch=(deepspeed --num_accelerators 2 --module pipeline)
+fi
+
+rm -rf "$out"
+if [ -z "$images" ]; then
+  say "Photographs: seven that ship with scikit-image and scikit-learn, cut into crops"
+  run python "$here/photographs.py" "$out"
+  images=$out/crops
+  shown=$out/photographs
+else
+  shown=$images
+fi
+
+say "Build a shard set, and prove that it is whole"
+run python -m data_prep folder "$images" "$out/shards"
+run python -m data_prep verify "$out/shards"
+
+say "Pre-train EMAE with DeepSpeed (without a GPU the first start compiles for about a minute)"
+run "${launch[@]}" pretrain demo_emae --data "$out/shards" --run "$out/run"
+
+say "Look at what it learned"
+run python -m pipeline reconstruct "$out/run" --images "$shown" --out "$out/reconstruction.png"
+run python -m pipeline report "$out/run"
+
+say "Done"
+echo "picture: $out/reconstruction.png"
+echo "report:  $out/run/report.html"
+echo "shards:  $out/shards/card.md"
