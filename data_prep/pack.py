@@ -36,7 +36,7 @@ from data_prep.sources.sample import Location, Source
 from data_prep.stats import Stats
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DISK_RESERVE = 16 << 20  # bytes left free for indexes, records and the manifest
+_DISK_RESERVE = 1 << 20  # bytes left free for indexes, records and the manifest
 
 Report = Callable[[int, int, int, int], None]
 """Told after each input: bytes read, bytes packed, 1 if repaired, 1 if quarantined."""

@@ -64,7 +64,9 @@ def entries_inside(root: str | os.PathLike, outer: Entry) -> Iterator[Entry]:
         raise UserError(
             f"{location} is a compressed archive inside of an archive: unpack the outer one first"
         )
-    file, storage = open_container(os.path.join(root, location.container))
+    file, storage = open_container(
+        os.path.join(root, location.container) if location.container else os.fspath(root)
+    )
     inner = _tar_entries(_Part(file, location.offset, location.size), location.size, str(location), storage)
     for entry in inner:
         offset = location.offset + entry.location.offset

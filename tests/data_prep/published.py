@@ -1,0 +1,111 @@
+"""Small archives in the very layouts in which the data sets are published."""
+
+import csv
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+WNIDS = ("n01440764", "n02077923", "n07583066")
+WORDS = ("tench, Tinca tinca", "sea lion", "guacamole")
+VAL_IDS = (3, 1, 2)
+"""ILSVRC2012_ID of WNIDS: in another order than the sorted wnids, as in the real devkit."""
+
+
+def tar_of(files: dict[str, bytes], *extra: tarfile.TarInfo, mode: str = "w") -> bytes:
+    """A tar of files, then of members without data (links, devices)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+        for member in extra:
+            tar.addfile(member)
+    return buffer.getvalue()
+
+
+def link(name: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    return member
+
+
+def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def devkit(truth: list[int]) -> bytes:
+    """ILSVRC2012_devkit_t12.tar.gz with meta.mat as a MATLAB struct array, an inner node among the
+    synsets."""
+    from scipy.io import savemat
+
+    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    rows = [(i, wnid, words, 0) for i, wnid, words in zip(VAL_IDS, WNIDS, WORDS, strict=True)]
+    synsets = np.array([*rows, (1001, "n00001740", "entity", 3)], dtype=kind)[:, None]
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": synsets})
+    top = "ILSVRC2012_devkit_t12/data"
+    lines = "".join(f"{number}\n" for number in truth).encode()
+    files = {f"{top}/meta.mat": buffer.getvalue(), f"{top}/ILSVRC2012_validation_ground_truth.txt": lines}
+    return tar_of(files, mode="w:gz")
+
+
+def csv_of(columns: str, rows: list[tuple]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns.split(","))
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def write_tree(root: Path, files: dict[str, bytes | str]) -> Path:
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return root
+
+
+def coco_annotations(names: list[str]) -> dict[str, bytes]:
+    """Instances and captions for all but the last image, with category ids that have gaps."""
+    license_ = {"id": 3, "name": "Attribution", "url": "http://creativecommons.org/licenses/by/2.0/"}
+    images = [
+        {
+            "id": 100 + i,
+            "file_name": name,
+            "width": 160,
+            "height": 190,
+            "license": 3,
+            "coco_url": f"http://coco/{name}",
+        }
+        for i, name in enumerate(names)
+    ]
+    boxes = [
+        {
+            "id": i,
+            "image_id": 100 + i,
+            "category_id": 90,
+            "bbox": [1.0, 2.0, 30.5, 40.0],
+            "area": 9.0,
+            "iscrowd": 0,
+            "segmentation": [[1, 2, 3, 4, 5, 6]],
+        }
+        for i in range(len(names) - 1)
+    ]
+    captions = [{"id": i, "image_id": 100 + i, "caption": f"photograph {i}"} for i in range(len(names) - 1)]
+    shared = {"images": images, "licenses": [license_]}
+    categories = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
+    return {
+        "annotations/instances_val2017.json": json.dumps(
+            {**shared, "annotations": boxes, "categories": categories}
+        ).encode(),
+        "annotations/captions_val2017.json": json.dumps({**shared, "annotations": captions}).encode(),
+    }
