@@ -133,7 +133,9 @@ def contact_sheet(directory: Path, manifest: Manifest) -> bytes:
     for place, data in enumerate(_read_samples(directory, manifest, wanted)):
         try:
             header = jpeg.walk(data)
-            array = pixels.decode_jpeg(data, header.width, header.height, header.components == 1, _THUMBNAIL)
+            array = pixels.decode_jpeg(
+                data, header.width, header.height, header.components == 1, _THUMBNAIL // 2
+            )
         except ValueError:  # under --check structure nobody has decoded it before
             continue
         image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).convert("RGB")

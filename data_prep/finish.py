@@ -29,9 +29,7 @@ from data_prep.shard_set import (
     Manifest,
     ShardSetError,
     check_shard_files,
-    idx_path,
     shard_name,
-    tar_path,
     write_atomically,
     write_manifest,
 )
@@ -134,10 +132,6 @@ def finish(out: Path, ticket: Ticket) -> Manifest:
         write_atomically(out / QUARANTINE, lines.encode())
         write_atomically(out / WIDS, _wids(manifest))
         write_card(out, manifest, stats)
-        for shard in shards:  # a manifest that survives a power cut must not speak of shards that did not
-            for path in (tar_path(out, shard), idx_path(out, shard)):
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
         write_manifest(out, manifest)
     except ShardSetError as error:
         raise UserError(str(error)) from None

@@ -1,0 +1,225 @@
+"""The shard builder side by side with tar, webdataset's ShardWriter, libjpeg-turbo and Pillow, on the same
+files.
+
+    python benchmarks/build.py                   (IMAGENET_SAMPLE_DIR: where the photographs are)
+    python benchmarks/build.py --rounds 5 --copies 16 --directory /scratch
+    python benchmarks/build.py --only plan
+
+Every rival runs once in each round, in turn, so that a machine that is busy for a while slows all of them;
+the table gives each one's median over the rounds. The builder is timed as its user runs it: the whole
+command, with start-up, planning, checksums, index, card and manifest. Files are read from the page cache, and
+nobody waits for the disk to have stored what was written. CPU seconds (user and system, of all processes) are
+given beside wall seconds: they hardly depend on what else the machine is doing.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PROCESSES = 2
+PLANNED = 14_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--copies", type=int, default=16, help="of each photograph; decoding uses a quarter of them"
+    )
+    parser.add_argument(
+        "--directory", type=Path, help="where to work; default: the system's temporary directory"
+    )
+    parser.add_argument("--only", choices=("copy", "decode", "resize", "plan"))
+    options = parser.parse_args()
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    )
+    if options.only in (None, "copy", "decode", "resize"):
+        with tempfile.TemporaryDirectory(dir=options.directory) as name:
+            _side_by_side(Path(name), options)
+    if options.only in (None, "plan"):
+        _plan()
+
+
+def _side_by_side(place: Path, options) -> None:
+    many = _photographs(place / "many", options.copies)
+    few = _photographs(place / "few", max(1, options.copies // 4))
+    out = place / "out"
+    rivals: dict[str, list[tuple[str, Path, Callable[[Path, Path], None]]]] = {
+        "copy": [
+            ("tar -cf", many, lambda source, out: _run("tar", "-cf", out / "x.tar", source)),
+            ("webdataset ShardWriter loop", many, _shard_writer),
+            ("builder, --check structure", many, _builder("--check", "structure")),
+        ],
+        "decode": [
+            ("libjpeg-turbo decoding to RGB", few, _in_processes(_decode)),
+            ("builder, --check decode", few, _builder()),
+        ],
+        "resize": [
+            ("Pillow loop, Lanczos", few, _in_processes(_pillow_lanczos)),
+            ("Pillow loop, bilinear", few, _in_processes(_pillow_bilinear)),
+            ("builder, --resize 256", few, _builder("--resize", "256")),
+        ],
+    }
+    print(
+        "\n| what | processes | images/s | MB/s read | images/CPU s | builder's rate: wall, CPU |"
+        "\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for group, rows in rivals.items():
+        if options.only not in (None, group):
+            continue
+        seconds: dict[str, list[float]] = {name: [] for name, _, _ in rows}
+        cpu: dict[str, list[float]] = {name: [] for name, _, _ in rows}
+        for _ in range(options.rounds):
+            for name, source, rival in rows:
+                shutil.rmtree(out, ignore_errors=True)
+                out.mkdir()
+                start, start_cpu = time.perf_counter(), _cpu_seconds()
+                rival(source, out)
+                seconds[name].append(time.perf_counter() - start)
+                cpu[name].append(_cpu_seconds() - start_cpu)
+        ours, ours_cpu = (statistics.median(times[rows[-1][0]]) for times in (seconds, cpu))
+        for name, source, _ in rows:
+            files = list(source.iterdir())
+            took = statistics.median(seconds[name])
+            rate, megabytes = len(files) / took, sum(f.stat().st_size for f in files) / 1e6 / took
+            took_cpu = statistics.median(cpu[name])
+            ratio = f"{took / ours:.2f} x, {took_cpu / ours_cpu:.2f} x" if name != rows[-1][0] else ""
+            processes = 1 if name.startswith(("tar", "webdataset")) else PROCESSES
+            per_cpu = len(files) / took_cpu
+            print(
+                f"| {name} | {processes} | {rate:,.0f} | {megabytes:,.0f} | {per_cpu:,.0f} | {ratio} |",
+                flush=True,
+            )
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _photographs(folder: Path, copies: int) -> Path:
+    source = os.environ.get("IMAGENET_SAMPLE_DIR")
+    if not source:
+        sys.exit("set IMAGENET_SAMPLE_DIR to a folder of JPEG photographs")
+    folder.mkdir()
+    for path in sorted(Path(source).iterdir()):
+        data = path.read_bytes()
+        for copy in range(copies):
+            (folder / f"{copy}_{path.name}").write_bytes(data)
+    return folder
+
+
+def _run(*command) -> None:
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+
+
+def _builder(*arguments: str) -> Callable[[Path, Path], None]:
+    def run(source: Path, out: Path) -> None:
+        command = ("-m", "data_prep", "folder", source, out / "set", "--workers", PROCESSES)
+        _run(sys.executable, *command, "--shard-size", "32MB", *arguments)
+
+    return run
+
+
+def _shard_writer(source: Path, out: Path) -> None:
+    import webdataset
+
+    with webdataset.ShardWriter(str(out / "%06d.tar"), maxsize=32_000_000, verbose=0) as sink:
+        for path in sorted(source.iterdir()):
+            sink.write({"__key__": path.stem.replace(".", "_"), "jpg": path.read_bytes()})
+
+
+def _in_processes(work: Callable[[bytes, Path], None]) -> Callable[[Path, Path], None]:
+    """work for each file, the files dealt out to PROCESSES processes."""
+
+    def share(paths: list[Path], out: Path) -> None:
+        for path in paths:
+            work(path.read_bytes(), out / path.name)
+
+    def run(source: Path, out: Path) -> None:
+        paths = sorted(source.iterdir())
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=share, args=(paths[i::PROCESSES], out)) for i in range(PROCESSES)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+
+    return run
+
+
+def _decode(data: bytes, _: Path) -> None:
+    import simplejpeg
+
+    simplejpeg.decode_jpeg(data, "RGB")
+
+
+def _pillow_lanczos(data: bytes, out: Path) -> None:
+    from PIL import Image
+
+    _pillow(data, out, Image.Resampling.LANCZOS)
+
+
+def _pillow_bilinear(data: bytes, out: Path) -> None:
+    from PIL import Image
+
+    _pillow(data, out, Image.Resampling.BILINEAR)
+
+
+def _pillow(data: bytes, out: Path, kernel) -> None:
+    import io
+
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    scale = 256 / min(image.size)
+    if scale < 1:
+        image = image.resize((round(image.width * scale), round(image.height * scale)), kernel)
+    image.save(out, "JPEG", quality=95)
+
+
+def _plan() -> None:
+    """In a process of its own, so that the peak is the plan's."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_plan_synthetic)
+    process.start()
+    process.join()
+
+
+def _plan_synthetic() -> None:
+    from data_prep.plan import Plan, ShardSize
+
+    start = time.perf_counter()
+    plan = Plan(_synthetic(), seed=0, shard_size=ShardSize(bytes=1 << 30))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"\nplanned {plan.num_inputs:,} inputs in {seconds:.0f} s, peak {peak:.2f} GB")
+
+
+def _synthetic() -> Iterator:
+    """ImageNet-21k as a tar per synset would list it."""
+    from data_prep.sources.sample import Location, Sample, Storage
+
+    for number in range(PLANNED):
+        wnid = f"n{number // 650:08d}"
+        key = f"{wnid}_{number}"
+        size = 90_000 + number * 7919 % 40_000
+        location = Location(f"{wnid}.tar", f"{key}.JPEG", number % 650 * 110_000, size, Storage.STORED)
+        yield Sample(key, location, number // 650)
+
+
+if __name__ == "__main__":
+    main()
