@@ -48,7 +48,7 @@ METHODS = {
     "emae + difficulty": ("vitb16_emae", "method.emae.difficulty_flatten=true"),
     "lomar + difficulty": ("vitb16_lomar", "method.lomar.difficulty_flatten=true"),
 }
-BATCH, WARM_UP, PEAK = 128, 50, 2e-3  # images, steps, learning rate
+BATCH, WARM_UP, PEAK = 32, 50, 1e-3  # images, steps, learning rate
 TURN = 5.0  # seconds
 
 
