@@ -201,7 +201,8 @@ def test_help_has_an_example_and_loads_nothing_heavy(data_prep):
     import subprocess
     import sys
 
-    for command in ([], ["folder"], ["verify"], ["info"]):
+    names = ("folder", "imagenet", "imagenet21k", "openimages", "coco", "finalize", "verify", "info")
+    for command in ([], *([name] for name in names)):
         done = data_prep(*command, "--help")
         assert done.returncode == 0 and "python -m data_prep" in done.stdout.split("options:")[0]
     code = "import sys, data_prep.__main__, data_prep.shard_set; print(*sys.modules)"
