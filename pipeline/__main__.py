@@ -91,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", type=Path, required=True, metavar="PNG", help="where the picture goes")
     command.add_argument("--count", type=_positive, default=8, metavar="N", help="photographs (default: 8)")
+    command.add_argument(
+        "--tiles",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="show each photograph as N x N squares of the model's image size (default: 1)",
+    )
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
 
     command = _command(
@@ -102,6 +109,33 @@ def _parser() -> argparse.ArgumentParser:
         "example:\n  python -m pipeline report runs/demo\n",
     )
     command.add_argument("run", type=Path, metavar="RUN", help="run directory")
+
+    command = _command(
+        commands,
+        "plan",
+        _plan,
+        "what a recipe costs",
+        "Count a recipe's parameters, operations and memory, and estimate its hours, without running it.",
+        "examples:\n  python -m pipeline plan vitl16_emae --gpus 8 --nodes 4 --gpu h100\n"
+        "  python -m pipeline plan vith14_mae --mfu 0.5 --json\n",
+    )
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
+    command.add_argument("--gpus", type=_positive, default=8, metavar="N", help="GPUs a node (default: 8)")
+    command.add_argument("--nodes", type=_positive, default=1, metavar="N", help="nodes (default: 1)")
+    command.add_argument("--gpu", default="h100", metavar="NAME", help="which card (default: h100)")
+    command.add_argument(
+        "--mfu", type=float, default=0.4, metavar="F", help="share of its peak (default: 0.4)"
+    )
+    command.add_argument("--data", type=Path, metavar="DIR", help="shard set (default: ImageNet's size)")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a recipe's key",
+    )
     return parser
 
 
@@ -131,7 +165,7 @@ def _pretrain(args: argparse.Namespace) -> None:
 def _reconstruct(args: argparse.Namespace) -> None:
     from pipeline.evals.reconstruct import reconstruct
 
-    print(reconstruct(args.run, args.images, args.out, args.count, args.seed))
+    print(reconstruct(args.run, args.images, args.out, args.count, args.tiles, args.seed))
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -140,11 +174,26 @@ def _report(args: argparse.Namespace) -> None:
     print(report(args.run))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    import json
+
+    from pipeline.data.reader import ShardReader
+    from pipeline.plan import as_json, format_plan, plan
+    from pipeline.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    sizes = {}
+    if args.data:
+        shard_sizes = ShardReader(args.data).shard_sizes
+        sizes = {"samples": int(shard_sizes.sum()), "shards": len(shard_sizes)}
+    result = plan(recipe, gpus=args.gpus, nodes=args.nodes, gpu=args.gpu, mfu=args.mfu, **sizes)
+    print(json.dumps(as_json(result), indent=1) if args.json else format_plan(result))
+
+
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
 
 
 def _let_rank_0_speak() -> None:

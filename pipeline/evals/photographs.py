@@ -12,10 +12,10 @@ from pipeline.errors import UserError
 from pipeline.recipe import DataSection
 
 
-def load_photographs(folder: Path, count: int, data: DataSection) -> torch.Tensor:
-    """The first `count` images in the folder and below, by name: (B, 3, S, S) float32, normalised.
+def load_photographs(folder: Path, count: int, data: DataSection, size: int) -> torch.Tensor:
+    """The first `count` images in the folder and below, by name: (B, 3, size, size) float32, normalised.
 
-    S is the recipe's image size. Files that are no images are passed over. UserError where none is left.
+    Files that are no images are passed over. UserError where none is left.
     """
     if not folder.exists():
         raise UserError(f"--images {folder}: no such file or folder")
@@ -31,7 +31,7 @@ def load_photographs(folder: Path, count: int, data: DataSection) -> torch.Tenso
             continue
     if not images:
         raise UserError(f"--images {folder}: no image there that can be read")
-    return as_batch(images, data)
+    return as_batch(images, data, size)
 
 
 def first_of_set(reader: ShardReader, count: int, data: DataSection) -> torch.Tensor:
@@ -40,14 +40,16 @@ def first_of_set(reader: ShardReader, count: int, data: DataSection) -> torch.Te
         (shard, i) for shard, size in enumerate(reader.shard_sizes[:count]) for i in range(min(size, count))
     ]
     encoded = [reader.read(shard, index) for shard, index in places[:count]]
-    return as_batch([Image.open(io.BytesIO(image)).convert("RGB") for image in encoded], data)
+    return as_batch(
+        [Image.open(io.BytesIO(image)).convert("RGB") for image in encoded], data, data.image_size
+    )
 
 
-def as_batch(images: list[Image.Image], data: DataSection) -> torch.Tensor:
-    """RGB images of any size to (B, 3, S, S) float32, normalised: the largest central square, resized."""
-    size = (data.image_size, data.image_size)
+def as_batch(images: list[Image.Image], data: DataSection, size: int) -> torch.Tensor:
+    """RGB images of any shape to (B, 3, size, size) float32: the largest central square, normalised."""
     squares = [
-        np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC), np.float32) for image in images
+        np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC), np.float32)
+        for image in images
     ]
     batch = (np.stack(squares) / 255 - np.array(data.mean, np.float32)) / np.array(data.std, np.float32)
     return torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())

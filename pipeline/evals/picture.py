@@ -22,11 +22,16 @@ TILE = 160
 
 
 def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> Image.Image:
-    """The grid for images (B, 3, S, S), on the method's device; the masks follow from `seed`."""
+    """The grid for images (B, 3, N S, N S), on the method's device; the masks follow from `seed`.
+
+    S is the model's image size. For N > 1 the method sees N x N squares of each image, one by one.
+    """
+    size, patch = recipe.data.image_size, recipe.model.patch_size
+    per_side = batch.shape[-1] // size
+    batch = _cut(batch, per_side)
     noise = torch.from_numpy(uniform(seed, Purpose.MASK, 0, np.arange(len(batch)), method.noise_size))
     result = method.reconstruct(batch, noise.to(batch.device))
     batch, result = batch.cpu(), type(result)(*(field.cpu() for field in result))
-    size, patch = recipe.data.image_size, recipe.model.patch_size
     patches = patchify(batch, patch)
     visible = result.visible[..., None]
     grey = (torch.full((3,), GREY) - torch.tensor(recipe.data.mean)) / torch.tensor(recipe.data.std)
@@ -41,7 +46,23 @@ def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> I
         unseen = (~visible).float()
         mean = (result.pixels * unseen).sum(1) / unseen.sum(1).clamp(min=1)
         columns.append(("mean prediction", _unpatchify(mean, patch)))
-    return _grid([(title, to_pixels(tile, recipe.data)) for title, tile in columns], size, _footnote(recipe))
+    pixels = [(title, to_pixels(_join(squares, per_side), recipe.data)) for title, squares in columns]
+    return _grid(pixels, size * per_side, _footnote(recipe, per_side))
+
+
+def _cut(images: torch.Tensor, per_side: int) -> torch.Tensor:
+    """(B, 3, N S, N S) to (B N N, 3, S, S), row by row."""
+    batch, channels, side, _ = images.shape
+    size = side // per_side
+    squares = images.reshape(batch, channels, per_side, size, per_side, size)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, size, size)
+
+
+def _join(squares: torch.Tensor, per_side: int) -> torch.Tensor:
+    """The inverse of `_cut`."""
+    count, channels, size, _ = squares.shape
+    images = squares.reshape(count // per_side**2, per_side, per_side, channels, size, size)
+    return images.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, per_side * size, per_side * size)
 
 
 def _unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -52,8 +73,10 @@ def _unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
     return tiles.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, grid * patch_size, grid * patch_size)
 
 
-def _footnote(recipe: Recipe) -> str:
+def _footnote(recipe: Recipe, per_side: int) -> str:
     text = f"{recipe.method.name}, patches of {recipe.model.patch_size} px"
+    if per_side > 1:
+        text += f", each photograph in {per_side} x {per_side} squares of {recipe.data.image_size} px"
     if recipe.method.normalize_targets:
         text += "; targets are normalised: mean and contrast of each predicted patch are the original's"
     return text

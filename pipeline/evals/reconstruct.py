@@ -8,12 +8,15 @@ from pipeline.evals.picture import picture
 from pipeline.trained import load_run
 
 
-def reconstruct(run: Path, images: Path, out: Path, count: int, seed: int) -> str:
-    """Write the picture for the first `count` images of a folder; returns a sentence about it."""
+def reconstruct(run: Path, images: Path, out: Path, count: int, tiles: int, seed: int) -> str:
+    """Write the picture for the first `count` images of a folder; returns a sentence about it.
+
+    Each is shown as `tiles` x `tiles` squares of the model's image size, reconstructed one by one.
+    """
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: give a name that ends in .png")
     trained = load_run(run)
-    batch = load_photographs(images, count, trained.recipe.data)
+    batch = load_photographs(images, count, trained.recipe.data, tiles * trained.recipe.data.image_size)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture(trained.method, trained.recipe, batch, seed).save(out)
     return f"{out}: {len(batch)} photographs after step {trained.step}"

@@ -1,0 +1,48 @@
+"""Fixtures that several test packages share: real photographs, and shard sets built from them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """A folder of class folders of real JPEG photographs.
+
+    Those of IMAGENET_SAMPLE_DIR where it is set, else crops of those that ship with the test dependencies.
+    """
+    folder = tmp_path_factory.mktemp("photographs")
+    sample = os.environ.get("IMAGENET_SAMPLE_DIR")
+    if sample:
+        for path in sorted(Path(sample).iterdir())[:96]:
+            target = folder / path.name.split("_")[0]
+            target.mkdir()
+            shutil.copy(path, target)
+        return folder
+    script = ROOT / "demo" / "photographs.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder / "crops"
+
+
+def build(photographs: Path, out: Path, *options: str) -> Path:
+    command = [sys.executable, "-m", "data_prep", "folder", str(photographs), str(out), *options]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shards(photographs, tmp_path_factory) -> Path:
+    """A shard set of the photographs, in several shards."""
+    return build(photographs, tmp_path_factory.mktemp("shards") / "set", "--shard-size", "20")
+
+
+@pytest.fixture(scope="session")
+def other_shards(photographs, tmp_path_factory) -> Path:
+    """The same photographs in another order."""
+    return build(photographs, tmp_path_factory.mktemp("shards") / "other", "--seed", "5")

@@ -1,0 +1,108 @@
+"""A user's mistake: one clear line, exit code 2, nothing written."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from data_prep.shard_set import read_manifest, tar_path
+
+
+def pipeline(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
+
+
+def complaint(*arguments):
+    finished = pipeline(*arguments)
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("pipeline: error: ")]
+    assert finished.returncode == 2 and len(lines) == 1 and "Traceback" not in finished.stderr, (
+        finished.stderr
+    )
+    return lines[0]
+
+
+@pytest.fixture
+def pretrain(shards, tmp_path):
+    """Runs pretrain with a mistake in it; returns the complaint, and checks that no run directory is left."""
+
+    def start(*arguments, recipe="demo_emae", data=None):
+        run = tmp_path / "run"
+        message = complaint("pretrain", recipe, "--data", data or shards, "--run", run, *arguments)
+        assert not run.exists()
+        return message
+
+    return start
+
+
+def test_an_unknown_recipe_key(pretrain):
+    assert "model.patchsize: unknown key (did you mean patch_size?)" in pretrain("--set", "model.patchsize=8")
+
+
+def test_an_unknown_recipe(pretrain):
+    assert "did you mean demo_emae?" in pretrain(recipe="demo_eame")
+
+
+def test_a_global_batch_that_does_not_divide(pretrain):
+    message = pretrain("--set", "data.global_batch=50")
+    assert "data.global_batch: 50 is no multiple of engine.micro_batch x ranks" in message
+
+
+def test_a_data_directory_without_manifest(pretrain, tmp_path):
+    (tmp_path / "data").mkdir()
+    message = pretrain(data=tmp_path / "data")
+    assert "manifest.json" in message and "python -m data_prep" in message
+
+
+def test_a_data_directory_that_is_not_there(pretrain, tmp_path):
+    assert "nowhere" in pretrain(data=tmp_path / "nowhere")
+
+
+def test_a_shard_whose_bytes_are_not_the_manifests(pretrain, shards, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in shards.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    path = tar_path(copy, read_manifest(copy).shards[1])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert path.name in pretrain(data=copy)
+
+
+def test_a_run_directory_that_holds_something_else(shards, tmp_path):
+    (tmp_path / "thesis.tex").write_text("important")
+    message = complaint("pretrain", "demo_emae", "--data", shards, "--run", tmp_path)
+    assert "holds something that is no run" in message
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_run_begun_with_another_recipe_or_other_data(run, other_shards):
+    run.train(1, train__steps=2)
+    before = run.metrics()
+    message = complaint(*run.command(1, {"train.steps": 4, "optim.base_lr": 1e-5})[3:])
+    assert "begun with another recipe: optim.base_lr was 0.004, is 1e-05" in message
+    run.shards = other_shards
+    assert "was trained on another shard set" in complaint(*run.command(1, {"train.steps": 4})[3:])
+    assert run.metrics() == before
+
+
+@pytest.mark.parametrize("what", ["nothing", "run"])
+def test_reconstruct_of_what_is_no_run_or_of_no_images(run, shards, tmp_path, what):
+    if what == "nothing":
+        assert "no run directory" in complaint(
+            "reconstruct", tmp_path / "x", "--images", shards, "--out", tmp_path / "x.png"
+        )
+    else:
+        run.train(1, train__steps=1)
+        text = tmp_path / "text"
+        text.mkdir()
+        (text / "photo.jpg").write_text("<html>not found</html>")
+        out = tmp_path / "out.png"
+        assert "no image there" in complaint("reconstruct", run.directory, "--images", text, "--out", out)
+        assert not out.exists()

@@ -1,0 +1,52 @@
+"""What a run computes does not depend on being killed."""
+
+import random
+
+from pytest import approx
+
+STEPS = 12
+
+
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_losses_to_the_bit(run, other_run):
+    undisturbed = other_run.train(2, train__steps=STEPS, data__trace=True)
+    checkpoints = run.directory / "checkpoints"
+    moments = [
+        lambda: len(run.metrics()) >= 2,  # before any checkpoint
+        lambda: any(checkpoints.glob("*.partial/*.pt")),  # while one is written
+        lambda: len(run.metrics()) >= random.randint(5, 10),
+    ]
+    for moment in moments:
+        run.kill_when(run.start(2, train__steps=STEPS, data__trace=True), moment)
+    run.train(2, train__steps=STEPS, data__trace=True)
+    assert run.losses() == [(line["step"], line["loss"]) for line in undisturbed]
+    for rank in (0, 1):
+        name = f"samples/rank-{rank}.txt"
+        assert (run.directory / name).read_text() == (other_run.directory / name).read_text()
+
+
+def test_a_logged_window_that_a_kill_cut_in_two_has_the_same_mean(run, other_run):
+    settings = {"train__steps": STEPS, "train__log_every": 3}
+    undisturbed = other_run.train(1, **settings)
+    run.kill_when(run.start(1, **settings), lambda: (run.directory / "checkpoints" / "latest").exists())
+    run.train(1, **settings)
+    assert run.losses() == [(line["step"], line["loss"]) for line in undisturbed]
+
+
+def test_a_finished_run_started_again_changes_nothing(run):
+    first = run.train(1, train__steps=4)
+    assert run.train(1, train__steps=4) == first
+
+
+def test_a_longer_schedule_continues_where_the_run_stands(run):
+    run.train(1, train__steps=4, optim__warmup_steps=0)
+    lines = run.train(1, train__steps=6, optim__warmup_steps=0)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["samples"] == 6 * 16 and lines[-1]["lr"] == approx(run_rate(5, 6))
+
+
+def run_rate(step, total):
+    from pipeline.recipe import load_recipe
+    from pipeline.train.schedule import learning_rate
+
+    recipe = load_recipe("demo_emae", ["data.global_batch=16"])
+    return learning_rate(step, total, 0, recipe.lr)

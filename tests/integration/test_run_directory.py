@@ -1,0 +1,52 @@
+"""A finished run directory holds what docs/architecture.md says, and the other commands read it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.recipe import load_recipe
+from pipeline.trained import load_run
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photographs, tmp_path):
+    lines = run.train(2, train__steps=4, engine__zero_stage=stage, data__trace=True)
+    directory = run.directory
+
+    assert load_recipe(directory / "recipe.yaml").engine.zero_stage == stage
+    environment = json.loads((directory / "environment.json").read_text())
+    assert (
+        environment["world_size"] == 2 and environment["versions"]["torch"] == torch.__version__.split("+")[0]
+    )
+
+    expected = {"step", "epoch", "samples", "loss", "reconstruction", "consistency", "lr", "grad_norm"}
+    assert expected | {"images_per_s", "data_wait", "mfu", "memory"} == lines[0].keys()
+    assert [line["samples"] for line in lines] == [16, 32, 48, 64]
+    board = EventAccumulator(str(directory / "tensorboard"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+
+    traced = [(directory / "samples" / f"rank-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    for step in range(4):
+        assert [sum(line.startswith(f"{step} ") for line in lines) for lines in traced] == [8, 8]
+
+    trained = load_run(directory)
+    assert trained.step == 4
+    assert all(torch.isfinite(weight).all() for weight in trained.method.state_dict().values())
+    assert Image.open(directory / "reconstructions" / "step-00000004.png").width > 100
+
+    out = tmp_path / "picture.png"
+    for arguments in (
+        ["reconstruct", directory, "--images", photographs, "--out", out],
+        ["report", directory],
+    ):
+        command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+        assert subprocess.run(command, capture_output=True).returncode == 0
+    assert Image.open(out).format == "PNG"
+    page = (directory / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http-equiv", "")

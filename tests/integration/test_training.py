@@ -1,0 +1,53 @@
+"""What a run computes: the same on every ZeRO stage, on one process or two, and by plain PyTorch."""
+
+import pytest
+import torch
+from pytest import approx
+
+from pipeline.data.dali import Loader
+from pipeline.data.reader import ShardReader
+from pipeline.methods import build_method
+from pipeline.recipe import load_recipe
+from pipeline.train.schedule import learning_rate
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def plain_losses(shards, small):
+    """The same 20 steps without DeepSpeed: one process, no accumulation, torch's AdamW."""
+    settings = {**small, "engine.micro_batch": small["data.global_batch"], "train.steps": STEPS}
+    recipe = load_recipe("demo_emae", [f"{key}={value}" for key, value in settings.items()])
+    torch.manual_seed(recipe.seed)
+    method = build_method(recipe)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in method.parameters() if p.ndim > 1],
+                "weight_decay": recipe.optim.weight_decay,
+            },
+            {"params": [p for p in method.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        betas=recipe.optim.betas,
+    )
+    loader = Loader(ShardReader(shards), recipe, method.noise_size, torch.device("cpu"))
+    losses = []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, STEPS, recipe.optim.warmup_steps, recipe.lr)
+        batch = loader.next()
+        loss = method(batch.images, batch.noise).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    loader.close()
+    return losses
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
+def test_the_losses_are_plain_pytorchs_on_every_zero_stage(run, plain_losses, ranks, stage):
+    lines = run.train(ranks, engine__zero_stage=stage, train__steps=STEPS)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["loss"] for line in lines] == approx(plain_losses, rel=1e-4)
+    assert all(line["grad_norm"] > 0 for line in lines)

@@ -1,0 +1,74 @@
+"""The house rules: who may import whom. See docs/architecture.md."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def importers(module: str) -> set[str]:
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        if any(name == module or name.startswith(module + ".") for name in imports(path))
+    }
+
+
+def test_only_the_engine_imports_deepspeed():
+    assert importers("deepspeed") == {"pipeline/train/engine.py"}
+
+
+def test_in_the_pipeline_only_the_loader_imports_dali():
+    assert {name for name in importers("nvidia") if name.startswith("pipeline/")} == {"pipeline/data/dali.py"}
+
+
+def test_data_prep_never_imports_the_pipeline():
+    assert all(name.startswith("pipeline/") for name in importers("pipeline"))
+
+
+def test_the_pipeline_knows_of_data_prep_only_the_shard_set_and_only_in_its_data_package():
+    users = {name for name in importers("data_prep") if name.startswith("pipeline/")}
+    assert users == {"pipeline/data/reader.py"}
+    used = {name for name in imports(ROOT / "pipeline/data/reader.py") if name.startswith("data_prep")}
+    assert all(name.startswith("data_prep.shard_set") for name in used)
+
+
+def test_only_the_command_lines_parse_arguments():
+    assert {name.split("/")[0] for name in importers("argparse")} == {"pipeline", "data_prep"}
+    assert {name for name in importers("argparse") if name.startswith("pipeline/")} == {
+        "pipeline/__main__.py"
+    }
+
+
+@pytest.mark.parametrize("folder", ["methods", "models"])
+def test_methods_know_no_files_no_ranks_and_no_engine(folder):
+    strangers = ("pipeline.train", "pipeline.data", "data_prep", "torch.distributed", "os", "pathlib")
+    for path in (ROOT / "pipeline" / folder).glob("*.py"):
+        assert not {n for n in imports(path) if n.startswith(strangers) and n != "operator"}, path
+
+
+@pytest.mark.parametrize("package", ["pipeline", "data_prep"])
+def test_help_waits_for_no_heavy_import(package):
+    code = (
+        f"import sys, runpy; sys.argv = ['{package}', '--help']\n"
+        f"try: runpy.run_module('{package}', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'deepspeed', 'nvidia', 'PIL', 'timm', 'pydantic'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,140 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import hflip, resized_crop
+
+from data_prep.shard_set import read_index, read_manifest, tar_path
+from pipeline.data.crops import crop_boxes, flips
+from pipeline.data.dali import Loader
+from pipeline.data.jpeg import jpeg_size
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.recipe import load_recipe
+
+CPU = torch.device("cpu")
+NOISE = 16
+
+
+def recipe_of(*overrides):
+    return load_recipe("demo_emae", ["data.global_batch=24", "engine.micro_batch=6", *overrides])
+
+
+def take(shards, steps, rank=0, world_size=1, step=0, recipe=None):
+    """Images, noise and sample ids of some steps of one rank, each concatenated."""
+    recipe = recipe or recipe_of()
+    loader = Loader(ShardReader(shards), recipe, NOISE, CPU, rank, world_size, step)
+    batches = [loader.next() for _ in range(steps * recipe.accumulation(world_size))]
+    loader.close()
+    return (
+        torch.cat([batch.images for batch in batches]),
+        torch.cat([batch.noise for batch in batches]),
+        np.concatenate([batch.located.sample for batch in batches]),
+    )
+
+
+def test_a_steps_pixels_and_noise_do_not_depend_on_the_number_of_ranks(shards):
+    images, noise, samples = take(shards, steps=1, step=3)
+    for world_size in (2, 4):
+        parts = [take(shards, 1, rank, world_size, step=3) for rank in range(world_size)]
+        assert torch.equal(torch.cat([part[0] for part in parts]), images)
+        assert torch.equal(torch.cat([part[1] for part in parts]), noise)
+        assert np.concatenate([part[2] for part in parts]).tolist() == samples.tolist()
+
+
+def test_to_begin_at_a_step_is_to_have_skipped_the_ones_before(shards):
+    whole, late = take(shards, steps=6), take(shards, steps=2, step=4)
+    for all_steps, last_two in zip(whole, late, strict=True):
+        assert np.array_equal(all_steps[-48:], last_two)
+
+
+def test_the_next_epoch_cuts_the_same_sample_otherwise(shards):
+    size = ShardReader(shards).manifest.num_samples
+    recipe = load_recipe("demo_emae", [f"data.global_batch={size}", f"engine.micro_batch={size}"])
+    first, second = (take(shards, 1, step=step, recipe=recipe) for step in (0, 1))
+    assert sorted(first[2]) == sorted(second[2]) == list(range(size))
+    order = [np.argsort(epoch[2]) for epoch in (first, second)]
+    same = (first[0][order[0]] == second[0][order[1]]).flatten(1).all(1)
+    assert not same.any()
+
+
+def test_the_pixels_are_pillows_on_the_same_boxes(shards):
+    recipe = recipe_of("data.image_size=224", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]")
+    reader = ShardReader(shards)
+    loader = Loader(reader, recipe, NOISE, CPU)
+    differences = []
+    for _ in range(4):
+        batch = loader.next()
+        located = batch.located
+        encoded = [reader.read(s, i) for s, i in zip(located.shard, located.index, strict=True)]
+        sizes = np.array([jpeg_size(image.data) for image in encoded])
+        data, seed = recipe.data, recipe.seed
+        boxes = crop_boxes(seed, located.epoch, located.sample, sizes, data.crop_scale, data.crop_ratio)
+        mirrored = flips(seed, located.epoch, located.sample)
+        for row, image in enumerate(encoded):
+            x, y, w, h = boxes[row].tolist()
+            photograph = Image.open(io.BytesIO(image)).convert("RGB")
+            assert photograph.size == tuple(sizes[row])
+            expected = resized_crop(photograph, y, x, h, w, [224, 224], InterpolationMode.BICUBIC)
+            expected = np.asarray(hflip(expected) if mirrored[row] else expected, np.float32)
+            ours = batch.images[row].permute(1, 2, 0).numpy() * 255
+            differences.append(np.abs(ours.clip(0, 255) - expected).mean())
+    loader.close()
+    assert np.mean(differences) < 0.5 and max(differences) < 1.5
+
+
+def test_normalisation_is_by_mean_and_standard_deviation(shards):
+    plain = take(shards, 1, recipe=recipe_of("data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"))[0]
+    normal = take(shards, 1)[0]
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert torch.allclose((plain - mean) / std, normal, atol=1e-5)
+
+
+@pytest.fixture
+def copy_of_shards(shards, tmp_path):
+    for path in shards.iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def overwrite_first_image(shards, change):
+    """Replace the pixels of shard 0's first sample behind the back of the manifest; returns its key."""
+    shard = read_manifest(shards).shards[0]
+    index = read_index(shards, shard)
+    with open(tar_path(shards, shard), "r+b") as file:
+        file.seek(index.offsets[0])
+        data = bytearray(file.read(index.sizes[0]))
+        change(data)
+        file.seek(index.offsets[0])
+        file.write(data)
+    return index.keys[0]
+
+
+def read_an_epoch(shards):
+    take(shards, steps=-(-ShardReader(shards).manifest.num_samples // 24))
+
+
+def test_an_image_that_cannot_be_decoded_is_named(copy_of_shards):
+    key = overwrite_first_image(copy_of_shards, lambda data: data.__setitem__(slice(0, 2), b"XX"))
+    with pytest.raises(UserError, match=f"sample '{key}': not a JPEG.*data_prep verify"):
+        read_an_epoch(copy_of_shards)
+
+
+def test_a_shard_whose_bytes_are_not_the_manifests_is_named(copy_of_shards):
+    overwrite_first_image(copy_of_shards, lambda data: data.__setitem__(-5, data[-5] ^ 1))
+    name = read_manifest(copy_of_shards).shards[0].name
+    with pytest.raises(UserError, match=name):
+        ShardReader(copy_of_shards).check_bytes(0, 1)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+@pytest.mark.parametrize("damage", ["removed", "shortened"])
+def test_a_missing_or_shortened_file_is_found_at_once(copy_of_shards, suffix, damage):
+    path = (copy_of_shards / read_manifest(copy_of_shards).shards[-1].name).with_suffix(suffix)
+    path.unlink() if damage == "removed" else path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(UserError, match=path.name):
+        ShardReader(copy_of_shards)
