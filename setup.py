@@ -17,7 +17,7 @@ CORE = [
     "pyyaml>=6.0",
     "safetensors>=0.4",
     "tensorboard>=2.16",
-    "timm>=1.0.9",
+    "timm>=1.0.26",
     "torch>=2.5",
     "torchvision>=0.20",
     "tqdm>=4.66",
@@ -27,7 +27,8 @@ CORE = [
 DALI_CUDA13 = ["nvidia-dali-cuda130>=2.0"]
 DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
-DEV = ["hypothesis>=6.100", "ninja>=1.11", "pytest>=8.0", "ruff>=0.6"]
+BENCH = ["lightly>=1.6", "transformers>=5"]
+DEV = ["hypothesis>=6.100", "ninja>=1.11", "pytest>=8.0", "ruff>=0.6", "transformers>=5"]
 
 setup(
     name="shardmae",
@@ -50,6 +51,7 @@ setup(
         "cuda12": DALI_CUDA12,
         "demo": DEMO,
         "dev": DEV + DEMO,
+        "bench": BENCH,
     },
     entry_points={
         "console_scripts": ["shardmae=pipeline.__main__:main", "shardmae-data=data_prep.__main__:main"]

@@ -1,6 +1,7 @@
 """A run as one page: report.html, which needs nothing beside it.
 
-Curves of loss, learning rate, throughput and data wait; reconstructions at some of the checkpoints; when the run was started and interrupted; recipe and environment.
+Curves of loss, learning rate, throughput and data wait; reconstructions at some of the checkpoints; when the
+run was started and interrupted; recipe and environment.
 """
 
 import base64

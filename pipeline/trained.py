@@ -22,7 +22,7 @@ class Trained(NamedTuple):
 
 
 def load_run(run: Path) -> Trained:
-    """Read a run's recipe and its newest checkpoint. UserError where there is no run, or nothing saved yet."""
+    """Read a run's recipe and newest checkpoint. UserError where there is no run, or nothing saved yet."""
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: no run directory (no recipe.yaml in it)")
     recipe = load_recipe(run / "recipe.yaml")

@@ -91,6 +91,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
     while step < total_steps:
         rate = learning_rate(step, total_steps, warmup_steps, recipe.lr, recipe.optim.min_lr)
         engine.set_learning_rate(model, rate)
+        method.set_progress(step / total_steps)
         parts: dict[str, torch.Tensor] = {}
         for _ in range(accumulation):
             asked = time.perf_counter()
