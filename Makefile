@@ -2,6 +2,7 @@
 # make demo DATA=DIR   the same on your own folder of images
 # make test            set everything up, then run the tests
 # make soak            the tests that take longer than `make test` may
+# make bench           the benchmarks that run on this machine (quiet it first)
 # make lint            ruff
 
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
@@ -11,7 +12,7 @@ CUDA ?= cuda13
 DATA ?=
 OUT ?= out/demo
 
-.PHONY: setup demo test soak lint clean
+.PHONY: setup demo test soak bench lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -32,6 +33,12 @@ test: setup
 
 soak: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m soak
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(CUDA),bench]'
+	$(BIN)/python benchmarks/build.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/methods_cifar.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,12 +10,15 @@ OUTSIDE = {"pipeline.ds_configs": "ds_configs", "pipeline.slurm": "slurm"}
 
 CORE = [
     "deepspeed>=0.19",
+    "indexed_gzip>=1.8",
     "matplotlib>=3.8",
     "numpy>=1.26",
     "pillow>=10.3",
     "pydantic>=2.7",
     "pyyaml>=6.0",
     "safetensors>=0.4",
+    "scipy>=1.10",
+    "simplejpeg>=1.7",
     "tensorboard>=2.16",
     "timm>=1.0.26",
     "torch>=2.5",

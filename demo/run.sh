@@ -11,7 +11,7 @@ run() { printf '$ %s\n' "$*"; "$@"; }
 
 # Without a GPU DeepSpeed runs on the CPU: two processes, as on two GPUs.
 if nvidia-smi >/dev/null 2>&1; then
-  launch=(deepspeed --module pipeline)
+  launch=(deepspeed --num_gpus 1 --module pipeline)
 else
   export DS_ACCELERATOR=cpu
   launch=(deepspeed --num_accelerators 2 --module pipeline)
@@ -19,7 +19,7 @@ fi
 
 rm -rf "$out"
 if [ -z "$images" ]; then
-  say "Photographs: seven that ship with scikit-image and scikit-learn, cut into crops"
+  say "Photographs: six that ship with scikit-image and scikit-learn, cut into crops"
   run python "$here/photographs.py" "$out"
   images=$out/crops
   shown=$out/photographs
@@ -35,7 +35,7 @@ say "Pre-train EMAE with DeepSpeed (without a GPU the first start compiles for a
 run "${launch[@]}" pretrain demo_emae --data "$out/shards" --run "$out/run"
 
 say "Look at what it learned"
-run python -m pipeline reconstruct "$out/run" --images "$shown" --out "$out/reconstruction.png"
+run python -m pipeline reconstruct "$out/run" --images "$shown" --out "$out/reconstruction.png" --tiles 4 --count 6
 run python -m pipeline report "$out/run"
 
 say "Done"

@@ -4,24 +4,18 @@ import resource
 
 import torch
 
-PEAK_FLOPS = {  # dense bf16 and fp16 tensor-core rate, NVIDIA's data sheets
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "V100": 125e12,
-}
+from pipeline.plan import GPUS
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """The device's peak rate in FLOP/s for bf16; None where it is not in the table, as for a CPU."""
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The card's peak in FLOP/s; None where `pipeline.plan` does not know it, as for a CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((rate for card, rate in PEAK_FLOPS.items() if card in name), None)
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    for card, figures in GPUS.items():
+        if card.split("-")[0] in name:
+            return 1e12 * (figures.bits32 if precision == "fp32" else figures.bits16)
+    return None
 
 
 def memory_gib(device: torch.device) -> float:

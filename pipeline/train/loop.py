@@ -86,7 +86,7 @@ def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
     pictures.mkdir(exist_ok=True)
 
     # ---- Train
-    peak = peak_flops(world.device)
+    peak = peak_flops(world.device, recipe.engine.precision)
     began, waited, logged_step = time.perf_counter(), 0.0, step
     while step < total_steps:
         rate = learning_rate(step, total_steps, warmup_steps, recipe.lr, recipe.optim.min_lr)
