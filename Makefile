@@ -5,7 +5,12 @@
 # make bench           the benchmarks that run on this machine (quiet it first)
 # make lint            ruff
 
-PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell command -v $(p) 2>/dev/null)))
+# The first Python that runs (a version manager's shim may not), has the right version and can make a venv.
+FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+# Some tests mount a small disk of their own; without root that takes a user namespace.
+AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo unshare --map-root-user --mount)
 VENV := .venv
 BIN := $(VENV)/bin
 CUDA ?= cuda13
@@ -18,8 +23,8 @@ OUT ?= out/demo
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else \
-		"Python 3.11 or 3.12 is needed, $(PYTHON) is %d.%d; name one: make PYTHON=python3.12" % v)'
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c '$(FITS)' || { echo "error: Python 3.11 or 3.12 with venv is needed;" \
+		"install it (Debian: python3-venv), or name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@echo "Installing into $(VENV) (about 6 GB, some minutes) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(CUDA),dev]'
@@ -29,10 +34,10 @@ demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" demo/run.sh "$(OUT)" "$(DATA)"
 
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest
 
 soak: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m soak
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -m soak
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(CUDA),bench]'
