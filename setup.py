@@ -4,9 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# ds_configs/ and slurm/ stand at the top of the repository, where people look for them; in an installed
-# package they lie inside `pipeline`.
-OUTSIDE = {"pipeline.ds_configs": "ds_configs", "pipeline.slurm": "slurm"}
+# ds_configs/ stands at the top of the repository, where people look for it; in an installed package it lies
+# inside `pipeline`.
+OUTSIDE = {"pipeline.ds_configs": "ds_configs"}
 
 CORE = [
     "deepspeed>=0.19",
@@ -46,7 +46,6 @@ setup(
     package_data={
         "pipeline": ["recipes/*.yaml"],
         "pipeline.ds_configs": ["*.json"],
-        "pipeline.slurm": ["*.sh"],
     },
     install_requires=CORE,
     extras_require={
