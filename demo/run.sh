@@ -11,10 +11,10 @@ run() { printf '$ %s\n' "$*"; "$@"; }
 
 # Without a GPU DeepSpeed runs on the CPU: two processes, as on two GPUs.
 if nvidia-smi >/dev/null 2>&1; then
-  launch=(deepspeed --num_gpus 1 --module pipeline)
+  launch=(deepspeed --quiet --num_gpus 1 --module pipeline)
 else
   export DS_ACCELERATOR=cpu
-  launch=(deepspeed --num_accelerators 2 --module pipeline)
+  launch=(deepspeed --quiet --num_accelerators 2 --module pipeline)
 fi
 
 rm -rf "$out"

@@ -4,6 +4,8 @@ Invariant: the recipe decides what is computed (batch, precision, optimiser, cli
 the engine does it. What both set is an error, so neither can silently win.
 """
 
+import contextlib
+import io
 import json
 import logging
 from datetime import timedelta
@@ -117,7 +119,8 @@ def load(engine: Engine, directory: Path, name: str) -> None:
 def fp32_weights(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     """The full-precision weights in a checkpoint, on the CPU, whatever the ZeRO stage and number of ranks."""
     if zero_stage:
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's chatter
+            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return {name: tensor.float() for name, tensor in saved["module"].items()}
 
