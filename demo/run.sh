@@ -17,7 +17,21 @@ else
   launch=(deepspeed --quiet --num_accelerators 2 --module pipeline)
 fi
 
+if [ -e "$out" ] && [ ! -e "$out/.demo" ]; then
+  echo "error: $out exists and no demo made it; name another place: make demo OUT=DIR" >&2
+  exit 2
+fi
+if [ -n "$images" ] && [[ "$(realpath -m "$images")/" == "$(realpath -m "$out")"/* ]]; then
+  echo "error: $images lies inside $out, which the demo empties; move it, or name another OUT=DIR" >&2
+  exit 2
+fi
+if [ -n "$images" ] && [ ! -d "$images" ]; then
+  echo "error: DATA=$images: no such folder" >&2
+  exit 2
+fi
 rm -rf "$out"
+mkdir -p "$out"
+touch "$out/.demo"
 if [ -z "$images" ]; then
   say "Photographs: six that ship with scikit-image and scikit-learn, cut into crops"
   run python "$here/photographs.py" "$out"

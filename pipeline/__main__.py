@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="show each photograph as N x N squares of the model's image size (default: 1)",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the masks (default: 0)")
+    command.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the masks (default: 0)")
 
     command = _command(
         commands,
@@ -190,6 +190,12 @@ def _plan(args: argparse.Namespace) -> None:
     print(json.dumps(as_json(result), indent=1) if args.json else format_plan(result))
 
 
+def _natural(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2^63 - 1")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
@@ -198,7 +204,7 @@ def _positive(text: str) -> int:
 
 def _let_rank_0_speak() -> None:
     # All ranks usually find the same fault: rank 0 says it, and the launcher ends the others while they wait.
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         time.sleep(10)
 
 

@@ -74,7 +74,7 @@ def _metrics(run: Path) -> list[dict]:
         raise UserError(
             f"{run}: no run directory (no metrics.jsonl); `python -m pipeline pretrain` makes one"
         )
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     if not lines:
         raise UserError(f"{run}: nothing is logged yet; a line comes every train.log_every steps")
     return lines
@@ -94,6 +94,7 @@ def _curves(lines: list[dict], continued: list[int]) -> bytes:
         "mfu",
         "memory",
     }
+    known.add("decoded_patches")  # of Efficient MAE: a count, no part of the loss
     losses = ["loss", *sorted(lines[0].keys() - known)]
     figure, axes = plt.subplots(2, 2, figsize=(11, 6.5), sharex=True, layout="constrained")
     panels = [

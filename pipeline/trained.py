@@ -7,6 +7,8 @@ precision and number of ranks it was trained with.
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors.torch import load_file
+
 from pipeline.errors import UserError
 from pipeline.methods import build_method
 from pipeline.methods.method import Method
@@ -31,5 +33,5 @@ def load_run(run: Path) -> Trained:
         raise UserError(f"{run}: has no checkpoint yet; one is written every train.checkpoint_every steps")
     state = checkpoint.read_state(newest)
     method = build_method(recipe)
-    method.load_state_dict(engine.fp32_weights(newest, state["zero_stage"]))
+    method.load_state_dict(load_file(newest / engine.WEIGHTS))
     return Trained(recipe, method.eval(), state["step"])

@@ -75,7 +75,9 @@ class Loader:
     def next(self) -> Batch:
         """The next micro batch. UserError where a sample cannot be read or decoded."""
         try:
-            (decoded,) = self._pipeline.run()
+            # On torch's stream, so that DALI reuses the memory only after the copy below.
+            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+            (decoded,) = self._pipeline.run(stream)
         except RuntimeError as error:
             raise self._blame(error) from error
         planned = self._in_flight.pop(0)
@@ -151,6 +153,7 @@ class Loader:
                 axis_names="WH",
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
+                jpeg_fancy_upsampling=True,  # as libjpeg-turbo, and so Pillow, does on the CPU
                 adjust_orientation=False,  # orientation is the shard builder's business
             )
             size = [data.image_size, data.image_size]

@@ -6,6 +6,7 @@ shard and sample. Indexes are checked against the manifest when they are first u
 
 import hashlib
 import os
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class ShardReader:
         except ShardSetError as error:
             raise UserError(str(error)) from None
         self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
+        self._lock = threading.Lock()  # the planner reads while the loop asks for keys
 
     @property
     def fingerprint(self) -> str:
@@ -66,12 +68,13 @@ class ShardReader:
 
     def read(self, shard: int, index: int) -> np.ndarray:
         """The encoded image of one sample, uint8 (bytes,)."""
-        file, entries = self._shard(shard)
-        size = int(entries.sizes[index])
-        try:
-            data = os.pread(file, size, int(entries.offsets[index]))
-        except OSError as error:
-            raise UserError(f"{self._name(shard)}: cannot be read: {error}") from None
+        with self._lock:
+            file, entries = self._shard(shard)
+            size = int(entries.sizes[index])
+            try:
+                data = os.pread(file, size, int(entries.offsets[index]))
+            except OSError as error:
+                raise UserError(f"{self._name(shard)}: cannot be read: {error}") from None
         if len(data) != size:
             raise UserError(
                 f"{self._name(shard)}: ends inside sample {entries.keys[index]!r}; "
@@ -81,7 +84,8 @@ class ShardReader:
 
     def key(self, shard: int, index: int) -> str:
         """The sample's key in the shard set."""
-        return self._shard(shard)[1].keys[index]
+        with self._lock:
+            return self._shard(shard)[1].keys[index]
 
     def close(self) -> None:
         while self._open:

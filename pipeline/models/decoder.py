@@ -51,8 +51,8 @@ class Decoder(nn.Module):
         keep (N, M) bool: positions that are not kept are hidden from every token's attention, so the kept
         ones come out as if the others had never been fed; the prediction at the others means nothing.
         """
-        pos_embed = self.pos_embed[0]
         tokens = self.embed(encoded)
+        pos_embed = self.pos_embed[0].to(tokens.dtype)  # the engine casts parameters, not buffers
         positions = torch.cat([pos_embed[:1].expand(len(tokens), 1, -1), pos_embed[1:][visible_ids]], dim=1)
         tokens = tokens + positions
         attn_mask = None

@@ -90,8 +90,10 @@ class Encoder(nn.Module):
     def forward(self, patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """patches (N, V, P*P*3) that stand at positions ids (N, V) -> (N, 1 + V, D), the class token
         first."""
-        tokens = self.patch_embed(patches) + self.pos_embed[0, 1:][ids]
-        cls_token = self.cls_token + self.pos_embed[:, :1]
+        tokens = self.patch_embed(patches)
+        pos_embed = self.pos_embed.to(tokens.dtype)  # the engine casts parameters, not buffers
+        tokens = tokens + pos_embed[0, 1:][ids]
+        cls_token = self.cls_token + pos_embed[:, :1]
         tokens = torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         for block in self.blocks:
             tokens = run_block(block, tokens, checkpointing=self.checkpointing)

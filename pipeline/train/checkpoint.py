@@ -5,7 +5,9 @@
         step-00001000/            whole, because it has this name
             state.json            step, world size, ... and every file's size and SHA-256
             *.pt                  DeepSpeed's files: model and optimiser
-        step-00002000.partial/    being written, or left by a killed run: never read, removed at the next
+            weights.safetensors       the weights in fp32, for everybody else
+    step-00003000.damaged/        put aside: it was damaged when a run continued from an earlier one
+    step-00002000.partial/    being written, or left by a killed run: never read, removed at the next
         start
 
 Invariant: a directory is given its final name only when everything in it is on the disk and listed in its
@@ -29,6 +31,7 @@ STATE = "state.json"
 LATEST = "latest"
 NAME = re.compile(r"step-(\d{8})")
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 
 
 def save(model: engine.Engine, directory: Path, step: int, state: dict, keep: int, world: World) -> None:
@@ -117,10 +120,15 @@ def publish(directory: Path, step: int, state: dict, keep: int) -> Path:
     return final
 
 
-def sweep(directory: Path) -> None:
-    """Remove what a killed run left half-written."""
+def sweep(directory: Path, step: int) -> None:
+    """Remove what a killed run left half-written; put aside what is newer than `step`, being damaged."""
     for path in directory.glob(f"*{PARTIAL}"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
+    for newer in steps_of(directory):
+        if newer > step:
+            aside = directory / (name_of(newer) + DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            (directory / name_of(newer)).rename(aside)
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -163,7 +171,7 @@ def _remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(checkpoint.name + ".old" + PARTIAL)
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # a reader on NFS may hold a file; the next start tries again
 
 
 def _sync_directory(path: Path) -> None:

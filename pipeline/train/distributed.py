@@ -8,6 +8,7 @@ reads.
 import os
 import socket
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,9 @@ class World(NamedTuple):
 
     @property
     def cores(self) -> int:
-        """This rank's even share of the node's cores, at least 1."""
+        """This rank's share of the node's cores: Slurm's word where it has one, else an even share."""
+        if "SLURM_CPUS_PER_TASK" in os.environ:
+            return _number("SLURM_CPUS_PER_TASK")
         return max(1, len(os.sched_getaffinity(0)) // self.local_size)
 
 
@@ -53,10 +56,16 @@ def find_world() -> World:
         env.setdefault("MASTER_PORT", str(_free_port()))
     env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
 
-    if torch.cuda.is_available() and env.get("DS_ACCELERATOR", "cuda") == "cuda":
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    if env.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available():
+        device = torch.device("cuda", _device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
+        env["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device's number
     else:
+        if Path("/proc/driver/nvidia/version").exists() and "DS_ACCELERATOR" not in env:
+            raise UserError(
+                f"this machine has an NVIDIA driver, but torch {torch.__version__} finds no GPU it can use; "
+                "install a torch for the driver's CUDA version, or set DS_ACCELERATOR=cpu to train without"
+            )
         device = torch.device("cpu")
         env["DS_ACCELERATOR"] = "cpu"
     world = World(rank, size, local_rank, local_size, device)
@@ -102,6 +111,14 @@ def _number(name: str, default: int | None = None) -> int:
             f"environment variable {name}: expected a number, found {text!r}; the launcher sets it: "
             "start with deepspeed, torchrun, srun, or none of them"
         ) from None
+
+
+def _device_index(local_rank: int, devices: int) -> int:
+    if local_rank < devices:
+        return local_rank
+    if devices == 1:  # each task sees its own GPU, and nothing else
+        return 0
+    raise UserError(f"local rank {local_rank} finds {devices} GPUs: start at most one rank a GPU")
 
 
 def _first_host(nodelist: str) -> str:

@@ -4,8 +4,6 @@ Invariant: the recipe decides what is computed (batch, precision, optimiser, cli
 the engine does it. What both set is an error, so neither can silently win.
 """
 
-import contextlib
-import io
 import json
 import logging
 from datetime import timedelta
@@ -14,8 +12,9 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import logger, safe_get_full_fp32_param
+from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import UserError
@@ -23,6 +22,7 @@ from pipeline.recipe import Recipe
 from pipeline.train.distributed import World
 
 Engine = deepspeed.DeepSpeedEngine
+WEIGHTS = "weights.safetensors"
 TIMEOUT = timedelta(minutes=10)
 OF_THE_RECIPE = {
     "train_batch_size": "data.global_batch",
@@ -53,6 +53,9 @@ def engine_config(recipe: Recipe, world_size: int) -> dict:
     }
     if recipe.engine.precision != "fp32":
         config[recipe.engine.precision] = {"enabled": True}
+        if recipe.engine.zero_stage == 0:
+            # Without ZeRO DeepSpeed adds up 16-bit gradients in 16 bits only.
+            config.pop("data_types", None)
     return config
 
 
@@ -105,8 +108,19 @@ def step(engine: Engine) -> float | torch.Tensor | None:
 
 
 def save(engine: Engine, directory: Path, name: str) -> None:
-    """Write model and optimiser under directory/name. Every rank must call it."""
+    """Write model and optimiser, and the weights in fp32 as safetensors, under directory/name.
+
+    Every rank must call it.
+    """
     engine.save_checkpoint(str(directory), tag=name, save_latest=False)
+    weights = {}
+    for key, parameter in engine.module.named_parameters():
+        # Without ZeRO and in fp32 there are no masters: the parameter is the weight.
+        full = safe_get_full_fp32_param(parameter)
+        if dist.get_rank() == 0:
+            weights[key] = (parameter if full is None else full).detach().float().cpu().contiguous()
+    if dist.get_rank() == 0:
+        save_file(weights, directory / name / WEIGHTS)
 
 
 def load(engine: Engine, directory: Path, name: str) -> None:
@@ -116,13 +130,13 @@ def load(engine: Engine, directory: Path, name: str) -> None:
         raise UserError(f"{directory / name}: DeepSpeed found nothing to load there")
 
 
-def fp32_weights(checkpoint: Path, zero_stage: int) -> dict[str, torch.Tensor]:
-    """The full-precision weights in a checkpoint, on the CPU, whatever the ZeRO stage and number of ranks."""
-    if zero_stage:
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed's chatter
-            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return {name: tensor.float() for name, tensor in saved["module"].items()}
+def check_precision(recipe: Recipe) -> None:
+    """UserError where the device can't compute in the recipe's precision."""
+    accelerator = get_accelerator()
+    able = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    precision = recipe.engine.precision
+    if precision in able and not able[precision]():
+        raise UserError(f"engine.precision: this {accelerator.device_name()} can't compute in {precision}")
 
 
 def disconnect() -> None:

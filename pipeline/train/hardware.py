@@ -1,5 +1,6 @@
 """What the device can do and what of it is in use."""
 
+import re
 import resource
 
 import torch
@@ -11,9 +12,11 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """The card's peak in FLOP/s; None where `pipeline.plan` does not know it, as for a CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    words = re.split(r"[ -]", torch.cuda.get_device_name(device).lower())
+    if {"pcie", "nvl", "mig"} & set(words):  # slower than the cards in the table
+        return None
     for card, figures in GPUS.items():
-        if card.split("-")[0] in name:
+        if card.split("-")[0] in (*words, "".join(words[-2:])):
             return 1e12 * (figures.bits32 if precision == "fp32" else figures.bits16)
     return None
 

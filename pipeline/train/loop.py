@@ -20,7 +20,7 @@ from pipeline.plan import forward_flops
 from pipeline.recipe import Recipe
 from pipeline.train import checkpoint, engine, run_directory
 from pipeline.train.distributed import find_world, gathered
-from pipeline.train.hardware import memory_gib, peak_flops
+from pipeline.train.hardware import device_name, memory_gib, peak_flops
 from pipeline.train.metrics import Log, Window
 from pipeline.train.schedule import learning_rate
 from pipeline.train.trace import Trace, take_back
@@ -50,7 +50,11 @@ def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
     step_flops = 3 * forward_flops(recipe)  # per image; a backward pass costs two forward ones
     engine.connect()
     gathered("ready")  # nothing is written before every rank has found everything in order
-    lock = run_directory.lock(run) if world.rank == 0 else None
+    engine.check_precision(recipe)
+    lock = None
+    if world.rank == 0:
+        lock = run_directory.lock(run)
+        run_directory.check(run, recipe)  # again: the lock's last holder may have begun another recipe
     model = engine.build_engine(recipe, method, world)
 
     # ---- Continue where the run directory stands
@@ -65,13 +69,14 @@ def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
         step, window = state["step"], Window(state["window"])
     log = None
     if world.rank == 0:
-        checkpoint.sweep(checkpoints)
+        checkpoint.sweep(checkpoints, step)
         take_back(run, step)
         run_directory.describe(run, recipe, step, world)
         log = Log(run, step, total_steps)
         log.note(
             f"{recipe.method.name} on {recipe.model.name}: {num_samples} images, {total_steps} steps of "
-            f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch}"
+            f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch} "
+            f"on {device_name(world.device)}, {recipe.engine.precision}"
             + (f", continued after step {step}" if step else "")
         )
         if not data_checked:
@@ -132,12 +137,17 @@ def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
 
         # ---- Make sure of it
         if step % recipe.train.checkpoint_every == 0 or step == total_steps:
+            state = {
+                **identity,
+                "window": window.collect(),
+            }  # waits for the device, so before the clock stops
             paused = time.perf_counter()
-            state = {**identity, "window": window.collect()}
-            checkpoint.save(model, checkpoints, step, state, recipe.train.keep_checkpoints, world)
             drawn = picture(method, recipe, shown, recipe.seed)  # by all ranks: ZeRO-3 shares the weights
             if log:
-                drawn.save(pictures / f"{checkpoint.name_of(step)}.png")
+                log.flush()
+                drawn.save(pictures / "new.png")
+                (pictures / "new.png").replace(pictures / f"{checkpoint.name_of(step)}.png")
+            checkpoint.save(model, checkpoints, step, state, recipe.train.keep_checkpoints, world)
             began += time.perf_counter() - paused  # the rate is the rate of training
 
     # ---- Close

@@ -69,6 +69,11 @@ class Log:
     def advance(self, step: int) -> None:
         self.bar.advance(step)
 
+    def flush(self) -> None:
+        """Force everything written so far to the disk."""
+        os.fsync(self.file.fileno())
+        self.board.flush()
+
     def note(self, text: str) -> None:
         """A sentence for whoever watches."""
         self.bar.note(text)

@@ -22,6 +22,8 @@ from pipeline.train.hardware import device_name
 PACKAGES = ("shardmae", "torch", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy")
 FREE = {  # keys that may change when a run is continued: they say how it is done, not what is trained
     "engine.micro_batch",
+    "engine.activation_checkpointing",
+    "engine.compile",
     "engine.zero_stage",  # checked against the checkpoint itself
     "data.threads",
     "data.prefetch",
@@ -45,7 +47,7 @@ def check(run: Path, recipe: Recipe) -> None:
         )
     begun = run / "recipe.yaml"
     if not begun.exists():
-        if any(path.name != "lock" for path in run.iterdir()):
+        if {path.name for path in run.iterdir()} - {"lock", "recipe.yaml.new"}:
             raise UserError(
                 f"--run {run}: holds something that is no run (no recipe.yaml); give a new directory"
             )
@@ -76,8 +78,11 @@ def check_continuation(checkpoint: Path, state: dict, identity: dict) -> None:
 
 def lock(run: Path) -> int:
     """Hold the directory until the process ends; returns the lock's file descriptor, to be kept."""
-    run.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise UserError(f"--run {run}: cannot be written: {error.strerror}; give another directory") from None
     deadline = time.monotonic() + LOCK_PATIENCE
     while True:
         try:

@@ -86,7 +86,7 @@ def test_a_run_begun_with_another_recipe_or_other_data(run, other_shards):
     run.train(1, train__steps=2)
     before = run.metrics()
     message = complaint(*run.command(1, {"train.steps": 4, "optim.base_lr": 1e-5})[3:])
-    assert "begun with another recipe: optim.base_lr was 0.004, is 1e-05" in message
+    assert "begun with another recipe: optim.base_lr was " in message and ", is 1e-05" in message
     run.shards = other_shards
     assert "was trained on another shard set" in complaint(*run.command(1, {"train.steps": 4})[3:])
     assert run.metrics() == before

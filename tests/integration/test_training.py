@@ -3,6 +3,7 @@
 import pytest
 import torch
 from pytest import approx
+from runs import SMALL
 
 from pipeline.data.dali import Loader
 from pipeline.data.reader import ShardReader
@@ -14,9 +15,9 @@ STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def plain_losses(shards, small):
+def plain(shards):
     """The same 20 steps without DeepSpeed: one process, no accumulation, torch's AdamW."""
-    settings = {**small, "engine.micro_batch": small["data.global_batch"], "train.steps": STEPS}
+    settings = {**SMALL, "engine.micro_batch": SMALL["data.global_batch"], "train.steps": STEPS}
     recipe = load_recipe("demo_emae", [f"{key}={value}" for key, value in settings.items()])
     torch.manual_seed(recipe.seed)
     method = build_method(recipe)
@@ -31,7 +32,7 @@ def plain_losses(shards, small):
         betas=recipe.optim.betas,
     )
     loader = Loader(ShardReader(shards), recipe, method.noise_size, torch.device("cpu"))
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, STEPS, recipe.optim.warmup_steps, recipe.lr)
@@ -39,15 +40,17 @@ def plain_losses(shards, small):
         loss = method(batch.images, batch.noise).loss
         optimizer.zero_grad()
         loss.backward()
+        norms.append(torch.nn.utils.get_total_norm(p.grad for p in method.parameters()).item())
         optimizer.step()
         losses.append(loss.item())
     loader.close()
-    return losses
+    return losses, norms
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
-def test_the_losses_are_plain_pytorchs_on_every_zero_stage(run, plain_losses, ranks, stage):
+def test_the_losses_are_plain_pytorchs_on_every_zero_stage(run, plain, ranks, stage):
     lines = run.train(ranks, engine__zero_stage=stage, train__steps=STEPS)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert [line["loss"] for line in lines] == approx(plain_losses, rel=1e-4)
-    assert all(line["grad_norm"] > 0 for line in lines)
+    losses, norms = plain
+    assert [line["loss"] for line in lines] == approx(losses, rel=1e-4)
+    assert [line["grad_norm"] for line in lines] == approx(norms, rel=1e-2)

@@ -31,7 +31,7 @@ def test_what_is_being_written_is_never_taken_for_a_checkpoint(tmp_path):
     partial.mkdir()
     (partial / "state.json").write_text("{}")
     assert checkpoint.newest_whole(tmp_path).name == checkpoint.name_of(1)
-    checkpoint.sweep(tmp_path)
+    checkpoint.sweep(tmp_path, 1)
     assert not partial.exists()
 
 

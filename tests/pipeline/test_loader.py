@@ -124,6 +124,17 @@ def test_an_image_that_cannot_be_decoded_is_named(copy_of_shards):
         read_an_epoch(copy_of_shards)
 
 
+def test_an_image_whose_header_is_sound_but_whose_pixels_cannot_be_decoded_is_named(copy_of_shards):
+    def without_scan(data):
+        frame = next(i for i in range(2, len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC1, 0xC2))
+        end = frame + 2 + (data[frame + 2] << 8 | data[frame + 3])
+        data[end:] = bytes(len(data) - end)
+
+    key = overwrite_first_image(copy_of_shards, without_scan)
+    with pytest.raises(UserError, match=f"sample '{key}': this image cannot be decoded.*data_prep verify"):
+        read_an_epoch(copy_of_shards)
+
+
 def test_a_shard_whose_bytes_are_not_the_manifests_is_named(copy_of_shards):
     overwrite_first_image(copy_of_shards, lambda data: data.__setitem__(-5, data[-5] ^ 1))
     name = read_manifest(copy_of_shards).shards[0].name

@@ -1,0 +1,78 @@
+"""Real runs: processes started as a user starts them, by DeepSpeed's launcher where there are several."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SMALL = {  # a model small enough that starting up takes longer than training
+    "model.width": 32,
+    "model.depth": 2,
+    "model.decoder_width": 32,
+    "data.image_size": 32,
+    "data.global_batch": 16,
+    "engine.micro_batch": 4,
+    "train.log_every": 1,
+    "train.checkpoint_every": 4,
+}
+
+
+class Run:
+    """One run directory and the command that trains there."""
+
+    def __init__(self, shards: Path, directory: Path):
+        self.shards, self.directory = shards, directory
+
+    @property
+    def output(self) -> Path:
+        return self.directory.with_suffix(".output")
+
+    def command(self, ranks: int, settings: dict) -> list[str]:
+        sets = [f"--set={key}={value}" for key, value in {**SMALL, **settings}.items()]
+        arguments = ["pretrain", "demo_emae", "--data", str(self.shards), "--run", str(self.directory), *sets]
+        if ranks == 1:
+            return [sys.executable, "-m", "pipeline", *arguments]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher = Path(sys.executable).with_name("deepspeed")
+        options = ["--num_accelerators", str(ranks), "--master_port", str(port), "--module"]
+        return [str(launcher), *options, "pipeline", *arguments]
+
+    def start(self, ranks: int = 1, **settings) -> subprocess.Popen:
+        settings = {key.replace("__", "."): value for key, value in settings.items()}
+        with open(self.output, "w") as output:
+            return subprocess.Popen(
+                self.command(ranks, settings),
+                env={**os.environ, "DS_ACCELERATOR": "cpu"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def train(self, ranks: int = 1, **settings) -> list[dict]:
+        """Train to the end and return the metrics."""
+        process = self.start(ranks, **settings)
+        assert process.wait() == 0, self.output.read_text()[-4000:]
+        return self.metrics()
+
+    def metrics(self) -> list[dict]:
+        path = self.directory / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def losses(self) -> list[tuple[int, float]]:
+        return [(line["step"], line["loss"]) for line in self.metrics()]
+
+    def kill_when(self, process: subprocess.Popen, condition) -> None:
+        """SIGKILL the launcher and all ranks as soon as the condition holds; it must before they end."""
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert process.poll() is None, self.output.read_text()[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
