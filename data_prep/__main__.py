@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
         return commands.get(options.command, _build)(options)
     except (UserError, ShardSetError) as error:
         return _fail(error, 2)
+    except PermissionError as error:
+        return _fail(f"{error.filename}: {error.strerror}", 2)
     except BuildStopped as error:
         return _fail(error, 75)
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from data_prep.pack import Job, estimated_bytes, read_record
 from data_prep.pixels import load_resizer
 from data_prep.plan import Plan, ShardSize
 from data_prep.progress import Progress
-from data_prep.shard_set import BUILD_DIRECTORY, MANIFEST, Manifest, ShardSetError, read_manifest
+from data_prep.shard_set import BUILD_DIRECTORY, MANIFEST, QUARANTINE, Manifest, ShardSetError, read_manifest
 from data_prep.sources.sample import Source
 from data_prep.workers import build_shards
 
@@ -91,12 +91,19 @@ def describe(out: Path, manifest: Manifest) -> str:
     return (
         f"{out}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards, "
         f"{sum(manifest.repairs.values()):,} repaired, {manifest.quarantined:,} quarantined"
+        + (f" ({out / QUARANTINE} says why)" if manifest.quarantined else "")
     )
 
 
 def prepare(source: Source, out: Path, settings: Settings, say=print) -> tuple[Job, dict[str, Any]]:
     """Plans, and says what will be done. Returns the job and the build's identity; writes nothing."""
     plan = Plan(source.samples(), settings.seed, settings.shard_size)
+    if not plan.num_shards:
+        first = plan.refused[0]
+        raise UserError(
+            f"no readable image in SRC: {plan.num_inputs:,} inputs refused; "
+            f"the first: {first.location}: {first.reason}"
+        )
     job = Job(plan, source, settings.policy, out, settings.split)
     options = {**asdict(settings.policy), "shard_samples": settings.shard_size.samples}
     options |= {"shard_bytes": settings.shard_size.bytes, "layout": source.layout}

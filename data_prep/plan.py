@@ -18,6 +18,9 @@ import numpy as np
 from data_prep.shard_file import BLOCK
 from data_prep.sources.sample import Location, Sample, Storage
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
+"""Only of files that would have one key do these decide, which of them is read."""
+
 
 @dataclass(frozen=True, slots=True)
 class ShardSize:
@@ -134,26 +137,29 @@ class Plan:
         return np.array(hashes, np.uint64)
 
     def _shuffled(self, hashes: np.ndarray) -> np.ndarray:
-        order = np.argsort(hashes, kind="stable").astype(
-            np.uint32
-        )  # stable: of equal keys the first input wins
+        order = np.argsort(hashes, kind="stable").astype(np.uint32)
         ordered = hashes[order]
         repeated = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
-        dropped, first, previous = [], {}, -1
+        dropped, held, previous = [], {}, -1  # held: key to position, of those with one hash
         for position in repeated.tolist():
-            if (
-                position - 1 != previous
-            ):  # a new run of equal hashes, which hold equal keys or a rare collision
-                row = int(order[position - 1])
-                first = {self._keys[row]: row}
+            if position - 1 != previous:  # a new run of equal hashes: equal keys, or a rare collision
+                held = {self._keys[int(order[position - 1])]: position - 1}
             previous, row = position, int(order[position])
             key = self._keys[row]
-            if first.setdefault(key, row) != row:
-                twin = self._sample(first[key]).location
-                reason = f"duplicate_key: its key {key!r} is that of {twin}"
-                self.refused.append(Refused(self._sample(row).location, reason))
-                dropped.append(position)
+            if held.setdefault(key, position) == position:
+                continue
+            winner, loser = held[key], position
+            if self._named_like_image(row) and not self._named_like_image(int(order[winner])):
+                winner, loser = loser, winner  # a photograph does not give way to its caption
+            held[key] = winner
+            twin = self._sample(int(order[winner])).location
+            reason = f"duplicate_key: its key {key!r} is that of {twin}"
+            self.refused.append(Refused(self._sample(int(order[loser])).location, reason))
+            dropped.append(loser)
         return np.delete(order, dropped)
+
+    def _named_like_image(self, row: int) -> bool:
+        return str(self._sample(row).location).lower().endswith(IMAGE_ENDINGS)
 
     def _cut(self, shard_size: ShardSize) -> np.ndarray:
         count = len(self.order)

@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         _let_rank_0_speak()
         print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("pipeline: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -314,7 +314,7 @@ def load_recipe(name_or_path: str | Path, overrides: tuple[str, ...] | list[str]
     path = _find(name_or_path)
     try:
         tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None

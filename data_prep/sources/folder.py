@@ -1,7 +1,7 @@
 """A folder of images. Sub-folders, where there are any, are classes.
 
-Invariant: every file below the folder is an input, whatever its name; links and special files are refused, so
-that nothing outside of the folder is ever read. Files come in the order of their names.
+Invariant: every file below the folder is an input, whatever its ending; links, special files and hidden ones
+are refused, so that nothing outside of the folder is ever read. Files come in the order of their names.
 """
 
 import os
@@ -28,8 +28,9 @@ class FolderSource(PlainSource):
             raise UserError(f"SRC {root} does not exist")
         if not root.is_dir():
             raise UserError(f"SRC {root} is no folder")
-        folders = sorted(entry.name for entry in _scan(root) if entry.is_dir(follow_symlinks=False))
-        loose = [entry.path for entry in _scan(root) if entry.is_file(follow_symlinks=False)]
+        entries = [entry for entry in _scan(root) if not entry.name.startswith(".")]
+        folders = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        loose = [entry.path for entry in entries if entry.is_file(follow_symlinks=False)]
         labelled = labels == "folders" or (
             labels == "auto" and bool(folders) and not any(_begins_like_an_image(path) for path in loose)
         )
@@ -53,7 +54,9 @@ def files_below(root: str | os.PathLike, below: str = "") -> Iterator[tuple[str,
     """(path below root with "/", bytes, refusal or None) of every file, in the order of names."""
     for entry in _scan(os.path.join(root, below)):
         name = f"{below}/{entry.name}" if below else entry.name
-        if entry.is_symlink():
+        if entry.name.startswith("."):
+            yield name, 0, "hidden: its name begins with a dot"
+        elif entry.is_symlink():
             yield name, 0, "link: a symbolic link, which is never followed"
         elif entry.is_dir(follow_symlinks=False):
             yield from files_below(root, name)

@@ -17,8 +17,6 @@ def load_photographs(folder: Path, count: int, data: DataSection, size: int) -> 
 
     Files that are no images are passed over. UserError where none is left.
     """
-    if not folder.exists():
-        raise UserError(f"--images {folder}: no such file or folder")
     paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]
     images: list[Image.Image] = []
     for path in paths:

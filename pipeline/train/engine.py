@@ -6,6 +6,8 @@ the engine does it. What both set is an error, so neither can silently win.
 
 import json
 import logging
+import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,6 +64,8 @@ def engine_config(recipe: Recipe, world_size: int) -> dict:
 def connect() -> None:
     """Join the other ranks. `distributed.find_world` has prepared the environment."""
     logger.setLevel(logging.WARNING)
+    if get_accelerator().device_name() == "cpu" and os.environ["RANK"] == "0":
+        print("connecting; DeepSpeed's CPU operations are compiled once, for about a minute", file=sys.stderr)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
 
 

@@ -83,15 +83,18 @@ def lock(run: Path) -> int:
         descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(f"--run {run}: cannot be written: {error.strerror}; give another directory") from None
-    deadline = time.monotonic() + LOCK_PATIENCE
+    deadline, told = time.monotonic() + LOCK_PATIENCE, False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             if time.monotonic() < deadline:
+                if not told:
+                    print(f"{run}: held by {holder}; waiting up to {LOCK_PATIENCE:.0f} s", file=sys.stderr)
+                told = True
                 time.sleep(0.5)
                 continue
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             raise UserError(
                 f"--run {run}: another run is at work there ({holder}); wait for it or end it"
             ) from None
