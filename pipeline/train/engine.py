@@ -119,7 +119,7 @@ def save(engine: Engine, directory: Path, name: str) -> None:
     engine.save_checkpoint(str(directory), tag=name, save_latest=False)
     weights = {}
     for key, parameter in engine.module.named_parameters():
-        # Without ZeRO and in fp32 there are no masters: the parameter is the weight.
+        # Without ZeRO the parameter is the weight; in 16 bits there are masters, but no way to ask for them.
         full = safe_get_full_fp32_param(parameter)
         if dist.get_rank() == 0:
             weights[key] = (parameter if full is None else full).detach().float().cpu().contiguous()
