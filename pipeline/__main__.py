@@ -64,20 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(
         commands, "pretrain", _pretrain, "train a recipe on a shard set", PRETRAIN, PRETRAIN_EXAMPLES
     )
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
+    _recipe_arguments(command)
     command.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="shard set, made by data_prep"
     )
     command.add_argument(
         "--run", type=Path, required=True, metavar="DIR", help="run directory: new, or continued"
-    )
-    command.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace a recipe's key",
     )
 
     command = _command(
@@ -122,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "examples:\n  python -m pipeline plan vitl16_emae --gpus 8 --nodes 4 --gpu h100\n"
         "  python -m pipeline plan vith14_mae --mfu 0.5 --json\n",
     )
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
+    _recipe_arguments(command)
     command.add_argument("--gpus", type=_positive, default=8, metavar="N", help="GPUs a node (default: 8)")
     command.add_argument("--nodes", type=_positive, default=1, metavar="N", help="nodes (default: 1)")
     command.add_argument("--gpu", default="h100", metavar="NAME", help="which card (default: h100)")
@@ -131,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--data", type=Path, metavar="DIR", help="shard set (default: ImageNet's size)")
     command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _recipe_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
     command.add_argument(
         "--set",
         dest="overrides",
@@ -139,7 +136,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="replace a recipe's key",
     )
-    return parser
 
 
 def _command(
