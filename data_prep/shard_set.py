@@ -261,12 +261,18 @@ def read_index(directory: str | os.PathLike, shard: Shard, extension: str = "jpg
     """Where each sample's `extension` file lies. Raises ShardSetError when the index is missing or damaged,
     is not the one that the manifest means, or a sample has no such file."""
     path = idx_path(directory, shard)
-    data = _read_exactly(path, shard.index_bytes)
+    return verified_index(_read_exactly(path, shard.index_bytes), shard, extension, path)
+
+
+def verified_index(
+    data: bytes, shard: Shard, extension: str = "jpg", where: str | os.PathLike = "index"
+) -> ShardIndex:
+    """As `read_index`, from bytes that were read elsewhere. `where` is for the messages."""
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise ShardSetError(
-            f"{path} is not the index that {MANIFEST} describes (its sha256 differs): restore it"
+            f"{where} is not the index that {MANIFEST} describes (its sha256 differs): restore it"
         )
-    return parse_index(data, shard, extension, path)
+    return parse_index(data, shard, extension, where)
 
 
 def parse_index(
@@ -313,6 +319,11 @@ def parse_index_lines(data: bytes, samples: int, tar_bytes: int, where: str | os
 
 def _is_number(word: str) -> bool:
     return word.isdigit() and len(word) <= 18
+
+
+def is_header_of(block: bytes, name: str, size: int) -> bool:
+    """Whether the 512 bytes before a member's data are the header of `name` with `size` bytes."""
+    return block[:100] == name.encode("ascii").ljust(100, b"\0") and block[124:136] == b"%011o\0" % size
 
 
 def check_shard_files(directory: str | os.PathLike, manifest: Manifest) -> None:

@@ -66,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _recipe_arguments(command)
     command.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="shard set, made by data_prep"
+        "--data",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="shard set, made by data_prep: a directory or a URL; several --data are read as one. "
+        "Left out where the recipe has data.sources",
     )
     command.add_argument(
         "--run", type=Path, required=True, metavar="DIR", help="run directory: new, or continued"
@@ -121,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--mfu", type=float, default=0.4, metavar="F", help="share of its peak (default: 0.4)"
     )
-    command.add_argument("--data", type=Path, metavar="DIR", help="shard set (default: ImageNet's size)")
+    command.add_argument(
+        "--data", action="append", default=[], metavar="DIR", help="shard set (default: ImageNet's size)"
+    )
     command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -182,9 +189,9 @@ def _plan(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     sizes = {}
-    if args.data:
-        shard_sizes = ShardReader(args.data).shard_sizes
-        sizes = {"samples": int(shard_sizes.sum()), "shards": len(shard_sizes)}
+    if args.data or recipe.data.sources:
+        reader = ShardReader(recipe.sources(args.data), recipe.data)
+        sizes = {"samples": reader.num_samples, "shards": len(reader.shard_sizes)}
     result = plan(recipe, gpus=args.gpus, nodes=args.nodes, gpu=args.gpu, mfu=args.mfu, **sizes)
     print(json.dumps(as_json(result), indent=1) if args.json else format_plan(result))
 

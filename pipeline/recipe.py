@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.method_options import MethodSection, Section
 from pipeline.models.sizes import SIZES, Size
 
+SMALLEST_SHARE = 1e-6  # of a source in a mix: a block of the mix draws every source
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -43,7 +45,22 @@ class ModelSection(Section):
         return Size(self.width or named.width, self.depth or named.depth, self.heads or named.heads)
 
 
+class Source(Section):
+    """One shard set: a directory, or a URL that fsspec opens."""
+
+    path: str = Field(min_length=1)
+    weight: float | None = Field(None, gt=0.0)
+    """Share of the stream, relative to the other sources' weights."""
+
+
 class DataSection(Section):
+    sources: tuple[Source, ...] | None = Field(None, min_length=1)
+    """The shard sets, where --data does not name them. Without weights one stream reads them all, each sample
+    once an epoch; with weights (all or none) samples are drawn in these proportions."""
+    subset: float = Field(1.0, gt=0.0, le=1.0)
+    """Train on this share of the samples, chosen by a hash of their keys."""
+    holdout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Keep this share of the samples, chosen likewise, out of training, for validation."""
     image_size: int = Field(224, ge=1)
     global_batch: int = Field(4096, ge=1)
     """Images a step, over all ranks and accumulation steps."""
@@ -55,6 +72,18 @@ class DataSection(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     window_shards: int = Field(16, ge=1)
     """Samples mix freely inside windows of so many shards: more mixes better, fewer reads more locally."""
+    readers: int = Field(4, ge=1)
+    """Threads a rank that read ahead."""
+    read_ahead_mb: int = Field(256, ge=1)
+    """Megabytes of images that a rank may hold between the storage and the decoder."""
+    timeout_s: float = Field(30.0, gt=0.0)
+    """A read without a sign of life for so long has failed, and is tried again."""
+    retries: int = Field(5, ge=0)
+    """Tries after the first before the run stops, with waits of 0.5, 1, 2, ... 30 s between them."""
+    cache_dir: str | None = None
+    """A directory on the node's own disk that keeps whole shards; for sets behind a slow network."""
+    cache_gb: float | None = Field(None, gt=0.0)
+    """Gigabytes (10^9) that cache_dir may hold; the shards used least recently go first."""
     threads: int | None = Field(None, ge=1)
     """Decoding threads a rank; null: the machine's cores shared evenly by its ranks."""
     prefetch: int = Field(2, ge=1)
@@ -134,11 +163,27 @@ class Recipe(Section):
                 raise ValueError(f"data.{name}: [{low}, {high}] is not a range of positive numbers")
         if self.data.crop_scale[1] > 1:
             raise ValueError(f"data.crop_scale: {self.data.crop_scale[1]} is more than the whole image")
+        self._possible_sources()
         if min(self.data.std) <= 0:
             raise ValueError("data.std: each of the three must be positive")
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ValueError(f"optim.betas: {list(self.optim.betas)} must lie in [0, 1)")
         return self
+
+    def _possible_sources(self) -> None:
+        sources = self.data.sources or ()
+        paths = [source.path for source in sources]
+        weights = [source.weight for source in sources if source.weight is not None]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"data.sources: {max(paths, key=paths.count)} stands there twice")
+        if weights and len(weights) < len(sources):
+            raise ValueError("data.sources: give every source a weight, or none")
+        if weights and min(weights) < SMALLEST_SHARE * sum(weights):
+            raise ValueError(
+                f"data.sources: {min(weights):g} is less than {SMALLEST_SHARE:g} of the sum of the weights"
+            )
+        if (self.data.cache_dir is None) != (self.data.cache_gb is None):
+            raise ValueError("data.cache_dir, data.cache_gb: give both or neither")
 
     def _possible_mask(self) -> None:
         name, method = self.method.name, self.method
@@ -203,6 +248,19 @@ class Recipe(Section):
     def lr(self) -> float:
         """Peak learning rate, by MAE's linear scaling rule."""
         return self.optim.base_lr * self.data.global_batch / 256
+
+    def sources(self, given: Sequence[str]) -> tuple[Source, ...]:
+        """The shard sets of a run: those that --data names, or the recipe's. UserError unless one does."""
+        if given and self.data.sources:
+            raise UserError(
+                f"--data {given[0]}, data.sources: both name shard sets; leave one of the two out"
+            )
+        if len(set(given)) < len(given):
+            raise UserError(f"--data {max(given, key=given.count)}: stands there twice")
+        sources = self.data.sources or tuple(Source(path=path) for path in given)
+        if not sources:
+            raise UserError("--data, data.sources: name a shard set by one of the two")
+        return sources
 
     def total_steps(self, num_samples: int) -> int:
         """Steps of the whole run on a set of `num_samples`. An epoch need not be a whole number of steps."""
@@ -361,7 +419,7 @@ def _complaint(error: Any) -> str:
 def _keys_at(location: tuple) -> list[str]:
     section: Any = Recipe
     for name in location:
-        section = section.model_fields[name].annotation
+        section = Source if isinstance(name, int) else section.model_fields[name].annotation
     return list(section.model_fields)
 
 

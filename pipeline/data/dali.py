@@ -4,13 +4,15 @@ Invariant: DALI decides nothing. It is given each sample's bytes, crop box and f
 resizes it as Pillow does (bicubic, antialiased) and normalises. The same plan therefore gives the same
 pixels, on any number of ranks and after any restart; on a GPU (`mixed` decode) as on a CPU.
 
-A background thread plans and reads ahead; DALI's own threads decode ahead; `next` waits only when both are
-late.
+`read_ahead` fetches in the background, a thread plans, DALI's own threads decode ahead; `next` waits only
+when one of them is late.
 """
 
 import io
+import itertools
 import queue
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +22,10 @@ from PIL import Image
 
 from pipeline.data.crops import crop_boxes, flips
 from pipeline.data.jpeg import jpeg_size
-from pipeline.data.order import Located, Stream, rank_positions
+from pipeline.data.order import Located, rank_positions
+from pipeline.data.patience import Stopped
 from pipeline.data.random import Purpose, uniform
+from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
@@ -61,14 +65,19 @@ class Loader:
         world_size: int = 1,
         step: int = 0,
         threads: int = 1,
+        offset: int = 0,
     ):
+        """step: the first global step; offset: stream positions that the run has skipped so far."""
         self.reader, self.recipe, self.noise_size, self.device = reader, recipe, noise_size, device
         self.rank, self.world_size = rank, world_size
-        self.stream = Stream(reader.shard_sizes, recipe.seed, recipe.data.window_shards)
+        self.stream, self.step, self.offset = reader.stream(recipe.seed), step, offset
         self._planned: queue.Queue[Planned | Exception] = queue.Queue(maxsize=recipe.data.prefetch)
         self._in_flight: list[Planned] = []
+        self._failure: Exception | None = None
         self._closed = threading.Event()
-        self._planner = threading.Thread(target=self._plan_ahead, args=(step,), daemon=True)
+        data = recipe.data
+        self._read_ahead = ReadAhead(reader, self._batches(), data.readers, data.read_ahead_mb * 10**6)
+        self._planner = threading.Thread(target=self._plan_ahead, daemon=True)
         self._planner.start()
         self._pipeline = self._build(threads)
 
@@ -86,26 +95,38 @@ class Loader:
         noise = torch.from_numpy(planned.noise)
         return Batch(images, noise.to(self.device, non_blocking=True), planned.located)
 
+    @property
+    def failure(self) -> Exception | None:
+        """The first error met while reading ahead; `next` raises it when it comes to the batch it is in."""
+        return self._failure or self._read_ahead.failure
+
     def keys(self, located: Located) -> list[str]:
         """The samples' keys in the shard set."""
         return [self.reader.key(s, i) for s, i in zip(located.shard, located.index, strict=True)]
 
     def close(self) -> None:
         self._closed.set()
+        self._read_ahead.close()
         self._planner.join()
         del self._pipeline
-        self.reader.close()
 
-    def _plan_ahead(self, step: int) -> None:
+    def _batches(self) -> Iterator[Located]:
+        """This rank's micro batches, forever."""
         data, micro_batch = self.recipe.data, self.recipe.engine.micro_batch
+        for step in itertools.count(self.step):
+            positions = rank_positions(step, data.global_batch, self.rank, self.world_size, self.offset)
+            for start in range(0, len(positions), micro_batch):
+                yield self.stream.locate(positions[start : start + micro_batch])
+
+    def _plan_ahead(self) -> None:
         try:
-            while True:
-                positions = rank_positions(step, data.global_batch, self.rank, self.world_size)
-                for start in range(0, len(positions), micro_batch):
-                    if not self._put(self._plan(positions[start : start + micro_batch])):
-                        return
-                step += 1
+            for located, encoded in self._read_ahead:
+                if not self._put(self._plan(located, encoded)):
+                    return
+        except Stopped:
+            return
         except Exception as error:  # handed to the thread that asks for the batch
+            self._failure = error
             self._put(error)
 
     def _put(self, item: Planned | Exception) -> bool:
@@ -117,10 +138,8 @@ class Loader:
                 continue
         return False
 
-    def _plan(self, positions: np.ndarray) -> Planned:
+    def _plan(self, located: Located, encoded: list[np.ndarray]) -> Planned:
         data, seed = self.recipe.data, self.recipe.seed
-        located = self.stream.locate(positions)
-        encoded = [self.reader.read(s, i) for s, i in zip(located.shard, located.index, strict=True)]
         sizes = np.array([self._size(located, row, image) for row, image in enumerate(encoded)])
         boxes = crop_boxes(seed, located.epoch, located.sample, sizes, data.crop_scale, data.crop_ratio)
         mirrored = flips(seed, located.epoch, located.sample) & data.flip
@@ -131,7 +150,9 @@ class Loader:
         try:
             return jpeg_size(image.data)
         except ValueError as error:
-            raise UserError(f"{self._sample(located, row)}: {error}; {self._remedy}") from None
+            raise UserError(
+                f"{self._sample(located, row)}: {error}; {self.reader.remedy(located.shard[row])}"
+            ) from None
 
     def _build(self, threads: int) -> Pipeline:
         data = self.recipe.data
@@ -186,14 +207,10 @@ class Loader:
                 Image.open(io.BytesIO(image)).load()
             except (OSError, SyntaxError) as reason:
                 name = self._sample(planned.located, row)
-                return UserError(f"{name}: this image cannot be decoded: {reason}; {self._remedy}")
+                remedy = self.reader.remedy(planned.located.shard[row])
+                return UserError(f"{name}: this image cannot be decoded: {reason}; {remedy}")
         return UserError(f"DALI failed on {self._sample(planned.located, 0)} or a later sample: {error}")
 
     def _sample(self, located: Located, row: int) -> str:
         shard, index = located.shard[row], located.index[row]
-        name = self.reader.manifest.shards[shard].name
-        return f"{self.reader.directory / name}.tar, sample {self.reader.key(shard, index)!r}"
-
-    @property
-    def _remedy(self) -> str:
-        return f"run `python -m data_prep verify {self.reader.directory}` and build the shard set anew"
+        return f"{self.reader.name(shard)}, sample {self.reader.key(shard, index)!r}"

@@ -2,9 +2,10 @@
 
 Invariant: stream position n is sample `n mod N` of epoch `n div N`, and every epoch reads each of the N
 samples exactly once. The order is a pure function of (seed, window, shard sizes): it knows nothing of ranks,
-workers or restarts. Global step s with global batch G takes positions [s G, (s + 1) G), and rank r of R takes
-the r-th of R equal, contiguous slices of them. So to resume is to know s, and to change R is to cut the same
-step differently.
+workers or restarts. Global step s with global batch G takes positions [o + s G, o + (s + 1) G), where the
+offset o is 0 until a part of the stream is skipped on purpose; rank r of R takes the r-th of R equal,
+contiguous slices of them. So to resume is to know s and o, and to change R is to cut the same step
+differently.
 
 An epoch's order: the shards are permuted; runs of `window` consecutive ones form windows; inside a window the
 samples are permuted. A larger window mixes better and reads less locally. Memory is O(shards), plus a
@@ -31,7 +32,7 @@ class Located(NamedTuple):
     index: np.ndarray
     """Position inside the shard."""
     sample: np.ndarray
-    """The sample's identity, the same in every epoch: in [0, N), in the order of the shard set."""
+    """The sample's identity, the same in every epoch: in [0, N), in the order of the shards."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,17 @@ class EpochPlan:
 
 
 class Stream:
-    """The stream of samples of one shard set."""
+    """The stream of samples of one list of shards."""
 
-    def __init__(self, shard_sizes: np.ndarray, seed: int, window: int):
-        """shard_sizes: (S,) samples in each shard, at least one sample in all; window: shards, at least 1."""
+    def __init__(self, shard_sizes: np.ndarray, seed: int, window: int, source: int = 0):
+        """shard_sizes: (S,) samples in each shard, at least one sample in all; window: shards, at least 1.
+
+        source, in [0, 2^24): streams of one seed that differ in it are independent of each other.
+        """
         self.shard_sizes = np.asarray(shard_sizes, np.int64)
         self.seed = seed
         self.window = window
+        self._items = source << 32
         self.shard_starts = np.cumsum(self.shard_sizes) - self.shard_sizes
         self.num_samples = int(self.shard_sizes.sum())
         if self.num_samples < 1 or (self.shard_sizes < 0).any() or window < 1:
@@ -64,7 +69,7 @@ class Stream:
     def plan(self, epoch: int) -> EpochPlan:
         """The order of an epoch's shards and windows."""
         if epoch not in self._plans:
-            shards = permutation(self.seed, Purpose.SHARDS, epoch, 0, len(self.shard_sizes))
+            shards = permutation(self.seed, Purpose.SHARDS, epoch, self._items, len(self.shard_sizes))
             ends = np.cumsum(self.shard_sizes[shards])
             last_of_window = (
                 np.arange(self.window, len(ends) + self.window, self.window).clip(max=len(ends)) - 1
@@ -96,19 +101,20 @@ class Stream:
     def _window(self, epoch: int, window: int, size: int) -> np.ndarray:
         key = (epoch, window)
         if key not in self._windows:
-            self._windows[key] = permutation(self.seed, Purpose.WINDOW, epoch, window, size)
+            self._windows[key] = permutation(self.seed, Purpose.WINDOW, epoch, self._items | window, size)
             while len(self._windows) > WINDOWS_KEPT:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(key)
         return self._windows[key]
 
 
-def rank_positions(step: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
+def rank_positions(step: int, global_batch: int, rank: int, world_size: int, offset: int = 0) -> np.ndarray:
     """Stream positions that a rank takes in a global step, int64 (global_batch / world_size,).
 
-    Raises ValueError where the global batch is not a multiple of the world size.
+    offset: positions that the run has skipped so far. Raises ValueError where the global batch is not a
+    multiple of the world size.
     """
     share, rest = divmod(global_batch, world_size)
     if rest:
         raise ValueError(f"a global batch of {global_batch} cannot be shared evenly by {world_size} ranks")
-    return np.arange(share, dtype=np.int64) + (step * global_batch + rank * share)
+    return np.arange(share, dtype=np.int64) + (offset + step * global_batch + rank * share)

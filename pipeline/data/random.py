@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     CROP = 2
     FLIP = 3
     MASK = 4
+    MIXTURE = 5
 
 
 def philox(counter: np.ndarray, key: int) -> np.ndarray:

@@ -1,111 +1,289 @@
-"""The bytes of a sample: the only door from the loader to a shard set on disk.
+"""The bytes of a sample: the only door from the loader to the shard sets.
 
-Invariant: what `read` returns is the file that the manifest promises, or there is a `UserError` that names
-shard and sample. Indexes are checked against the manifest when they are first used.
+Invariant: what is read is the file that the manifest promises, or there is a `UserError` that names shard and
+sample. Indexes are checked against the manifest's checksum when they are used, and every image against the
+tar header before it, so a shard that was truncated or replaced under a running job is found out when it is
+read. Any number of threads may read at once.
+
+Several sets are numbered through: the shards of the first, then those of the second, and so on. Where
+`data.subset` or `data.holdout` choose, a shard's samples are those chosen: nobody outside this file sees the
+others.
 """
 
 import hashlib
-import os
+import json
+import sys
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.shard_set import (
+    MANIFEST,
     Manifest,
     ShardIndex,
     ShardSetError,
     check_shard_bytes,
     check_shard_files,
-    read_index,
+    idx_path,
+    is_header_of,
+    parse_manifest,
     read_manifest,
     tar_path,
+    verified_index,
 )
+from pipeline.data.mixture import Mixture
+from pipeline.data.order import Stream
+from pipeline.data.patience import Patience, patiently
+from pipeline.data.store import LocalStore, Store, open_store
+from pipeline.data.subset import Part, in_part
 from pipeline.errors import UserError
+from pipeline.recipe import DataSection, Source
 
-OPEN_SHARDS = 256
+HEADER = 512
+LARGEST_READ = 8 << 20
+"""Bytes that neighbours are read together, at most."""
 CHECKED_BYTES = 4 * 2**30  # some seconds of reading
+SLOW_START = 5.0  # seconds
+
+
+class ShardSet(NamedTuple):
+    store: Store
+    manifest: Manifest
 
 
 class ShardReader:
-    """Reads single samples of a shard set, in any order, holding a bounded number of shards open."""
+    """Reads single samples of shard sets, in any order, holding a bounded number of shards open."""
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
-        try:
-            self.manifest: Manifest = read_manifest(self.directory)
-            check_shard_files(self.directory, self.manifest)
-        except ShardSetError as error:
-            raise UserError(str(error)) from None
-        self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
-        self._lock = threading.Lock()  # the planner reads while the loop asks for keys
+    def __init__(
+        self,
+        sources: str | Path | Sequence[Source],
+        data: DataSection | None = None,
+        part: Part = "training",
+    ):
+        """sources: one set, or several. data: how to read them, its subset and its holdout; part: which of
+        the two parts that these make.
+
+        Raises UserError where a set is missing, unfinished or damaged, or the part is empty.
+        """
+        if isinstance(sources, str | Path):
+            sources = [Source(path=str(sources))]
+        self.sources, self.data, self.part = sources, data or DataSection(), part
+        self._closed = threading.Event()
+        self._patience = Patience(self.data.timeout_s, self.data.retries)
+        self.sets = [self._open_set(source.path) for source in sources]
+        self._shards = [(place, shard) for place in self.sets for shard in place.manifest.shards]
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._indexes_kept = 4 + 2 * self.data.window_shards * len(self.sets)
+        self._lock = threading.Lock()
+        self.shard_sizes = np.array([shard.samples for _, shard in self._shards], np.int64)
+        """(S,) samples in each shard."""
+        self._chosen: list[np.ndarray] | None = None
+        if self.data.subset < 1 or self.data.holdout > 0 or part == "held_out":
+            self._choose()
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.shard_sizes.sum())
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the set. UserError where there are several: classes are a single set's."""
+        if len(self.sets) > 1:
+            raise UserError(f"{', '.join(self.places)}: one shard set is needed here, these are several")
+        return self.sets[0].manifest
+
+    @property
+    def places(self) -> list[str]:
+        """The sets' directories or URLs."""
+        return [place.store.place for place in self.sets]
 
     @property
     def fingerprint(self) -> str:
-        """What tells this data from other data: a digest of the shards' checksums, in order."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
+        """What tells this data from other data: a digest of the shards' checksums, in order, and of the
+        sources' shares, the subset and the holdout where there are any."""
+        content = "".join(shard.sha256 for _, shard in self._shards)
+        weights = self._weights()
+        if weights or self._chosen is not None:
+            shards = [len(place.manifest.shards) for place in self.sets]
+            shares = [str(weight / sum(weights)) for weight in weights]
+            content += json.dumps([shards, shares, self.part, self.data.subset, self.data.holdout])
+        return hashlib.sha256(content.encode()).hexdigest()
 
-    @property
-    def shard_sizes(self) -> np.ndarray:
-        """(S,) samples in each shard."""
-        return np.array([shard.samples for shard in self.manifest.shards], np.int64)
+    def stream(self, seed: int) -> Stream | Mixture:
+        """The order in which these samples are read."""
+        window = self.data.window_shards
+        if not self._weights():
+            return Stream(self.shard_sizes, seed, window)
+        return Mixture(self._sizes_by_set(), self._weights(), seed, window)
 
-    def check_bytes(self, part: int, num_parts: int) -> bool:
+    def check_bytes(self, part: int, num_parts: int) -> str | None:
         """Compare every `num_parts`-th shard, from the `part`-th, with its checksum. UserError at a fault.
 
-        Returns False, with nothing checked, where a part is more than `CHECKED_BYTES`: that would delay the
-        start.
+        Returns None, or what was not checked and how to do it: sets behind a URL, and everything where a part
+        is more than `CHECKED_BYTES`, because that would delay the start.
         """
-        if sum(shard.bytes for shard in self.manifest.shards) > CHECKED_BYTES * num_parts:
-            return False
-        for shard in self.manifest.shards[part::num_parts]:
+        local = [(place.store.directory, shard) for place, shard in self._shards if _is_local(place)]
+        if sum(shard.bytes for _, shard in local) > CHECKED_BYTES * num_parts:
+            return "; ".join(
+                f"too much data to check here; `python -m data_prep verify {place}` does it"
+                for place in self.places
+            )
+        for directory, shard in local[part::num_parts]:
             try:
-                check_shard_bytes(self.directory, shard)
+                check_shard_bytes(directory, shard)
             except ShardSetError as error:
                 raise UserError(str(error)) from None
-        return True
+        if len(local) < len(self._shards):
+            return "sets behind a URL are not checked at the start; with data.cache_dir each shard is, once"
+        return None
 
     def read(self, shard: int, index: int) -> np.ndarray:
         """The encoded image of one sample, uint8 (bytes,)."""
-        with self._lock:
-            file, entries = self._shard(shard)
-            size = int(entries.sizes[index])
-            try:
-                data = os.pread(file, size, int(entries.offsets[index]))
-            except OSError as error:
-                raise UserError(f"{self._name(shard)}: cannot be read: {error}") from None
-        if len(data) != size:
-            raise UserError(
-                f"{self._name(shard)}: ends inside sample {entries.keys[index]!r}; "
-                f"run `python -m data_prep verify {self.directory}`"
-            )
-        return np.frombuffer(data, np.uint8)
+        return self.read_many(shard, [index])[0]
+
+    def read_many(self, shard: int, indexes: Sequence[int]) -> list[np.ndarray]:
+        """The encoded images of samples of one shard, uint8 (bytes,) each. Cheapest in ascending order:
+        neighbours are read at once."""
+        place, entry = self._shards[shard]
+        index = self._index(shard)
+        starts = index.offsets[indexes] - HEADER
+        ends = index.offsets[indexes] + index.sizes[indexes]
+        spans, rows = _coalesced(starts.tolist(), ends.tolist(), place.store.gap)
+        name = tar_path("", entry).name
+        parts = self._patiently(place, name, lambda alive: place.store.read(name, spans, alive))
+        images = []
+        for row, start, end in zip(rows, starts.tolist(), ends.tolist(), strict=True):
+            part, offset = parts[row], spans[row][0]
+            key = index.keys[indexes[len(images)]]
+            body = start + HEADER - offset
+            if not is_header_of(part[start - offset : body], f"{key}.jpg", end - start - HEADER):
+                raise UserError(
+                    f"{self.name(shard)}: no longer holds sample {key!r} where its index says: the file was "
+                    f"replaced; {self.remedy(shard)}"
+                )
+            image = np.frombuffer(part, np.uint8, end - offset - body, body)
+            images.append(image if len(part) == end - start else image.copy())  # let go of the neighbours
+        return images
+
+    def mean_bytes(self, shard: int) -> int:
+        """Of a sample of the shard, from the manifest alone, tar headers included."""
+        entry = self._shards[shard][1]
+        return -(-entry.bytes // entry.samples)
 
     def key(self, shard: int, index: int) -> str:
-        """The sample's key in the shard set."""
-        with self._lock:
-            return self._shard(shard)[1].keys[index]
+        """The sample's key in its shard set."""
+        return self._index(shard).keys[index]
+
+    def name(self, shard: int) -> str:
+        """The shard's file or URL, for messages."""
+        place, entry = self._shards[shard]
+        return f"{place.store.place}/{entry.name}.tar"
+
+    def remedy(self, shard: int) -> str:
+        """What to do about a damaged shard, for messages."""
+        place = self._shards[shard][0].store.place
+        return f"run `python -m data_prep verify {place}` and build the shard set anew"
 
     def close(self) -> None:
-        while self._open:
-            os.close(self._open.popitem()[1][0])
+        """Ends what is being read: whoever waits for it gets `patience.Stopped`."""
+        self._closed.set()
 
-    def _shard(self, shard: int) -> tuple[int, ShardIndex]:
-        if shard not in self._open:
-            entry = self.manifest.shards[shard]
-            try:
-                index = read_index(self.directory, entry)
-                file = os.open(tar_path(self.directory, entry), os.O_RDONLY)
-            except ShardSetError as error:
-                raise UserError(str(error)) from None
-            except OSError as error:
-                raise UserError(f"{self._name(shard)}: cannot be opened: {error.strerror}") from None
-            self._open[shard] = (file, index)
-            while len(self._open) > OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1][0])
-        self._open.move_to_end(shard)
-        return self._open[shard]
+    def _open_set(self, path: str) -> ShardSet:
+        store = open_store(path)
+        try:
+            if isinstance(store, LocalStore):
+                manifest = read_manifest(store.directory)
+                check_shard_files(store.directory, manifest)
+            else:
+                where = f"{store.place}/{MANIFEST}"
+                data = patiently(
+                    lambda alive: store.whole(MANIFEST, alive), where, self._patience, self._closed
+                )
+                manifest = parse_manifest(data, where)
+        except ShardSetError as error:
+            raise UserError(str(error)) from None
+        return ShardSet(store, manifest)
 
-    def _name(self, shard: int) -> Path:
-        return tar_path(self.directory, self.manifest.shards[shard])
+    def _choose(self) -> None:
+        began, told = time.monotonic(), False
+        self._chosen = []
+        for shard in range(len(self._shards)):
+            keys = self._whole_index(shard).keys
+            chosen = in_part(keys, self.part, self.data.subset, self.data.holdout)
+            self.shard_sizes[shard] = chosen.sum()
+            self._chosen.append(np.packbits(chosen))
+            if not told and time.monotonic() - began > SLOW_START:
+                told = True
+                print(
+                    f"data.subset, data.holdout: reading the keys of {len(self._shards)} shards, "
+                    f"{shard + 1} done in {SLOW_START:g} s",
+                    file=sys.stderr,
+                )
+        key = "holdout" if self.part == "held_out" else "subset"
+        empty = [
+            place for place, sizes in zip(self.places, self._sizes_by_set(), strict=True) if not sizes.sum()
+        ]
+        if empty and (self._weights() or not self.num_samples):
+            raise UserError(f"data.{key}: {getattr(self.data, key):g} leaves no sample of {', '.join(empty)}")
+
+    def _sizes_by_set(self) -> list[np.ndarray]:
+        ends = np.cumsum([len(place.manifest.shards) for place in self.sets])
+        return np.split(self.shard_sizes, ends[:-1])
+
+    def _weights(self) -> list[Fraction]:
+        return [Fraction(str(source.weight)) for source in self.sources if source.weight is not None]
+
+    def _index(self, shard: int) -> ShardIndex:
+        with self._lock:
+            if shard in self._indexes:
+                self._indexes.move_to_end(shard)
+                return self._indexes[shard]
+        index = self._whole_index(shard)
+        if self._chosen is not None:
+            chosen = np.flatnonzero(np.unpackbits(self._chosen[shard], count=len(index.keys)))
+            index = ShardIndex([index.keys[i] for i in chosen], index.offsets[chosen], index.sizes[chosen])
+        with self._lock:
+            self._indexes[shard] = index
+            while len(self._indexes) > self._indexes_kept:
+                self._indexes.popitem(last=False)
+        return index
+
+    def _whole_index(self, shard: int) -> ShardIndex:
+        place, entry = self._shards[shard]
+        name = idx_path("", entry).name
+        data = self._patiently(place, name, lambda alive: place.store.whole(name, alive))
+        try:
+            return verified_index(data, entry, where=f"{place.store.place}/{name}")
+        except ShardSetError as error:
+            raise UserError(str(error)) from None
+
+    def _patiently(self, place: ShardSet, name: str, attempt):
+        return patiently(attempt, f"{place.store.place}/{name}", self._patience, self._closed)
+
+
+def _is_local(place: ShardSet) -> bool:
+    return isinstance(place.store, LocalStore)
+
+
+def _coalesced(
+    starts: Sequence[int], ends: Sequence[int], gap: int
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Spans (offset, size) that hold the pieces [start, end), and for each piece the number of its span.
+
+    A piece joins the span before it when at most `gap` bytes lie between and the span stays small enough.
+    """
+    spans: list[list[int]] = []
+    rows = []
+    for start, end in zip(starts, ends, strict=True):
+        if spans and spans[-1][0] <= start <= spans[-1][1] + gap and end - spans[-1][0] <= LARGEST_READ:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([start, end])
+        rows.append(len(spans) - 1)
+    return [(start, end - start) for start, end in spans], rows

@@ -7,6 +7,7 @@ bit.
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ SHOWN = 4
 """Images of the shard set whose reconstruction is drawn at every checkpoint."""
 
 
-def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
-    """Pre-train `recipe` on the shard set in `data`, in the run directory `run`; continue where it stands.
+def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
+    """Pre-train `recipe` on the shard sets `data`, or the recipe's own where that is empty, in the run
+    directory `run`; continue where it stands.
 
     Every rank calls it. Raises UserError for what the user can mend, before anything is written.
     """
@@ -38,11 +40,11 @@ def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
     world = find_world()
     accumulation = recipe.accumulation(world.size)
     run_directory.check(run, recipe)
-    reader = ShardReader(data)
-    num_samples = reader.manifest.num_samples
+    reader = ShardReader(recipe.sources(data), recipe.data)
+    num_samples = reader.num_samples
     total_steps = recipe.total_steps(num_samples)
     warmup_steps = recipe.warmup_steps(num_samples)
-    data_checked = reader.check_bytes(world.rank, world.size)
+    unchecked = reader.check_bytes(world.rank, world.size)
 
     # ---- The model and its engine
     torch.manual_seed(recipe.seed)
@@ -79,8 +81,8 @@ def pretrain(recipe: Recipe, data: Path, run: Path) -> None:
             f"on {device_name(world.device)}, {recipe.engine.precision}"
             + (f", continued after step {step}" if step else "")
         )
-        if not data_checked:
-            log.note(f"too much data to check here; `python -m data_prep verify {data}` does it")
+        if unchecked:
+            log.note(unchecked)
     gathered("begun")
     trace = Trace(run, world.rank) if recipe.data.trace else None
     threads = recipe.data.threads or world.cores

@@ -25,6 +25,13 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "engine.activation_checkpointing",
     "engine.compile",
     "engine.zero_stage",  # checked against the checkpoint itself
+    "data.sources",  # their content and weights are checked against the checkpoint
+    "data.readers",
+    "data.read_ahead_mb",
+    "data.timeout_s",
+    "data.retries",
+    "data.cache_dir",
+    "data.cache_gb",
     "data.threads",
     "data.prefetch",
     "data.trace",

@@ -1,0 +1,114 @@
+"""Waiting for storage that is slow or fails: a bounded time, a few more tries, then one clear line.
+
+Invariant: `patiently` returns or raises within `Patience.bound` seconds after the storage's last sign of
+life. A try that hangs (a stalled connection, a dead NFS server) is left behind in a thread of its own, since
+nothing can end it.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second try, doubled before each further one
+QUIET = 5.0  # seconds between two lines on stderr
+STOP_POLL = 0.2  # seconds
+
+
+class Patience(NamedTuple):
+    """timeout_s: seconds without a sign of life that end a try; retries: tries after the first."""
+
+    timeout_s: float
+    retries: int
+
+    @property
+    def waits(self) -> list[float]:
+        """Seconds before each retry."""
+        return [min(LONGEST_WAIT, FIRST_WAIT * 2**number) for number in range(self.retries)]
+
+    @property
+    def bound(self) -> float:
+        """Seconds after which a store that never answers has failed."""
+        return self.timeout_s * (self.retries + 1) + sum(self.waits)
+
+
+class Stopped(Exception):
+    """Nobody wants the result any more."""
+
+
+def patiently(
+    attempt: Callable[[Callable[[], None]], T], where: str, patience: Patience, stop: threading.Event
+) -> T:
+    """`attempt(alive)`, tried again after every OSError and after `timeout_s` without a call of `alive()`.
+
+    `where` names the file in messages. FileNotFoundError is final. Raises UserError in the end, Stopped soon
+    after `stop` is set.
+    """
+    for number, wait in enumerate([*patience.waits, None]):
+        try:
+            return _Try(attempt).result(patience.timeout_s, stop)
+        except FileNotFoundError:
+            raise UserError(f"{where}: is missing; restore it, or build the shard set anew") from None
+        except OSError as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if wait is None:
+                raise UserError(
+                    f"{where}: cannot be read, in {number + 1} tries: {reason}; when the storage answers "
+                    "again, the same command continues"
+                ) from None
+            _say(f"{where}: {reason}; try {number + 2} of {patience.retries + 1} in {wait:g} s")
+            if stop.wait(wait):
+                raise Stopped from None
+    raise AssertionError("unreachable")
+
+
+class _Try(threading.Thread):
+    def __init__(self, attempt: Callable[[Callable[[], None]], T]):
+        super().__init__(daemon=True)
+        self._attempt = attempt
+        self._seen = time.monotonic()
+        self._finished = threading.Event()
+        self._outcome: tuple[T | None, BaseException | None] = (None, None)
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._outcome = self._attempt(self._alive), None
+        except BaseException as error:
+            self._outcome = None, error
+        self._finished.set()
+
+    def _alive(self) -> None:
+        self._seen = time.monotonic()
+
+    def result(self, timeout_s: float, stop: threading.Event) -> T:
+        while not self._finished.wait(min(STOP_POLL, timeout_s)):
+            if stop.is_set():
+                raise Stopped
+            if time.monotonic() - self._seen > timeout_s:
+                raise TimeoutError(f"no answer for {timeout_s:g} s")
+        value, error = self._outcome
+        if error is not None:
+            raise error
+        return value
+
+
+_lock = threading.Lock()
+_last_line, _swallowed = 0.0, 0
+
+
+def _say(line: str) -> None:
+    """A line on stderr, at most one every `QUIET` seconds; the next says how many were not shown."""
+    global _last_line, _swallowed
+    with _lock:
+        if time.monotonic() - _last_line < QUIET and _last_line:
+            _swallowed += 1
+            return
+        more = f" (and {_swallowed} like it since the last line)" if _swallowed else ""
+        _last_line, _swallowed = time.monotonic(), 0
+    print(f"warning: {line}{more}", file=sys.stderr, flush=True)

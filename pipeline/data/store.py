@@ -1,0 +1,145 @@
+"""Where a shard set lies: a directory of this machine, or a URL that fsspec opens (http, s3, gs, ...).
+
+Invariant: a store gives exactly the bytes that were asked for, or raises: FileNotFoundError where there is no
+such file, UserError where trying again is useless, OSError for everything else. Stores may be used by many
+threads at once. Whoever reads calls `alive()` at every sign of progress.
+"""
+
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.errors import UserError
+
+Alive = Callable[[], None]
+Span = tuple[int, int]
+"""Offset and size in bytes."""
+
+OPEN_FILES = 64
+
+
+class Store(Protocol):
+    place: str
+    """The directory or URL, for messages."""
+    gap: int
+    """Bytes between two spans that are cheaper to read along than to ask twice."""
+
+    def read(self, name: str, spans: Sequence[Span], alive: Alive) -> list[bytes]:
+        """Parts of a file."""
+
+    def whole(self, name: str, alive: Alive) -> bytes:
+        """A small file: a manifest or an index."""
+
+
+def open_store(place: str) -> Store:
+    """The store at a directory or a URL. UserError where the URL's kind is unknown or its library missing."""
+    if "://" not in place:
+        return LocalStore(Path(place))
+    return LocalStore(Path(place.removeprefix("file://"))) if place.startswith("file://") else UrlStore(place)
+
+
+def is_url(place: str) -> bool:
+    return "://" in place and not place.startswith("file://")
+
+
+class LocalStore:
+    """A directory. Files stay open, so one that is deleted or replaced can be read to its end."""
+
+    gap = 16 << 10
+
+    def __init__(self, directory: Path):
+        self.directory, self.place = directory, str(directory)
+        self._open: OrderedDict[str, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, name: str, spans: Sequence[Span], alive: Alive) -> list[bytes]:
+        file = self._file(name)
+        parts = []
+        try:
+            for offset, size in spans:
+                parts.append(os.pread(file.descriptor, size, offset))
+                alive()
+        except OSError:
+            with self._lock:  # a stale NFS handle: the next try opens the file anew
+                self._open.pop(name, None)
+            raise
+        for part, (offset, size) in zip(parts, spans, strict=True):
+            if len(part) != size:
+                raise UserError(
+                    f"{self.directory / name}: ends at byte {offset + len(part):,}, inside a sample: it was "
+                    "truncated; restore it, or build the shard set anew"
+                )
+        return parts
+
+    def whole(self, name: str, alive: Alive) -> bytes:
+        return (self.directory / name).read_bytes()
+
+    def _file(self, name: str) -> "_File":
+        with self._lock:
+            file = self._open.get(name)
+            if file is not None:
+                self._open.move_to_end(name)
+                return file
+        file = _File(self.directory / name)
+        with self._lock:
+            self._open[name] = file
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return file
+
+
+class _File:
+    """An open file. It closes itself when nobody refers to it: never under a thread that is reading."""
+
+    def __init__(self, path: Path):
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class UrlStore:
+    """A URL that fsspec knows, read by ranges."""
+
+    gap = 256 << 10
+
+    def __init__(self, url: str):
+        import fsspec  # heavy, and most runs never need it
+
+        self.place = re.sub(r"//[^/@]*@", "//", url.rstrip("/"))  # without a password
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{self.place}: cannot be opened: {' '.join(str(error).split())}") from None
+
+    def read(self, name: str, spans: Sequence[Span], alive: Alive) -> list[bytes]:
+        parts = []
+        for offset, size in spans:
+            part = self._get(name, start=offset, end=offset + size)
+            if len(part) > size:
+                raise UserError(
+                    f"{self.place}: answers a request for {size:,} bytes of {name} with {len(part):,}; the "
+                    "server must understand range requests"
+                )
+            if len(part) < size:
+                raise OSError(f"{len(part):,} bytes came instead of {size:,}")
+            parts.append(part)
+            alive()
+        return parts
+
+    def whole(self, name: str, alive: Alive) -> bytes:
+        return self._get(name)
+
+    def _get(self, name: str, **part: int) -> bytes:
+        try:
+            return self._files.cat_file(f"{self._root}/{name}", **part)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # every file system behind fsspec has its own kinds
+            raise OSError(f"{type(error).__name__}: {error}") from error

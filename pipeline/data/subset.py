@@ -1,0 +1,36 @@
+"""Parts of a shard set, chosen by a hash of the samples' keys.
+
+Invariant: whether a sample belongs to a part depends on its key and the share alone, so it survives another
+shard size, another seed of the build and samples that come or go; and a smaller share lies inside a larger
+one. The sample held out is the same whatever the subset that is trained on.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+Part = Literal["training", "held_out"]
+
+
+def in_part(keys: Sequence[str], part: Part, subset: float, holdout: float) -> np.ndarray:
+    """Which samples belong to a part, bool (n,).
+
+    held_out: the share `holdout` of all samples. training: of the others, the share `subset`.
+    """
+    held_out = _hashes(keys, b"holdout") < holdout
+    if part == "held_out":
+        return held_out
+    return ~held_out & (_hashes(keys, b"subset") < subset)
+
+
+def _hashes(keys: Sequence[str], purpose: bytes) -> np.ndarray:
+    """A number in [0, 1) a key, float64 (n,), another one for each purpose."""
+    blake = hashlib.blake2b(digest_size=8, person=purpose)
+    digests = bytearray()
+    for key in keys:
+        copy = blake.copy()
+        copy.update(key.encode())
+        digests += copy.digest()
+    return (np.frombuffer(bytes(digests), ">u8") >> np.uint64(11)) * 2.0**-53
