@@ -26,6 +26,7 @@ import numpy as np
 from data_prep.shard_set import (
     MANIFEST,
     Manifest,
+    Shard,
     ShardIndex,
     ShardSetError,
     check_shard_bytes,
@@ -37,10 +38,11 @@ from data_prep.shard_set import (
     tar_path,
     verified_index,
 )
+from pipeline.data.cache import Cache, Original
 from pipeline.data.mixture import Mixture
 from pipeline.data.order import Stream
 from pipeline.data.patience import Patience, patiently
-from pipeline.data.store import LocalStore, Store, open_store
+from pipeline.data.store import LocalStore, Span, Store, open_store
 from pipeline.data.subset import Part, in_part
 from pipeline.errors import UserError
 from pipeline.recipe import DataSection, Source
@@ -76,7 +78,9 @@ class ShardReader:
         self.sources, self.data, self.part = sources, data or DataSection(), part
         self._closed = threading.Event()
         self._patience = Patience(self.data.timeout_s, self.data.retries)
+        self._cache = self._open_cache()
         self.sets = [self._open_set(source.path) for source in sources]
+        self._check_cache()
         self._shards = [(place, shard) for place in self.sets for shard in place.manifest.shards]
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._indexes_kept = 4 + 2 * self.data.window_shards * len(self.sets)
@@ -154,9 +158,9 @@ class ShardReader:
         index = self._index(shard)
         starts = index.offsets[indexes] - HEADER
         ends = index.offsets[indexes] + index.sizes[indexes]
-        spans, rows = _coalesced(starts.tolist(), ends.tolist(), place.store.gap)
-        name = tar_path("", entry).name
-        parts = self._patiently(place, name, lambda alive: place.store.read(name, spans, alive))
+        gap = LocalStore.gap if self._cache else place.store.gap
+        spans, rows = _coalesced(starts.tolist(), ends.tolist(), gap)
+        parts = self._read(place, entry, spans)
         images = []
         for row, start, end in zip(rows, starts.tolist(), ends.tolist(), strict=True):
             part, offset = parts[row], spans[row][0]
@@ -209,6 +213,39 @@ class ShardReader:
         except ShardSetError as error:
             raise UserError(str(error)) from None
         return ShardSet(store, manifest)
+
+    def _open_cache(self) -> Cache | None:
+        data = self.data
+        if data.cache_dir is None:
+            return None
+        return Cache(data.cache_dir, int(data.cache_gb * 1e9), 2 * data.window_shards, self._closed)
+
+    def _check_cache(self) -> None:
+        """UserError where the cache holds less than the shards of a window: each would be fetched for nearly
+        every sample."""
+        if self._cache is None:
+            return
+        sizes = [
+            sorted((shard.bytes for shard in place.manifest.shards), reverse=True) for place in self.sets
+        ]
+        least = sum(sum(of_set[: self.data.window_shards]) for of_set in sizes)
+        if least > self.data.cache_gb * 1e9:
+            raise UserError(
+                f"data.cache_gb: {self.data.cache_gb:g} is less than the {least / 1e9:.3g} GB of the shards that "
+                "are read at a time; raise it, or lower data.window_shards"
+            )
+
+    def _read(self, place: ShardSet, shard: Shard, spans: Sequence[Span]) -> list[bytes]:
+        name = tar_path("", shard).name
+
+        def read(spans: Sequence[Span]) -> list[bytes]:
+            return self._patiently(place, name, lambda alive: place.store.read(name, spans, alive))
+
+        if self._cache is None:
+            return read(spans)
+        where = f"{place.store.place}/{name}"
+        original = Original(where, shard.sha256, shard.bytes, lambda *span: read([span])[0])
+        return self._cache.read(original, spans)
 
     def _choose(self) -> None:
         began, told = time.monotonic(), False

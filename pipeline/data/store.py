@@ -51,8 +51,8 @@ class LocalStore:
 
     gap = 16 << 10
 
-    def __init__(self, directory: Path):
-        self.directory, self.place = directory, str(directory)
+    def __init__(self, directory: Path, open_files: int = OPEN_FILES):
+        self.directory, self.place, self._open_files = directory, str(directory), open_files
         self._open: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -64,8 +64,7 @@ class LocalStore:
                 parts.append(os.pread(file.descriptor, size, offset))
                 alive()
         except OSError:
-            with self._lock:  # a stale NFS handle: the next try opens the file anew
-                self._open.pop(name, None)
+            self.forget(name)  # a stale NFS handle: the next try opens the file anew
             raise
         for part, (offset, size) in zip(parts, spans, strict=True):
             if len(part) != size:
@@ -78,6 +77,14 @@ class LocalStore:
     def whole(self, name: str, alive: Alive) -> bytes:
         return (self.directory / name).read_bytes()
 
+    def is_open(self, name: str) -> bool:
+        return name in self._open
+
+    def forget(self, name: str) -> None:
+        """Open the file anew next time."""
+        with self._lock:
+            self._open.pop(name, None)
+
     def _file(self, name: str) -> "_File":
         with self._lock:
             file = self._open.get(name)
@@ -87,7 +94,7 @@ class LocalStore:
         file = _File(self.directory / name)
         with self._lock:
             self._open[name] = file
-            while len(self._open) > OPEN_FILES:
+            while len(self._open) > self._open_files:
                 self._open.popitem(last=False)
         return file
 

@@ -3,10 +3,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.mixture import Mixture
 from pipeline.data.order import Stream, rank_positions
 
 shard_sizes = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
-streams = st.builds(Stream, shard_sizes, st.integers(0, 2**63 - 1), st.integers(1, 14))
+seeds = st.integers(0, 2**63 - 1)
+windows = st.integers(1, 14)
+streams = st.builds(Stream, shard_sizes, seeds, windows)
+
+
+@st.composite
+def mixtures(draw):
+    sources = draw(st.lists(shard_sizes, min_size=1, max_size=4))
+    weights = draw(st.lists(st.integers(1, 50), min_size=len(sources), max_size=len(sources)))
+    return Mixture(sources, weights, draw(seeds), draw(windows))
+
+
+def fresh(stream):
+    """The same stream in a new process, which knows nothing of what was read before."""
+    if isinstance(stream, Stream):
+        return Stream(stream.shard_sizes, stream.seed, stream.window)
+    sizes = [own.shard_sizes for own in stream.streams]
+    return Mixture(sizes, stream.shares, stream.seed, stream.streams[0].window)
 
 
 @given(streams, st.integers(0, 5))
@@ -29,40 +47,53 @@ def test_at_any_time_only_one_windows_shards_are_read(stream):
         assert set(shards[start:end]) <= set(window)
 
 
-@given(streams, st.data())
+@given(streams | mixtures(), st.data())
 def test_a_position_does_not_depend_on_what_was_asked_before(stream, data):
     positions = data.draw(st.lists(st.integers(0, 4 * stream.num_samples), min_size=1, max_size=20))
-    fresh = Stream(stream.shard_sizes, stream.seed, stream.window)
-    for position, sample in zip(positions, stream.locate(np.array(positions)).sample, strict=True):
-        assert fresh.locate(np.array([position])).sample[0] == sample
+    located = stream.locate(np.array(positions))
+    for row, position in enumerate(positions):
+        alone = fresh(stream).locate(np.array([position]))
+        assert [field[0] for field in alone] == [field[row] for field in located]
 
 
 @settings(max_examples=2000, deadline=None)
-@given(streams, st.data())
+@given(streams | mixtures(), st.data())
 def test_a_history_of_stops_and_world_sizes_reads_what_one_undisturbed_rank_reads(stream, data):
-    """Runs that stop anywhere, go back to a checkpoint and continue on another number of ranks."""
+    """Runs that stop anywhere, skip a span, go back to a checkpoint and continue on another number of ranks."""
     global_batch = data.draw(st.sampled_from([1, 2, 6, 12, 32, 64]))
     worlds = [size for size in range(1, 65) if global_batch % size == 0]
-    legs = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=5))
-    read: dict[int, list[int]] = {}
+    leg = st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(0, 100), st.sampled_from(worlds))
+    read: dict[int, np.ndarray] = {}
+    offsets = [0]  # before each step; a checkpoint of a step holds its offset
     step = 0
-    for steps, lost in legs:
-        world = data.draw(st.sampled_from(worlds))
-        resumed = Stream(stream.shard_sizes, stream.seed, stream.window)  # a new process knows nothing
+    for steps, lost, skipped, world in data.draw(st.lists(leg, min_size=1, max_size=5)):
+        resumed = fresh(stream)
         for number in range(step, step + steps):
-            ranks = [rank_positions(number, global_batch, rank, world) for rank in range(world)]
-            read[number] = [int(sample) for rank in ranks for sample in resumed.locate(rank).sample]
+            ranks = [rank_positions(number, global_batch, r, world, offsets[number]) for r in range(world)]
+            read[number] = resumed.locate(np.concatenate(ranks)).sample
+            one = data.draw(st.integers(0, world - 1)) if number == step else 0
+            share = global_batch // world
+            own = read[number][one * share : (one + 1) * share]
+            assert resumed.locate(ranks[one]).sample.tolist() == own.tolist()
+            offsets.append(offsets[number])
+        offsets[step + steps] += skipped
         step = max(0, step + steps - lost)
-    steps = max(read) + 1
-    undisturbed = stream.locate(np.arange(steps * global_batch)).sample
-    assert [sample for number in range(steps) for sample in read[number]] == undisturbed.tolist()
+        del offsets[step + 1 :]
+    for number, samples in read.items():
+        if number < step:  # what the run's final history holds
+            start = offsets[number] + number * global_batch
+            assert samples.tolist() == stream.locate(np.arange(start, start + global_batch)).sample.tolist()
+    if offsets[-1] == 0 and isinstance(stream, Stream) and step * global_batch >= stream.num_samples:
+        epoch = np.concatenate([read[number] for number in range(step)])[: stream.num_samples]
+        assert sorted(epoch) == list(range(stream.num_samples))
 
 
-def test_epochs_differ_and_seeds_differ():
-    def order(seed, epoch):
-        return tuple(Stream([50] * 8, seed, 2).locate(np.arange(400) + 400 * epoch).sample)
+def test_epochs_differ_and_seeds_differ_and_sources_differ():
+    def order(seed, epoch, source):
+        return tuple(Stream([50] * 8, seed, 2, source).locate(np.arange(400) + 400 * epoch).sample)
 
-    assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
+    orders = {order(seed, epoch, source) for seed in range(3) for epoch in range(3) for source in range(3)}
+    assert len(orders) == 27
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused():
@@ -73,3 +104,11 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
 def test_an_empty_stream_is_refused():
     with pytest.raises(ValueError, match="at least one sample"):
         Stream([0, 0], 0, 1)
+
+
+def test_the_plan_of_a_hundred_million_samples_is_made_of_their_shards_alone():
+    stream = Stream(np.full(100_000, 1000), 0, 16)
+    held = sum(field.nbytes for field in (stream.plan(3).shards, stream.plan(3).shard_ends))
+    assert held == 2 * 8 * 100_000
+    located = stream.locate(np.arange(64) + 350_000_000)
+    assert len(set(located.sample)) == 64 and (located.epoch == 3).all()
