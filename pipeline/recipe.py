@@ -89,7 +89,7 @@ class DataSection(Section):
     prefetch: int = Field(2, ge=1)
     """Batches decoded ahead."""
     trace: bool = False
-    """Write the samples of every step to samples/rank-R.txt in the run directory."""
+    """Write the samples of every step, and digests of their pixels, to samples/ in the run directory."""
 
 
 class EngineSection(Section):

@@ -57,8 +57,8 @@ class Cache:
     def read(self, shard: Original, spans: Sequence[Span]) -> list[bytes]:
         """Parts of a shard, which is fetched where it is not here yet.
 
-        Raises what `shard.fetch` raises; UserError where the shard's bytes are not the manifest's or the directory
-        cannot be used; Stopped.
+        Raises what `shard.fetch` raises; UserError where its bytes are not those of its checksum or the
+        directory cannot be used; Stopped.
         """
         name = f"{shard.sha256}.tar"
         while True:
@@ -167,7 +167,7 @@ class Cache:
 
     def _flock(self, path: Path, wait: bool) -> BinaryIO | None:
         """The file, opened and locked; without `wait`, None where another holds it."""
-        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 (the caller's)
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

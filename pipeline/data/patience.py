@@ -58,7 +58,7 @@ def patiently(
             reason = " ".join(str(error).split()) or type(error).__name__
             if wait is None:
                 raise UserError(
-                    f"{where}: cannot be read, in {number + 1} tries: {reason}; when the storage answers "
+                    f"{where}: cannot be read (tries: {number + 1}): {reason}; when the storage answers "
                     "again, the same command continues"
                 ) from None
             _say(f"{where}: {reason}; try {number + 2} of {patience.retries + 1} in {wait:g} s")

@@ -231,8 +231,8 @@ class ShardReader:
         least = sum(sum(of_set[: self.data.window_shards]) for of_set in sizes)
         if least > self.data.cache_gb * 1e9:
             raise UserError(
-                f"data.cache_gb: {self.data.cache_gb:g} is less than the {least / 1e9:.3g} GB of the shards that "
-                "are read at a time; raise it, or lower data.window_shards"
+                f"data.cache_gb: {self.data.cache_gb:g} is less than the {least / 1e9:.3g} GB of the shards "
+                "that are read at a time; raise it, or lower data.window_shards"
             )
 
     def _read(self, place: ShardSet, shard: Shard, spans: Sequence[Span]) -> list[bytes]:

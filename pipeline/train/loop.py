@@ -110,7 +110,7 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 parts[name] = parts.get(name, 0.0) + value / accumulation
             if trace:
-                trace.write(step, loader.keys(batch.located))
+                trace.write(step, loader.keys(batch.located), batch.images, batch.noise)
         window.add({**parts, "grad_norm": torch.as_tensor(norm, device=world.device)})
         step += 1
 

@@ -24,7 +24,8 @@ SMALL = {  # a model small enough that starting up takes longer than training
 class Run:
     """One run directory and the command that trains there."""
 
-    def __init__(self, shards: Path, directory: Path):
+    def __init__(self, shards: Path | None, directory: Path):
+        """shards: None where the settings name data.sources."""
         self.shards, self.directory = shards, directory
 
     @property
@@ -33,7 +34,8 @@ class Run:
 
     def command(self, ranks: int, settings: dict) -> list[str]:
         sets = [f"--set={key}={value}" for key, value in {**SMALL, **settings}.items()]
-        arguments = ["pretrain", "demo_emae", "--data", str(self.shards), "--run", str(self.directory), *sets]
+        data = ["--data", str(self.shards)] if self.shards else []
+        arguments = ["pretrain", "demo_emae", *data, "--run", str(self.directory), *sets]
         if ranks == 1:
             return [sys.executable, "-m", "pipeline", *arguments]
         with socket.socket() as probe:

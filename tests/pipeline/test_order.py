@@ -59,7 +59,7 @@ def test_a_position_does_not_depend_on_what_was_asked_before(stream, data):
 @settings(max_examples=2000, deadline=None)
 @given(streams | mixtures(), st.data())
 def test_a_history_of_stops_and_world_sizes_reads_what_one_undisturbed_rank_reads(stream, data):
-    """Runs that stop anywhere, skip a span, go back to a checkpoint and continue on another number of ranks."""
+    """Runs that stop anywhere, go back to a checkpoint, skip a span, continue on another number of ranks."""
     global_batch = data.draw(st.sampled_from([1, 2, 6, 12, 32, 64]))
     worlds = [size for size in range(1, 65) if global_batch % size == 0]
     leg = st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(0, 100), st.sampled_from(worlds))

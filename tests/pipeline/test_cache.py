@@ -1,0 +1,203 @@
+"""The node-local cache: bounded, shared, and never trusted without a checksum."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from http_store import serve
+
+from pipeline.data.cache import Cache, Original
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.recipe import DataSection
+
+EPOCH = """
+import sys, hashlib
+from pipeline.data.reader import ShardReader
+from pipeline.recipe import DataSection
+url, directory, gigabytes = sys.argv[1:]
+reader = ShardReader(url, DataSection(cache_dir=directory, cache_gb=float(gigabytes), window_shards=1))
+digest = hashlib.sha256()
+for shard, size in enumerate(reader.shard_sizes):
+    for index in range(size):
+        digest.update(reader.read(shard, index).tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.fixture
+def store(shards):
+    with serve(shards) as server:
+        yield server
+
+
+def section(directory, shards=4, **settings):
+    """With room for so many shards of the set, roughly."""
+    sizes = [shard.bytes for shard in ShardReader(settings.pop("of")).manifest.shards]
+    limit = shards * max(sizes) / 1e9
+    return DataSection(cache_dir=str(directory), cache_gb=limit, window_shards=1, timeout_s=2.0, **settings)
+
+
+def digest(reader):
+    total = hashlib.sha256()
+    for shard, size in enumerate(reader.shard_sizes):
+        for image in reader.read_many(shard, list(range(size))):
+            total.update(image.tobytes())
+    return total.hexdigest()
+
+
+def held(directory):
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def test_each_shard_is_fetched_once_and_then_read_from_the_disk(shards, store, tmp_path):
+    data = section(tmp_path, 100, of=shards)
+    reader = ShardReader(store.url, data)
+    first = digest(reader)
+    assert first == digest(ShardReader(shards))
+    tars = sorted(name for name in store.requests if name.endswith(".tar"))
+    assert tars == sorted(f"{shard.name}.tar" for shard in reader.manifest.shards)
+    store.only(".tar", "error")
+    assert digest(reader) == digest(ShardReader(store.url, data)) == first
+
+
+def test_the_bound_holds_at_every_moment_and_what_was_read_last_stays(shards, store, tmp_path):
+    data = section(tmp_path, 2, of=shards)
+    reader = ShardReader(store.url, data)
+    largest, done = 0, threading.Event()
+
+    def watch():
+        nonlocal largest
+        while not done.is_set():
+            try:
+                largest = max(largest, held(tmp_path))
+            except FileNotFoundError:  # evicted between being listed and looked at
+                continue
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert digest(reader) == digest(ShardReader(shards))
+    done.set()
+    watcher.join()
+    assert 0 < largest <= data.cache_gb * 1e9
+    last = reader.manifest.shards[-1]
+    assert (tmp_path / f"{last.sha256}.tar").exists()
+
+
+def test_a_cache_that_holds_less_than_is_read_at_a_time_is_refused(shards, store, tmp_path):
+    data = section(tmp_path, 1.5, of=shards).model_copy(update={"window_shards": 2})
+    with pytest.raises(UserError, match=r"data.cache_gb: .* raise it, or lower data.window_shards"):
+        ShardReader(store.url, data)
+
+
+@pytest.mark.parametrize("room", [2, 100])
+def test_processes_share_it(shards, store, tmp_path, room):
+    data = section(tmp_path, room, of=shards)
+    arguments = [sys.executable, "-c", EPOCH, store.url, str(tmp_path), str(data.cache_gb)]
+    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    digests = {process.communicate(timeout=60)[0].strip() for process in processes}
+    assert digests == {digest(ShardReader(shards))}
+    assert not list(tmp_path.glob("*.part")) and held(tmp_path) <= data.cache_gb * 1e9
+    if room == 100:
+        assert sum(name.endswith(".tar") for name in store.requests) == len(ShardReader(shards).shard_sizes)
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "shortened", "emptied"])
+def test_a_damaged_file_is_found_and_fetched_again(shards, store, tmp_path, damage, capfd):
+    data = section(tmp_path, 100, of=shards)
+    first = digest(ShardReader(store.url, data))
+    victim = max(tmp_path.glob("*.tar"))
+    with open(victim, "r+b") as file:
+        if damage == "a flipped byte":
+            file.seek(victim.stat().st_size // 2)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+        else:
+            file.truncate(0 if damage == "emptied" else 1024)
+    store.requests.clear()
+    assert digest(ShardReader(store.url, data)) == first
+    assert sum(name.endswith(".tar") for name in store.requests) == 1
+    assert f"{victim}: is damaged; fetching {store.url}/" in capfd.readouterr().err
+
+
+def test_a_shard_that_arrives_damaged_is_named_and_not_kept(shards, store, tmp_path):
+    original = next(iter(sorted(shards.glob("*.tar"))))
+    copy = tmp_path / "set"
+    copy.mkdir()
+    for path in shards.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    data = bytearray(original.read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / original.name).write_bytes(data)
+    store.directory = copy
+    reader = ShardReader(store.url, section(tmp_path / "cache", 100, of=shards))
+    with pytest.raises(UserError, match=f"{store.url}/{original.name}: its sha256 is not the manifest's"):
+        digest(reader)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
+
+
+def test_a_server_that_stalls_for_good_leaves_nothing_locked(shards, store, tmp_path):
+    data = section(tmp_path, 100, of=shards).model_copy(update={"timeout_s": 0.3, "retries": 0})
+    store.only(".tar", "stall")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"cannot be read \(tries: 1\): no answer for 0.3 s"):
+        ShardReader(store.url, data).read(0, 0)
+    assert time.monotonic() - began < 3.3
+    store.fault = lambda name: None
+    assert digest(ShardReader(store.url, data)) == digest(ShardReader(shards))
+
+
+def test_what_a_killed_process_left_is_used_by_nobody_and_its_room_is_free(shards, store, tmp_path):
+    data = section(tmp_path, 2, of=shards)
+    store.only(".tar", "stall")
+    arguments = [sys.executable, "-c", EPOCH, store.url, str(tmp_path), str(data.cache_gb)]
+    process = subprocess.Popen(arguments)
+    while not any(path.stat().st_size for path in tmp_path.glob("*.part")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    store.fault = lambda name: None
+    reader = ShardReader(store.url, data)
+    for shard in range(1, len(reader.shard_sizes)):  # not the one that it was fetching
+        reader.read(shard, 0)
+    assert not list(tmp_path.glob("*.part"))
+    assert digest(reader) == digest(ShardReader(shards))
+
+
+def test_threads_that_evict_each_others_shards_all_read_right(tmp_path):
+    shards = {hashlib.sha256(text).hexdigest(): text for text in (bytes([i]) * 1000 for i in range(8))}
+    cache = Cache(str(tmp_path), 3000, 2, threading.Event())
+    originals = [
+        Original(sha, sha, 1000, lambda offset, size, text=text: text[offset : offset + size])
+        for sha, text in shards.items()
+    ]
+    wrong = []
+
+    def work(seed):
+        for number in np.random.default_rng(seed).integers(0, 8, 100):
+            found = cache.read(originals[number], [(10, 5), (990, 10)])
+            if found != [bytes([number]) * 5, bytes([number]) * 10]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+    assert held(tmp_path) <= 3000
+
+
+def test_a_directory_that_cannot_be_used_is_named(shards, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data.cache_dir .*file/cache: Not a directory"):
+        ShardReader(shards, section(tmp_path / "file" / "cache", of=shards))

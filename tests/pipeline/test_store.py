@@ -1,0 +1,289 @@
+"""What happens when the storage does not behave: every time the promised thing, within a bound."""
+
+import os
+import shutil
+import threading
+import time
+from itertools import islice
+
+import fsspec
+import numpy as np
+import pytest
+from http_store import serve
+
+from data_prep.shard_set import read_manifest, tar_path
+from pipeline.data import patience
+from pipeline.data.patience import Patience, Stopped, patiently
+from pipeline.data.read_ahead import ReadAhead
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.recipe import DataSection
+
+SLACK = 3.0  # seconds of a busy machine
+
+
+@pytest.fixture
+def store(shards):
+    with serve(shards) as server:
+        yield server
+
+
+@pytest.fixture
+def copied(shards, tmp_path):
+    return shutil.copytree(shards, tmp_path / "set")
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.1)
+    monkeypatch.setattr(patience, "_last_line", 0.0)
+
+
+def section(**settings):
+    return DataSection(**{"timeout_s": 0.5, "retries": 2, "window_shards": 2, **settings})
+
+
+def batches_of(reader, size=10):
+    stream, start = reader.stream(0), 0
+    while True:
+        yield stream.locate(np.arange(start, start + size))
+        start += size
+
+
+def read_ahead(reader, size=10, limit=10**6):
+    return ReadAhead(reader, batches_of(reader, size), 3, limit)
+
+
+def epoch_of(reader):
+    """Every sample's bytes, by its identity."""
+    ahead = read_ahead(reader)
+    found = {}
+    while len(found) < reader.num_samples:
+        located, images = next(ahead)
+        found.update(zip(located.sample.tolist(), (image.tobytes() for image in images), strict=True))
+    ahead.close()
+    return found
+
+
+def failure_of(reader):
+    """What reading an epoch raises, and after how many seconds; then closes, which must not hang either."""
+    began = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        epoch_of(reader)
+    took = time.monotonic() - began
+    assert "\n" not in str(caught.value)
+    return str(caught.value), took
+
+
+# ---- Local and remote are the same
+
+
+def test_a_set_behind_a_url_is_read_as_the_one_on_the_disk(shards, store):
+    assert epoch_of(ShardReader(store.url, section())) == epoch_of(ShardReader(shards, section()))
+
+
+def test_any_file_system_of_fsspec_will_do(shards):
+    memory = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        if path.is_file():
+            memory.pipe_file(f"/set/{path.name}", path.read_bytes())
+    try:
+        assert epoch_of(ShardReader("memory://set", section())) == epoch_of(ShardReader(shards, section()))
+    finally:
+        memory.rm("/set", recursive=True)
+
+
+@pytest.mark.parametrize("place", ["nosuchthing://set", "http://127.0.0.1:1/set"])
+def test_a_url_that_cannot_be_opened_is_named_at_once(place):
+    with pytest.raises(UserError, match=place):
+        ShardReader(place, section())
+
+
+def test_a_url_without_a_set_is_named(store):
+    store.directory = store.directory.parent
+    with pytest.raises(UserError, match=r"/set/manifest.json: is missing"):
+        ShardReader(store.url, section())
+
+
+def test_a_password_in_a_url_is_shown_to_nobody(store):
+    with pytest.raises(UserError) as caught:
+        ShardReader("http://user:secret@127.0.0.1:1/set", section(retries=0))
+    assert "secret" not in str(caught.value)
+
+
+# ---- Faults of a server
+
+
+@pytest.mark.parametrize("fault", ["stall", "cut", "error"])
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+def test_a_fault_that_passes_costs_nothing_but_time(shards, store, fault, suffix, capfd):
+    store.only(suffix, fault, times=2)
+    reader = ShardReader(store.url, section())
+    began = time.monotonic()
+    assert epoch_of(reader) == epoch_of(ShardReader(shards, section()))
+    assert time.monotonic() - began < Patience(0.5, 2).bound + SLACK
+    warning = capfd.readouterr().err
+    assert (
+        warning.startswith(f"warning: {store.url}/") and f"{suffix}: " in warning and "try 2 of 3" in warning
+    )
+
+
+@pytest.mark.parametrize("fault", ["stall", "cut", "error"])
+@pytest.mark.parametrize("suffix", [".tar", ".idx"])
+def test_a_fault_that_stays_ends_in_one_line_that_names_the_file(store, fault, suffix):
+    store.only(suffix, fault)
+    message, took = failure_of(ShardReader(store.url, section()))
+    assert message.startswith(f"{store.url}/") and f"{suffix}: cannot be read (tries: 3): " in message
+    assert took < Patience(0.5, 2).bound + SLACK
+
+
+def test_a_server_without_ranges_is_named(store):
+    store.only(".tar", "whole")
+    message, _ = failure_of(ShardReader(store.url, section()))
+    assert "range requests" in message
+
+
+def test_batches_before_the_fault_are_delivered_and_the_failure_is_known_in_advance(store):
+    reader = ShardReader(store.url, section(window_shards=1))
+    last = reader.stream(0).plan(0).shards[-1]
+    store.only(reader.name(int(last)).rsplit("/", 1)[1], "error")
+    size = int(reader.shard_sizes[0])
+    ahead = read_ahead(reader, size, limit=10**9)
+    whole = (reader.num_samples - int(reader.shard_sizes[last])) // size
+    taken = 0
+    while ahead.failure is None and taken < whole - 1:
+        next(ahead)
+        taken += 1
+        time.sleep(0.1)
+    deadline = time.monotonic() + Patience(0.5, 2).bound + SLACK
+    while ahead.failure is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for _ in range(whole - taken):
+        next(ahead)
+    with pytest.raises(UserError) as caught:
+        list(islice(ahead, 2))
+    assert caught.value is ahead.failure
+    ahead.close()
+
+
+def test_closing_ends_a_wait_that_nothing_else_would(store):
+    store.only(".tar", "stall")
+    ahead = read_ahead(ShardReader(store.url, section(timeout_s=1000.0)))
+    threading.Timer(0.3, ahead.close).start()
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        next(ahead)
+    assert time.monotonic() - began < SLACK
+
+
+# ---- Shards that change under a running job
+
+
+def changed_while_running(copied, change):
+    """Read a batch, change the shard that is being read, read on; everything is read once, so none is
+    cached."""
+    reader = ShardReader(copied, section(window_shards=1))
+    first = int(reader.stream(0).plan(0).shards[0])
+    reader.read(first, 0)
+    change(copied / f"{reader.manifest.shards[first].name}.tar")
+    return reader
+
+
+def test_a_shard_that_is_deleted_while_it_is_read_is_read_to_its_end(copied, shards):
+    reader = changed_while_running(copied, os.unlink)
+    assert epoch_of(reader) == epoch_of(ShardReader(shards, section()))
+
+
+def test_a_shard_that_is_deleted_before_it_is_opened_is_named(copied):
+    reader = ShardReader(copied, section())
+    name = reader.manifest.shards[2].name
+    (copied / f"{name}.tar").unlink()
+    message, took = failure_of(reader)
+    assert f"{name}.tar: is missing" in message and took < SLACK
+
+
+def test_a_shard_that_is_truncated_is_named(copied):
+    reader = changed_while_running(copied, lambda path: os.truncate(path, path.stat().st_size // 2))
+    message, took = failure_of(reader)
+    assert ".tar: ends at byte " in message and "truncated" in message and took < SLACK
+
+
+@pytest.mark.parametrize("how", ["in place", "by name"])
+def test_a_shard_that_is_replaced_by_another_is_named(copied, other_shards, how):
+    def replace(path):
+        other = tar_path(other_shards, read_manifest(other_shards).shards[0])
+        if how == "in place":
+            path.write_bytes(other.read_bytes().ljust(path.stat().st_size, b"\0")[: path.stat().st_size])
+        else:
+            shutil.copy(other, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
+
+    if how == "in place":
+        reader = changed_while_running(copied, replace)
+    else:
+        reader = ShardReader(copied, section())
+        replace(tar_path(copied, reader.manifest.shards[1]))
+    message, took = failure_of(reader)
+    assert "no longer holds sample" in message or "truncated" in message
+    assert took < SLACK
+
+
+# ---- Reading ahead
+
+
+@pytest.mark.parametrize("limit", [1, 200_000, 10**9])
+def test_batches_come_in_order_whatever_the_limit_and_memory_stays_under_it(shards, limit):
+    reader = ShardReader(shards, section())
+    expected = list(islice(batches_of(reader), 30))
+    ahead = read_ahead(reader, limit=limit)
+    largest = 0
+    for located in expected:
+        found, images = next(ahead)
+        assert found.sample.tolist() == located.sample.tolist()
+        for shard, index, image in zip(located.shard, located.index, images, strict=True):
+            assert image.tobytes() == reader.read(shard, index).tobytes()
+        largest = max(largest, ahead.held_bytes)
+    ahead.close()
+    batch = 10 * max(reader.mean_bytes(shard) for shard in range(len(reader.shard_sizes)))
+    assert largest <= max(limit, 3 * batch)
+
+
+def test_a_piece_reads_each_shard_front_to_back(shards, monkeypatch):
+    asked = []
+    read = ShardReader.read_many
+
+    def watched(self, shard, indexes):
+        asked.append((shard, list(indexes)))
+        return read(self, shard, indexes)
+
+    monkeypatch.setattr(ShardReader, "read_many", watched)
+    reader = ShardReader(shards, section())
+    ahead = ReadAhead(reader, batches_of(reader), 1, 10**9)
+    for _ in range(2 * reader.num_samples // 10):
+        next(ahead)
+    ahead.close()
+    assert all(indexes == sorted(indexes) for _, indexes in asked)
+    assert max(len(indexes) for _, indexes in asked) > 10  # more than a micro batch has of a shard
+
+
+def test_a_programming_error_in_a_try_is_not_tried_again():
+    tries = []
+
+    def attempt(alive):
+        tries.append(1)
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        patiently(attempt, "x", Patience(1, 5), threading.Event())
+    assert len(tries) == 1
+
+
+def test_a_slow_try_that_shows_signs_of_life_is_left_alone():
+    def attempt(alive):
+        for _ in range(10):
+            time.sleep(0.1)
+            alive()
+        return "done"
+
+    assert patiently(attempt, "x", Patience(0.4, 0), threading.Event()) == "done"
