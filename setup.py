@@ -10,6 +10,7 @@ OUTSIDE = {"pipeline.ds_configs": "ds_configs"}
 
 CORE = [
     "deepspeed>=0.19",
+    "fsspec>=2024.2",
     "indexed_gzip>=1.8",
     "matplotlib>=3.8",
     "numpy>=1.26",
@@ -29,6 +30,7 @@ CORE = [
 # NVIDIA publishes DALI once per CUDA version. Either runs on a machine without a GPU; install exactly one.
 DALI_CUDA13 = ["nvidia-dali-cuda130>=2.0"]
 DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
+HTTP = ["aiohttp>=3.9"]  # shard sets behind http(s)://; for s3:// install s3fs, for gs:// gcsfs
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
 BENCH = ["lightly>=1.6", "transformers>=5"]
 DEV = ["hypothesis>=6.100", "ninja>=1.11", "pytest>=8.0", "ruff>=0.6", "transformers>=5"]
@@ -51,8 +53,9 @@ setup(
     extras_require={
         "cuda13": DALI_CUDA13,
         "cuda12": DALI_CUDA12,
+        "http": HTTP,
         "demo": DEMO,
-        "dev": DEV + DEMO,
+        "dev": DEV + DEMO + HTTP,
         "bench": BENCH,
     },
     entry_points={

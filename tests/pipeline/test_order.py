@@ -1,3 +1,8 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -106,9 +111,10 @@ def test_an_empty_stream_is_refused():
         Stream([0, 0], 0, 1)
 
 
-def test_the_plan_of_a_hundred_million_samples_is_made_of_their_shards_alone():
-    stream = Stream(np.full(100_000, 1000), 0, 16)
-    held = sum(field.nbytes for field in (stream.plan(3).shards, stream.plan(3).shard_ends))
-    assert held == 2 * 8 * 100_000
-    located = stream.locate(np.arange(64) + 350_000_000)
-    assert len(set(located.sample)) == 64 and (located.epoch == 3).all()
+@pytest.mark.parametrize("part", ["plan", "locate", "mixture"])
+def test_a_hundred_million_samples_are_planned_in_a_second_and_200_mb(part):
+    benchmark = Path(__file__).parents[2] / "benchmarks" / "plan_epoch.py"
+    command = [sys.executable, str(benchmark), "part", part]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    milliseconds, megabytes = map(int, re.fullmatch(r"(\d+) ms, (\d+) MB\n", printed).groups())
+    assert milliseconds < 1000 and megabytes < 200

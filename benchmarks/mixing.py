@@ -1,0 +1,120 @@
+"""How well a stream mixes shards whose samples are sorted by class, beside other readers of the same tars.
+
+    python benchmarks/mixing.py
+    python benchmarks/mixing.py --shards 1024 --batch 1024
+
+A set of tiny samples is written to a temporary directory, as many of a class as make 1.28 shards (ImageNet's
+1,281 images a class in shards of 1,000), class after class. Each reader then really reads one epoch of it.
+
+    separation    how far apart neighbours of the set end up, in epochs, on average; 1/3 when shuffled fully
+    entropy       of the classes in a batch, in bits, on average
+    classes       different ones in a batch, on average
+    held          encoded samples that the reader must hold in memory to mix so
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import webdataset
+from nvidia.dali import fn, pipeline_def
+
+from data_prep.shard_file import ShardWriter
+from pipeline.data.order import Stream
+
+SAMPLES_A_SHARD, SAMPLES_A_CLASS = 200, 256
+WINDOWS = (1, 4, 16, 64)
+BUFFERS = (1000, 10_000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shards", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=256)
+    options = parser.parse_args()
+    total = options.shards * SAMPLES_A_SHARD
+    classes = -(-total // SAMPLES_A_CLASS)
+    print(f"{total:,} samples, {options.shards} shards, {classes} classes; batch {options.batch}\n")
+    print("| reader | separation | entropy | classes | held |\n| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as name:
+        tars = write_set(Path(name), options.shards)
+        for title, held, order in readers(tars, options.shards):
+            print("| " + " | ".join([title, *measures(order, total, options.batch), held]) + " |", flush=True)
+
+
+def readers(tars: list[Path], shards: int) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Title, samples held, and the samples of one epoch in the order in which they come."""
+    for window in WINDOWS:
+        yield f"ours, window_shards {window}", "0", ours(shards, window)
+    for buffer in BUFFERS:
+        yield f"DALI readers.webdataset, initial_fill {buffer:,}", f"{buffer:,}", dali(tars, buffer)
+    for buffer in BUFFERS:
+        yield f"webdataset, shardshuffle 100, shuffle({buffer:,})", f"{buffer:,}", webdataset_(tars, buffer)
+    total = shards * SAMPLES_A_SHARD
+    yield "full shuffle", f"{total:,}", np.random.default_rng(0).permutation(total)
+
+
+def ours(shards: int, window: int) -> np.ndarray:
+    stream = Stream(np.full(shards, SAMPLES_A_SHARD), seed=0, window=window)
+    return stream.locate(np.arange(stream.num_samples)).sample
+
+
+def dali(tars: list[Path], buffer: int) -> np.ndarray:
+    @pipeline_def(batch_size=SAMPLES_A_SHARD, num_threads=1, device_id=None)
+    def reading():
+        return fn.readers.webdataset(
+            paths=[str(tar) for tar in tars],
+            index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
+            ext=["jpg"],
+            random_shuffle=True,
+            initial_fill=buffer,
+            seed=0,
+        )
+
+    pipeline = reading()
+    pipeline.build()
+    batches = [pipeline.run()[0] for _ in range(len(tars))]
+    return np.array([number_of(bytes(np.asarray(item))) for batch in batches for item in batch])
+
+
+def webdataset_(tars: list[Path], buffer: int) -> np.ndarray:
+    dataset = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=100, seed=0)
+    return np.array([number_of(sample["jpg"]) for sample in dataset.shuffle(buffer)])
+
+
+def measures(order: np.ndarray, total: int, batch: int) -> list[str]:
+    assert sorted(order) == list(range(total)), "an epoch that is not every sample once"
+    position = np.empty(total, np.int64)
+    position[order] = np.arange(total)
+    separation = np.abs(np.diff(position)).mean() / total
+    entropies, classes = [], []
+    for start in range(0, total - batch + 1, batch):
+        counts = np.bincount(order[start : start + batch] // SAMPLES_A_CLASS)
+        shares = counts[counts > 0] / batch
+        entropies.append(-(shares * np.log2(shares)).sum())
+        classes.append(len(shares))
+    return [f"{separation:.3f}", f"{np.mean(entropies):.2f}", f"{np.mean(classes):.0f}"]
+
+
+def write_set(folder: Path, shards: int) -> list[Path]:
+    tars = []
+    for shard in range(shards):
+        tars.append(folder / f"sorted-train-{shard:06d}.tar")
+        with open(tars[-1], "wb", buffering=0) as file:
+            writer = ShardWriter(file)
+            for number in range(shard * SAMPLES_A_SHARD, (shard + 1) * SAMPLES_A_SHARD):
+                writer.add(f"{number:09d}", [("jpg", b"%09d" % number)])
+            tars[-1].with_suffix(".idx").write_bytes(writer.finish()[1])
+    return tars
+
+
+def number_of(data: bytes) -> int:
+    return int(data)
+
+
+if __name__ == "__main__":
+    main()
