@@ -46,14 +46,16 @@ def patiently(
 ) -> T:
     """`attempt(alive)`, tried again after every OSError and after `timeout_s` without a call of `alive()`.
 
-    `where` names the file in messages. FileNotFoundError is final. Raises UserError in the end, Stopped soon
-    after `stop` is set.
+    `where` names the file in messages. FileNotFoundError and PermissionError are final. Raises UserError in
+    the end, Stopped soon after `stop` is set.
     """
     for number, wait in enumerate([*patience.waits, None]):
         try:
             return _Try(attempt).result(patience.timeout_s, stop)
         except FileNotFoundError:
             raise UserError(f"{where}: is missing; restore it, or build the shard set anew") from None
+        except PermissionError as error:
+            raise UserError(f"{where}: must not be read: {error.strerror or error}; ask for access") from None
         except OSError as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             if wait is None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -248,20 +249,23 @@ class ShardReader:
         return self._cache.read(original, spans)
 
     def _choose(self) -> None:
+        def choose(shard: int) -> np.ndarray:
+            keys = self._whole_index(shard).keys
+            return np.packbits(in_part(keys, self.part, self.data.subset, self.data.holdout))
+
         began, told = time.monotonic(), False
         self._chosen = []
-        for shard in range(len(self._shards)):
-            keys = self._whole_index(shard).keys
-            chosen = in_part(keys, self.part, self.data.subset, self.data.holdout)
-            self.shard_sizes[shard] = chosen.sum()
-            self._chosen.append(np.packbits(chosen))
-            if not told and time.monotonic() - began > SLOW_START:
-                told = True
-                print(
-                    f"data.subset, data.holdout: reading the keys of {len(self._shards)} shards, "
-                    f"{shard + 1} done in {SLOW_START:g} s",
-                    file=sys.stderr,
-                )
+        with ThreadPoolExecutor(self.data.readers) as pool:
+            for shard, chosen in enumerate(pool.map(choose, range(len(self._shards)))):
+                self._chosen.append(chosen)
+                self.shard_sizes[shard] = int.from_bytes(chosen.tobytes()).bit_count()
+                if not told and time.monotonic() - began > SLOW_START:
+                    told = True
+                    print(
+                        f"data.subset, data.holdout: reading the keys of {len(self._shards)} shards, "
+                        f"{shard + 1} done in {SLOW_START:g} s",
+                        file=sys.stderr,
+                    )
         key = "holdout" if self.part == "held_out" else "subset"
         empty = [
             place for place, sizes in zip(self.places, self._sizes_by_set(), strict=True) if not sizes.sum()

@@ -1,8 +1,8 @@
 """Where a shard set lies: a directory of this machine, or a URL that fsspec opens (http, s3, gs, ...).
 
-Invariant: a store gives exactly the bytes that were asked for, or raises: FileNotFoundError where there is no
-such file, UserError where trying again is useless, OSError for everything else. Stores may be used by many
-threads at once. Whoever reads calls `alive()` at every sign of progress.
+Invariant: a store gives exactly the bytes that were asked for, or raises: FileNotFoundError, PermissionError
+or UserError where trying again is useless, OSError for everything else. Stores may be used by many threads at
+once. Whoever reads calls `alive()` at every sign of progress.
 """
 
 import os
@@ -146,7 +146,9 @@ class UrlStore:
     def _get(self, name: str, **part: int) -> bytes:
         try:
             return self._files.cat_file(f"{self._root}/{name}", **part)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise
         except Exception as error:  # every file system behind fsspec has its own kinds
+            if getattr(error, "status", None) in (401, 403):
+                raise PermissionError(f"the server says {error.status}") from error
             raise OSError(f"{type(error).__name__}: {error}") from error

@@ -10,7 +10,8 @@ from pathlib import Path
 
 
 class HttpStore:
-    """`fault(name)` says for each request what happens: None, "stall", "cut", "error" or "whole"."""
+    """`fault(name)` says for each request what happens: None, "stall", "cut", "error", "forbidden" or
+    "whole" (a server without ranges)."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -44,8 +45,8 @@ def serve(directory: Path):
             store.requests.append(name)
             fault = store.fault(name)
             path = store.directory / name
-            if fault == "error":
-                return self.send_error(500)
+            if fault in ("error", "forbidden"):
+                return self.send_error(500 if fault == "error" else 403)
             if not path.is_file():
                 return self.send_error(404)
             data = path.read_bytes()

@@ -105,6 +105,14 @@ def test_a_url_without_a_set_is_named(store):
         ShardReader(store.url, section())
 
 
+def test_a_set_that_must_not_be_read_is_named_at_once(store):
+    store.fault = lambda name: "forbidden"
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"/set/manifest.json: must not be read: the server says 403"):
+        ShardReader(store.url, section(timeout_s=30.0, retries=5))
+    assert time.monotonic() - began < SLACK
+
+
 def test_a_password_in_a_url_is_shown_to_nobody(store):
     with pytest.raises(UserError) as caught:
         ShardReader("http://user:secret@127.0.0.1:1/set", section(retries=0))
