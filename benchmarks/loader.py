@@ -1,0 +1,292 @@
+"""The loader side by side with torchvision, DALI's own reader, webdataset, litdata and mosaicml-streaming.
+
+    python benchmarks/loader.py                  (IMAGENET_SAMPLE_DIR: where the photographs are)
+    python benchmarks/loader.py --rounds 7 --seconds 10 --directory /scratch
+    python benchmarks/loader.py --only torchvision shardmae --packages DIR
+
+Everybody reads the same JPEG photographs and gives batches of MAE's augmentation in memory, on the CPU:
+RandomResizedCrop 224, scale (0.2, 1), bicubic and antialiased, flip, normalised float32. Everybody has as many
+decoding threads or worker processes as there are cores to use (--threads; the whole process is bound to so many
+cores). In each round every contestant runs once, in turn, so that a machine that is busy for a while slows all
+of them; a turn begins with batches that are not counted. The table gives each one's median over the rounds, and
+the median of its ratio to torchvision and to DALI's reader within a round.
+
+litdata and mosaicml-streaming ask for versions of other packages that the project does not go with; install
+them beside it and name the place: pip install --target DIR --no-deps litdata mosaicml-streaming (and what they
+import), then --packages DIR. What does not import is skipped, and a line says so.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+BATCH = 64
+SIZE = 224
+SCALE = (0.2, 1.0)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
+
+Batches = Iterator[torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--copies", type=int, default=4, help="of each photograph")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="contestants whose name holds one of these")
+    parser.add_argument("--packages", type=Path, help="where litdata and mosaicml-streaming are")
+    parser.add_argument(
+        "--directory", type=Path, help="where to work; default: the system's temporary directory"
+    )
+    options = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))[: options.threads]
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(1)
+    if options.packages:
+        sys.path.append(str(options.packages))
+    warnings.filterwarnings("ignore")
+    print(f"{len(cores)} cores, load {os.getloadavg()[0]:.1f} before", flush=True)
+    with tempfile.TemporaryDirectory(dir=options.directory) as name:
+        _race(Path(name), options)
+
+
+def _race(place: Path, options) -> None:
+    photographs = _photographs(place / "photographs", options.copies)
+    contestants = {}
+    for name, start in CONTESTANTS.items():
+        if options.only and not any(word in name for word in options.only):
+            continue
+        try:
+            contestants[name] = start(place, photographs, options.threads)
+        except ImportError as error:
+            print(f"skipped: {name}: {error}", flush=True)
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(options.rounds):
+        for name, batches in contestants.items():
+            rates[name].append(_turn(batches, options.seconds))
+    print("\n| loader | images/s | x torchvision | x DALI's reader |\n| --- | --- | --- | --- |")
+    for name, values in rates.items():
+        ratios = [
+            f"{statistics.median(a / b for a, b in zip(values, rates[rival], strict=True)):.2f}"
+            if rival in rates
+            else ""
+            for rival in (TORCHVISION, DALI)
+        ]
+        print(f"| {name} | {statistics.median(values):,.0f} | {ratios[0]} | {ratios[1]} |")
+
+
+def _turn(batches: Batches, seconds: float) -> float:
+    """Images per second, once what was prepared before the turn has been used up."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds / 4:
+        next(batches)
+    images, begin = 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        images += len(next(batches))
+    return images / (time.perf_counter() - begin)
+
+
+def _photographs(folder: Path, copies: int) -> Path:
+    """The photographs in class folders, as ImageFolder wants them; copies in class folders of their own."""
+    source = os.environ.get("IMAGENET_SAMPLE_DIR")
+    if not source:
+        sys.exit("set IMAGENET_SAMPLE_DIR to a folder of JPEG photographs")
+    for path in sorted(Path(source).iterdir()):
+        data = path.read_bytes()
+        for copy in range(copies):
+            target = folder / f"{path.name.split('_')[0]}_{copy}"
+            target.mkdir(parents=True, exist_ok=True)
+            (target / path.name.replace(".JPEG", ".jpg")).write_bytes(data)
+    return folder
+
+
+def _shards(place: Path, photographs: Path, *arguments: str) -> Path:
+    out = place / "_".join(["shards", *arguments]).replace("-", "")
+    if not out.exists():
+        command = [sys.executable, "-m", "data_prep", "folder", photographs, out, "--shard-size", "32MB"]
+        subprocess.run([*map(str, command), *arguments], check=True, capture_output=True)
+    return out
+
+
+def _augmentation() -> Callable:
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE, scale=SCALE, interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+
+def _forever(loader) -> Batches:
+    while True:
+        for batch in loader:
+            yield batch[0] if isinstance(batch, (list, tuple)) else batch
+
+
+# ---- The contestants: each gives batches without end
+
+
+def torchvision(place: Path, photographs: Path, threads: int) -> Batches:
+    from torchvision.datasets import ImageFolder
+
+    return _forever(
+        torch.utils.data.DataLoader(
+            ImageFolder(str(photographs), _augmentation()),
+            BATCH,
+            shuffle=True,
+            num_workers=threads,
+            drop_last=True,
+            persistent_workers=True,
+        )
+    )
+
+
+def shardmae(place: Path, photographs: Path, threads: int, *arguments: str) -> Batches:
+    from pipeline.data.dali import Loader
+    from pipeline.data.reader import ShardReader
+    from pipeline.recipe import load_recipe
+
+    shards = _shards(place, photographs, *arguments)
+    settings = [f"data.global_batch={BATCH}", f"engine.micro_batch={BATCH}", "engine.precision=fp32"]
+    recipe = load_recipe("vitb16_mae", settings)
+    loader = Loader(ShardReader(shards), recipe, 196, CPU, threads=threads)
+
+    def batches() -> Batches:
+        while True:
+            yield loader.next().images
+
+    return batches()
+
+
+def shardmae_256(place: Path, photographs: Path, threads: int) -> Batches:
+    return shardmae(place, photographs, threads, "--resize", "256")
+
+
+def dali_reader(place: Path, photographs: Path, threads: int) -> Batches:
+    from nvidia.dali import Pipeline, fn, types
+
+    shards = sorted(_shards(place, photographs).glob("*.tar"))
+    pipeline = Pipeline(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2)
+    with pipeline:
+        encoded = fn.readers.webdataset(
+            paths=[str(path) for path in shards],
+            index_paths=[str(path.with_suffix(".idx")) for path in shards],
+            ext=["jpg"],
+            missing_component_behavior="error",
+            random_shuffle=True,
+            initial_fill=1024,
+        )
+        images = fn.decoders.image_random_crop(
+            encoded, device="cpu", output_type=types.RGB, random_area=SCALE, random_aspect_ratio=(3 / 4, 4 / 3)
+        )
+        images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_CUBIC, antialias=True)
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip(),
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=[255 * value for value in MEAN],
+            std=[255 * value for value in STD],
+        )
+        pipeline.set_outputs(images)
+    pipeline.build()
+
+    def batches() -> Batches:
+        while True:
+            yield torch.from_dlpack(pipeline.run()[0].as_tensor())
+
+    return batches()
+
+
+def webdataset(place: Path, photographs: Path, threads: int) -> Batches:
+    import webdataset
+
+    shards = sorted(map(str, _shards(place, photographs).glob("*.tar")))
+    dataset = (
+        webdataset.WebDataset(shards, resampled=True, shardshuffle=False, empty_check=False)
+        .shuffle(1024)
+        .decode("pil")
+        .to_tuple("jpg")
+        .map_tuple(_augmentation())
+        .batched(BATCH, partial=False)
+    )
+    return _forever(webdataset.WebLoader(dataset, batch_size=None, num_workers=threads))
+
+
+def litdata(place: Path, photographs: Path, threads: int) -> Batches:
+    import litdata
+
+    augment = _augmentation()
+
+    class Augmented(litdata.StreamingDataset):
+        def __getitem__(self, index):
+            return augment(_open(super().__getitem__(index)))
+
+    out = place / "litdata"
+    litdata.optimize(
+        fn=Path.read_bytes,
+        inputs=sorted(photographs.rglob("*.jpg")),
+        output_dir=str(out),
+        chunk_bytes="32MB",
+        num_workers=1,
+    )
+    dataset = Augmented(str(out), shuffle=True, drop_last=True)
+    return _forever(litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=threads))
+
+
+def mosaicml_streaming(place: Path, photographs: Path, threads: int) -> Batches:
+    import streaming
+
+    augment = _augmentation()
+
+    class Augmented(streaming.StreamingDataset):
+        def __getitem__(self, index):
+            return augment(_open(super().__getitem__(index)["image"]))
+
+    out = place / "streaming"
+    with streaming.MDSWriter(out=str(out), columns={"image": "bytes"}, size_limit=32_000_000) as writer:
+        for path in sorted(photographs.rglob("*.jpg")):
+            writer.write({"image": path.read_bytes()})
+    dataset = Augmented(local=str(out), shuffle=True, batch_size=BATCH)
+    return _forever(torch.utils.data.DataLoader(dataset, BATCH, num_workers=threads, drop_last=True))
+
+
+def _open(data: bytes):
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+TORCHVISION, DALI = "torchvision ImageFolder + DataLoader", "DALI readers.webdataset"
+CONTESTANTS = {
+    TORCHVISION: torchvision,
+    DALI: dali_reader,
+    "shardmae, originals": shardmae,
+    "shardmae, --resize 256": shardmae_256,
+    "webdataset + torchvision": webdataset,
+    "litdata + torchvision": litdata,
+    "mosaicml-streaming + torchvision": mosaicml_streaming,
+}
+
+if __name__ == "__main__":
+    main()
