@@ -5,15 +5,15 @@
     python benchmarks/loader.py --only torchvision shardmae --packages DIR
 
 Everybody reads the same JPEG photographs and gives batches of MAE's augmentation in memory, on the CPU:
-RandomResizedCrop 224, scale (0.2, 1), bicubic and antialiased, flip, normalised float32. Everybody has as many
-decoding threads or worker processes as there are cores to use (--threads; the whole process is bound to so many
-cores). In each round every contestant runs once, in turn, so that a machine that is busy for a while slows all
-of them; a turn begins with batches that are not counted. The table gives each one's median over the rounds, and
-the median of its ratio to torchvision and to DALI's reader within a round.
+RandomResizedCrop 224, scale (0.2, 1), bicubic and antialiased, flip, normalised float32. Everybody has as
+many decoding threads or worker processes as there are cores to use (--threads; the whole process is bound
+to so many cores). In each round every contestant runs once, in turn, so that a machine that is busy for a
+while slows all of them; a turn begins with batches that are not counted. The table gives each one's median
+over the rounds, and the median of its ratio to torchvision and to DALI's reader within a round.
 
 litdata and mosaicml-streaming ask for versions of other packages that the project does not go with; install
-them beside it and name the place: pip install --target DIR --no-deps litdata mosaicml-streaming (and what they
-import), then --packages DIR. What does not import is skipped, and a line says so.
+them beside it and name the place: pip install --target DIR --no-deps litdata mosaicml-streaming (and what
+they import), then --packages DIR. What does not import is skipped, and a line says so.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -160,7 +159,7 @@ def torchvision(place: Path, photographs: Path, threads: int) -> Batches:
 
 
 def shardmae(place: Path, photographs: Path, threads: int, *arguments: str) -> Batches:
-    from pipeline.data.dali import Loader
+    from pipeline.data.loader import Loader
     from pipeline.data.reader import ShardReader
     from pipeline.recipe import load_recipe
 
@@ -195,7 +194,11 @@ def dali_reader(place: Path, photographs: Path, threads: int) -> Batches:
             initial_fill=1024,
         )
         images = fn.decoders.image_random_crop(
-            encoded, device="cpu", output_type=types.RGB, random_area=SCALE, random_aspect_ratio=(3 / 4, 4 / 3)
+            encoded,
+            device="cpu",
+            output_type=types.RGB,
+            random_area=SCALE,
+            random_aspect_ratio=(3 / 4, 4 / 3),
         )
         images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_CUBIC, antialias=True)
         images = fn.crop_mirror_normalize(

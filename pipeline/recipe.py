@@ -86,8 +86,13 @@ class DataSection(Section):
     """Gigabytes (10^9) that cache_dir may hold; the shards used least recently go first."""
     threads: int | None = Field(None, ge=1)
     """Decoding threads a rank; null: the machine's cores shared evenly by its ranks."""
-    prefetch: int = Field(2, ge=1)
-    """Batches decoded ahead."""
+    prefetch: int | None = Field(None, ge=1)
+    """Batches decoded ahead; null: 2, on a GPU 3."""
+    crops_per_image: int = Field(1, ge=1, le=256)
+    """Crops of each image that follow each other in the stream, for one decode (repeated augmentation, Hoffer
+    et al. 2020). The global batch, steps and epochs count crops."""
+    max_replaced: int = Field(100, ge=0)
+    """Samples that a rank may find undecodable, and replace by their neighbours, before the run stops."""
     trace: bool = False
     """Write the samples of every step, and digests of their pixels, to samples/ in the run directory."""
 
@@ -163,6 +168,11 @@ class Recipe(Section):
                 raise ValueError(f"data.{name}: [{low}, {high}] is not a range of positive numbers")
         if self.data.crop_scale[1] > 1:
             raise ValueError(f"data.crop_scale: {self.data.crop_scale[1]} is more than the whole image")
+        if self.engine.micro_batch % self.data.crops_per_image:
+            raise ValueError(
+                f"data.crops_per_image: {self.data.crops_per_image} does not divide engine.micro_batch, "
+                f"{self.engine.micro_batch}"
+            )
         self._possible_sources()
         if min(self.data.std) <= 0:
             raise ValueError("data.std: each of the three must be positive")

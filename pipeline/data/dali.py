@@ -1,216 +1,217 @@
-"""Decode and augment: DALI turns the planned samples into images on the device.
+"""DALI: encoded images in, pixels on the device out. The only file that imports it.
 
-Invariant: DALI decides nothing. It is given each sample's bytes, crop box and flip, decodes only the box,
-resizes it as Pillow does (bicubic, antialiased) and normalises. The same plan therefore gives the same
-pixels, on any number of ranks and after any restart; on a GPU (`mixed` decode) as on a CPU.
+Invariant: DALI decides nothing. It is given each image's bytes and where to cut it, resizes as Pillow does
+(bicubic, antialiased) and normalises; the same inputs give the same pixels, on a GPU (`mixed` decode) as on a
+CPU, to what the decoders differ by. An image that DALI cannot decode costs its batch nothing: it is found,
+replaced by whoever feeds the decoder, and every other image of the batch comes out as if nothing had been.
 
-`read_ahead` fetches in the background, a thread plans, DALI's own threads decode ahead; `next` waits only
-when one of them is late.
+The pixels are float32 whatever the model's precision: targets are computed from them, DALI has no bfloat16,
+and the patch embedding casts them anyway.
 """
 
-import io
-import itertools
-import queue
-import threading
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
-from PIL import Image
 
-from pipeline.data.crops import crop_boxes, flips
-from pipeline.data.jpeg import jpeg_size
-from pipeline.data.order import Located, rank_positions
-from pipeline.data.patience import Stopped
-from pipeline.data.random import Purpose, uniform
-from pipeline.data.read_ahead import ReadAhead
-from pipeline.data.reader import ShardReader
-from pipeline.errors import UserError
-from pipeline.recipe import Recipe
+from pipeline.recipe import DataSection
+
+STAGES = ("decode", "augment")
 
 
-class Batch(NamedTuple):
-    """One micro batch, on the device."""
+class Feed(Protocol):
+    """A batch for the decoder."""
 
-    images: torch.Tensor
-    """(B, 3, H, W) float32, normalised."""
-    noise: torch.Tensor
-    """(B, noise_size) float32 in [0, 1): the method's randomness."""
-    located: Located
-    """Where the samples come from."""
+    def inputs(self, rows: slice = slice(None)) -> tuple[Sequence[np.ndarray], ...]:
+        """Of some of its images: the encoded ones, uint8 (bytes,) each, then the graph's other inputs, int32,
+        a row an image."""
 
 
-class Planned(NamedTuple):
-    """A micro batch before decoding."""
+class Graph(NamedTuple):
+    """What is computed: `build` connects DALI's operators from so many inputs to the images."""
 
-    located: Located
-    encoded: list[np.ndarray]
-    boxes: np.ndarray
-    flips: np.ndarray
-    noise: np.ndarray
+    num_inputs: int
+    build: Callable
 
 
-class Loader:
-    """An endless iterator over this rank's micro batches, from a given global step on."""
+T = TypeVar("T", bound=Feed)
+
+
+class Decoder(Generic[T]):
+    """Decodes the batches of a source in their order, `prefetch` of them ahead."""
 
     def __init__(
         self,
-        reader: ShardReader,
-        recipe: Recipe,
-        noise_size: int,
+        graph: Graph,
+        source: Callable[[], T],
+        replace: Callable[[T, int, str], T],
+        batch: int,
         device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        step: int = 0,
-        threads: int = 1,
-        offset: int = 0,
+        threads: int,
+        prefetch: int,
     ):
-        """step: the first global step; offset: stream positions that the run has skipped so far."""
-        self.reader, self.recipe, self.noise_size, self.device = reader, recipe, noise_size, device
-        self.rank, self.world_size = rank, world_size
-        self.stream, self.step, self.offset = reader.stream(recipe.seed), step, offset
-        self._planned: queue.Queue[Planned | Exception] = queue.Queue(maxsize=recipe.data.prefetch)
-        self._in_flight: list[Planned] = []
-        self._failure: Exception | None = None
-        self._closed = threading.Event()
-        data = recipe.data
-        self._read_ahead = ReadAhead(reader, self._batches(), data.readers, data.read_ahead_mb * 10**6)
-        self._planner = threading.Thread(target=self._plan_ahead, daemon=True)
-        self._planner.start()
-        self._pipeline = self._build(threads)
+        """source: waits for the next batch, of at most `batch` images; StopIteration at the end, and again
+        whenever asked after it. replace: given a batch, the row of an image that DALI cannot decode and why,
+        returns the batch with another image there, or raises."""
+        self._graph, self._source, self._replace, self._device = graph, source, replace, device
+        self._in_flight: deque[tuple[T, tuple]] = deque()
+        self._again: deque[T] = deque()
+        self._probe: Pipeline | None = None
+        self._build = lambda: _pipeline(graph, self._feed, batch, device, threads, prefetch)
+        self._pipeline: Pipeline | None = self._build()
 
-    def next(self) -> Batch:
-        """The next micro batch. UserError where a sample cannot be read or decoded."""
-        try:
-            # On torch's stream, so that DALI reuses the memory only after the copy below.
-            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-            (decoded,) = self._pipeline.run(stream)
-        except RuntimeError as error:
-            raise self._blame(error) from error
-        planned = self._in_flight.pop(0)
-        # A copy, because DALI writes its next batch into the same memory.
-        images = torch.from_dlpack(decoded.as_tensor()).clone()
-        noise = torch.from_numpy(planned.noise)
-        return Batch(images, noise.to(self.device, non_blocking=True), planned.located)
-
-    @property
-    def failure(self) -> Exception | None:
-        """The first error met while reading ahead; `next` raises it when it comes to the batch it is in."""
-        return self._failure or self._read_ahead.failure
-
-    def keys(self, located: Located) -> list[str]:
-        """The samples' keys in the shard set."""
-        return [self.reader.key(s, i) for s, i in zip(located.shard, located.index, strict=True)]
+    def next(self) -> tuple[T, torch.Tensor]:
+        """The next batch and its images. StopIteration at the end, RuntimeError where DALI fails on a batch
+        but on none of its images."""
+        on_gpu = self._device.type == "cuda"
+        # On torch's stream, so that DALI reuses the memory only after the copy below.
+        stream = torch.cuda.current_stream(self._device) if on_gpu else None
+        while True:
+            try:
+                (decoded,) = self._pipeline.run(stream)
+                break
+            except RuntimeError as error:
+                self._recover(error)
+        item, _ = self._in_flight.popleft()
+        images = torch.from_dlpack(decoded.as_tensor())
+        # On the CPU the tensor owns its memory. On a GPU a copy costs nothing and leaves no doubt.
+        return item, images.clone() if on_gpu else images
 
     def close(self) -> None:
-        self._closed.set()
-        self._read_ahead.close()
-        self._planner.join()
-        del self._pipeline
+        self._pipeline = self._probe = None
 
-    def _batches(self) -> Iterator[Located]:
-        """This rank's micro batches, forever."""
-        data, micro_batch = self.recipe.data, self.recipe.engine.micro_batch
-        for step in itertools.count(self.step):
-            positions = rank_positions(step, data.global_batch, self.rank, self.world_size, self.offset)
-            for start in range(0, len(positions), micro_batch):
-                yield self.stream.locate(positions[start : start + micro_batch])
+    def _feed(self) -> tuple:
+        item = self._again.popleft() if self._again else self._source()
+        inputs = item.inputs()
+        self._in_flight.append((item, inputs))  # DALI reads the arrays in place
+        return inputs
 
-    def _plan_ahead(self) -> None:
+    def _recover(self, error: RuntimeError) -> None:
+        """Find what cannot be decoded in the batches on their way, replace it, and begin anew with them."""
+        self._pipeline = None
+        waiting = [*(item for item, _ in self._in_flight), *self._again]
+        mended = [self._mended(item) for item in waiting]
+        if all(before is after for before, after in zip(waiting, mended, strict=True)):
+            raise error
+        self._in_flight.clear()
+        self._again = deque(mended)
+        self._pipeline = self._build()
+
+    def _mended(self, item: T) -> T:
+        for row in range(len(item.inputs()[0])):
+            while reason := self._failure(item.inputs(slice(row, row + 1))):
+                item = self._replace(item, row, reason)
+        return item
+
+    def _failure(self, inputs: tuple) -> str | None:
+        """Why DALI cannot decode a single image; None where it can."""
+        self._single = inputs
+        if self._probe is None:
+            self._probe = _pipeline(self._graph, lambda: self._single, 1, self._device, threads=1, prefetch=1)
         try:
-            for located, encoded in self._read_ahead:
-                if not self._put(self._plan(located, encoded)):
-                    return
-        except Stopped:
-            return
-        except Exception as error:  # handed to the thread that asks for the batch
-            self._failure = error
-            self._put(error)
+            self._probe.run()
+        except RuntimeError as error:
+            self._probe = None  # a pipeline that has failed once is of no use
+            return _reason(error)
+        return None
 
-    def _put(self, item: Planned | Exception) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._planned.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
 
-    def _plan(self, located: Located, encoded: list[np.ndarray]) -> Planned:
-        data, seed = self.recipe.data, self.recipe.seed
-        sizes = np.array([self._size(located, row, image) for row, image in enumerate(encoded)])
-        boxes = crop_boxes(seed, located.epoch, located.sample, sizes, data.crop_scale, data.crop_ratio)
-        mirrored = flips(seed, located.epoch, located.sample) & data.flip
-        noise = uniform(seed, Purpose.MASK, located.epoch, located.sample, self.noise_size)
-        return Planned(located, encoded, boxes, mirrored, noise)
+def training_graph(data: DataSection, on_gpu: bool, last: str = "augment") -> Graph:
+    """Decode a box of each image, cut its crops out of it, resize, mirror, normalise.
 
-    def _size(self, located: Located, row: int, image: np.ndarray) -> tuple[int, int]:
-        try:
-            return jpeg_size(image.data)
-        except ValueError as error:
-            raise UserError(
-                f"{self._sample(located, row)}: {error}; {self.reader.remedy(located.shard[row])}"
-            ) from None
+    Inputs: encoded, the box's (x, y) and (width, height); then for each crop its (x, y) inside that box and
+    (width, height), which a single crop has not, and whether it is mirrored. Output: (n, 3, H, W) float32, or
+    (n, crops, 3, H, W). `last`: stop after this one of `STAGES`.
+    """
+    crops = data.crops_per_image
+    size = [data.image_size, data.image_size]
 
-    def _build(self, threads: int) -> Pipeline:
-        data = self.recipe.data
-        on_gpu = self.device.type == "cuda"
-        pipeline = Pipeline(
-            batch_size=self.recipe.engine.micro_batch,
-            num_threads=threads,
-            device_id=self.device.index if on_gpu else None,
-            prefetch_queue_depth=data.prefetch,
+    def build(encoded, anchor, shape, *views):
+        box = fn.decoders.image_slice(encoded, anchor, shape, axis_names="WH", **_decoding(on_gpu))
+        if last == "decode":
+            return box
+        if crops == 1:
+            return _augmented(box, size, views[0], data)
+        cut = [
+            _augmented(fn.slice(box, *views[at : at + 2], axis_names="WH"), size, views[at + 2], data)
+            for at in range(0, 3 * crops, 3)
+        ]
+        return fn.stack(*cut)
+
+    return Graph(4 if crops == 1 else 3 + 3 * crops, build)
+
+
+def evaluation_graph(data: DataSection, on_gpu: bool) -> Graph:
+    """Decode each image whole, resize it, cut a square out of it, normalise.
+
+    Inputs: encoded, the size it takes (height, width), the square's (x, y) in it. Output: (n, 3, H, W)
+    float32.
+    """
+
+    def build(encoded, size, anchor):
+        image = fn.decoders.image(encoded, **_decoding(on_gpu))
+        image = fn.resize(image, size=fn.cast(size, dtype=types.FLOAT), **RESIZE)
+        square = np.array([data.image_size, data.image_size], np.int32)
+        return _normalized(fn.slice(image, anchor, square, axis_names="WH"), None, data)
+
+    return Graph(3, build)
+
+
+RESIZE = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+
+
+def _decoding(on_gpu: bool) -> dict:
+    return {
+        "device": "mixed" if on_gpu else "cpu",
+        "output_type": types.RGB,
+        "jpeg_fancy_upsampling": True,  # as libjpeg-turbo, and so Pillow, does on the CPU
+        "adjust_orientation": False,  # orientation is the shard builder's business
+    }
+
+
+def _augmented(image, size: list[int], mirror, data: DataSection):
+    return _normalized(fn.resize(image, size=size, **RESIZE), mirror, data)
+
+
+def _normalized(image, mirror, data: DataSection):
+    return fn.crop_mirror_normalize(
+        image,
+        **({} if mirror is None else {"mirror": mirror}),
+        dtype=types.FLOAT,
+        output_layout="CHW",
+        mean=[255 * value for value in data.mean],
+        std=[255 * value for value in data.std],
+    )
+
+
+def _pipeline(
+    graph: Graph, feed: Callable, batch: int, device: torch.device, threads: int, prefetch: int
+) -> Pipeline:
+    on_gpu = device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=batch,
+        num_threads=threads,
+        device_id=device.index if on_gpu else None,
+        prefetch_queue_depth=prefetch,
+        exec_dynamic=True,  # outputs stay as long as somebody refers to them
+    )
+    with pipeline:
+        inputs = fn.external_source(
+            source=feed,
+            num_outputs=graph.num_inputs,
+            batch=True,
+            dtype=[types.UINT8] + (graph.num_inputs - 1) * [types.INT32],
+            no_copy=not on_gpu,  # a GPU may still read them when the batch is handed out
         )
-        with pipeline:
-            encoded, anchor, shape, mirror = fn.external_source(
-                source=self._feed, num_outputs=4, batch=True, dtype=[types.UINT8] + 3 * [types.INT32]
-            )
-            images = fn.decoders.image_slice(
-                encoded,
-                anchor,
-                shape,
-                axis_names="WH",
-                device="mixed" if on_gpu else "cpu",
-                output_type=types.RGB,
-                jpeg_fancy_upsampling=True,  # as libjpeg-turbo, and so Pillow, does on the CPU
-                adjust_orientation=False,  # orientation is the shard builder's business
-            )
-            size = [data.image_size, data.image_size]
-            images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-            images = fn.crop_mirror_normalize(
-                images,
-                mirror=mirror,
-                dtype=types.FLOAT,
-                output_layout="CHW",
-                mean=[255 * value for value in data.mean],
-                std=[255 * value for value in data.std],
-            )
-            pipeline.set_outputs(images)
-        pipeline.build()
-        return pipeline
+        pipeline.set_outputs(graph.build(*inputs))
+    pipeline.build()
+    return pipeline
 
-    def _feed(self) -> tuple[list[np.ndarray], ...]:
-        planned = self._planned.get()
-        if isinstance(planned, Exception):
-            raise planned
-        self._in_flight.append(planned)
-        boxes = planned.boxes.astype(np.int32)
-        return planned.encoded, list(boxes[:, :2]), list(boxes[:, 2:]), list(planned.flips.astype(np.int32))
 
-    def _blame(self, error: RuntimeError) -> UserError:
-        """DALI says that a batch failed; find the samples that did by decoding them one by one."""
-        planned = self._in_flight[0]
-        for row, image in enumerate(planned.encoded):
-            try:
-                Image.open(io.BytesIO(image)).load()
-            except (OSError, SyntaxError) as reason:
-                name = self._sample(planned.located, row)
-                remedy = self.reader.remedy(planned.located.shard[row])
-                return UserError(f"{name}: this image cannot be decoded: {reason}; {remedy}")
-        return UserError(f"DALI failed on {self._sample(planned.located, 0)} or a later sample: {error}")
-
-    def _sample(self, located: Located, row: int) -> str:
-        shard, index = located.shard[row], located.index[row]
-        return f"{self.reader.name(shard)}, sample {self.reader.key(shard, index)!r}"
+def _reason(error: RuntimeError) -> str:
+    """What DALI says went wrong, without where in the graph."""
+    reason = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
+    return f"DALI: {' '.join(reason.split())}"

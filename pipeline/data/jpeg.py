@@ -17,7 +17,10 @@ def jpeg_size(data: bytes | memoryview) -> tuple[int, int]:
             if marker == 0xFF:  # fill byte
                 at += 1
             elif marker in START_OF_FRAME:
-                return data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+                size = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+                if 0 in size:
+                    raise ValueError(f"a JPEG of {size[0]} x {size[1]} pixels")
+                return size
             elif marker in WITHOUT_LENGTH:
                 at += 2
             else:

@@ -1,5 +1,6 @@
 """Photographs of a folder as a batch, the way evaluation sees them: shorter side resized, centre cropped."""
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -33,14 +34,18 @@ def load_photographs(folder: Path, count: int, data: DataSection, size: int) -> 
 
 
 def first_of_set(reader: ShardReader, count: int, data: DataSection) -> torch.Tensor:
-    """The first `count` images of a shard set as a batch, the same at every call."""
-    places = [
-        (shard, i) for shard, size in enumerate(reader.shard_sizes[:count]) for i in range(min(size, count))
-    ]
-    encoded = [reader.read(shard, index) for shard, index in places[:count]]
-    return as_batch(
-        [Image.open(io.BytesIO(image)).convert("RGB") for image in encoded], data, data.image_size
-    )
+    """The first `count` images of a shard set as a batch, the same at every call; what cannot be decoded is
+    passed over. UserError where nothing is left."""
+    images: list[Image.Image] = []
+    for shard, size in enumerate(reader.shard_sizes.tolist()):
+        for index in range(size):
+            if len(images) == count:
+                return as_batch(images, data, data.image_size)
+            with contextlib.suppress(UnidentifiedImageError, OSError, SyntaxError, ValueError):
+                images.append(Image.open(io.BytesIO(reader.read(shard, index))).convert("RGB"))
+    if not images:
+        raise UserError(f"{', '.join(reader.places)}: no image there that can be decoded")
+    return as_batch(images, data, data.image_size)
 
 
 def as_batch(images: list[Image.Image], data: DataSection, size: int) -> torch.Tensor:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.dali import Loader
+from pipeline.data.failures import Failures
+from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.evals.photographs import first_of_set
 from pipeline.evals.picture import picture
@@ -86,7 +87,18 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
     gathered("begun")
     trace = Trace(run, world.rank) if recipe.data.trace else None
     threads = recipe.data.threads or world.cores
-    loader = Loader(reader, recipe, method.noise_size, world.device, world.rank, world.size, step, threads)
+    failures = Failures(reader, recipe.data.max_replaced, run / "replaced", world.rank)
+    loader = Loader(
+        reader,
+        recipe,
+        method.noise_size,
+        world.device,
+        world.rank,
+        world.size,
+        step,
+        threads,
+        failures=failures,
+    )
 
     shown = first_of_set(reader, SHOWN, recipe.data).to(world.device)
     pictures = run / "reconstructions"
@@ -94,16 +106,16 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
 
     # ---- Train
     peak = peak_flops(world.device, recipe.engine.precision)
-    began, waited, logged_step = time.perf_counter(), 0.0, step
+    began, waited, logged_step = time.perf_counter(), loader.waited, step
     while step < total_steps:
         rate = learning_rate(step, total_steps, warmup_steps, recipe.lr, recipe.optim.min_lr)
         engine.set_learning_rate(model, rate)
         method.set_progress(step / total_steps)
         parts: dict[str, torch.Tensor] = {}
+        replaced = 0
         for _ in range(accumulation):
-            asked = time.perf_counter()
             batch = loader.next()
-            waited += time.perf_counter() - asked
+            replaced += batch.replaced
             output = model(batch.images, batch.noise)
             model.backward(output.loss)
             norm = engine.step(model)
@@ -111,7 +123,8 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
                 parts[name] = parts.get(name, 0.0) + value / accumulation
             if trace:
                 trace.write(step, loader.keys(batch.located), batch.images, batch.noise)
-        window.add({**parts, "grad_norm": torch.as_tensor(norm, device=world.device)})
+        counts = {"grad_norm": norm, "replaced": replaced * world.size}  # the ranks' mean is taken
+        window.add({**parts, **{k: torch.as_tensor(v, device=world.device) for k, v in counts.items()}})
         step += 1
 
         # ---- Say how it goes
@@ -128,12 +141,12 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
                         **means,
                         "lr": rate,
                         "images_per_s": images_per_s,
-                        "data_wait": waited / took,
+                        "data_wait": (loader.waited - waited) / took,
                         "mfu": step_flops * images_per_s / (peak * world.size) if peak else None,
                         "memory": memory_gib(world.device),
                     }
                 )
-            began, waited, logged_step = time.perf_counter(), 0.0, step
+            began, waited, logged_step = time.perf_counter(), loader.waited, step
         if log:
             log.advance(step)
 

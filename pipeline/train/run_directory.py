@@ -34,6 +34,7 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "data.cache_gb",
     "data.threads",
     "data.prefetch",
+    "data.max_replaced",
     "data.trace",
     "train.steps",
     "train.epochs",

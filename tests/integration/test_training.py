@@ -5,7 +5,7 @@ import torch
 from pytest import approx
 from runs import SMALL
 
-from pipeline.data.dali import Loader
+from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe

@@ -9,8 +9,8 @@ from torchvision.transforms.functional import hflip, resized_crop
 
 from data_prep.shard_set import read_index, read_manifest, tar_path
 from pipeline.data.crops import crop_boxes, flips
-from pipeline.data.dali import Loader
 from pipeline.data.jpeg import jpeg_size
+from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
@@ -101,42 +101,19 @@ def copy_of_shards(shards, tmp_path):
     return tmp_path
 
 
-def overwrite_first_image(shards, change):
-    """Replace the pixels of shard 0's first sample behind the back of the manifest; returns its key."""
+def flip_a_bit_of_the_first_image(shards):
+    """Behind the back of the manifest."""
     shard = read_manifest(shards).shards[0]
     index = read_index(shards, shard)
     with open(tar_path(shards, shard), "r+b") as file:
-        file.seek(index.offsets[0])
-        data = bytearray(file.read(index.sizes[0]))
-        change(data)
-        file.seek(index.offsets[0])
-        file.write(data)
-    return index.keys[0]
-
-
-def read_an_epoch(shards):
-    take(shards, steps=-(-ShardReader(shards).manifest.num_samples // 24))
-
-
-def test_an_image_that_cannot_be_decoded_is_named(copy_of_shards):
-    key = overwrite_first_image(copy_of_shards, lambda data: data.__setitem__(slice(0, 2), b"XX"))
-    with pytest.raises(UserError, match=f"sample '{key}': not a JPEG.*data_prep verify"):
-        read_an_epoch(copy_of_shards)
-
-
-def test_an_image_whose_header_is_sound_but_whose_pixels_cannot_be_decoded_is_named(copy_of_shards):
-    def without_scan(data):
-        frame = next(i for i in range(2, len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC1, 0xC2))
-        end = frame + 2 + (data[frame + 2] << 8 | data[frame + 3])
-        data[end:] = bytes(len(data) - end)
-
-    key = overwrite_first_image(copy_of_shards, without_scan)
-    with pytest.raises(UserError, match=f"sample '{key}': this image cannot be decoded.*data_prep verify"):
-        read_an_epoch(copy_of_shards)
+        file.seek(index.offsets[0] + index.sizes[0] - 5)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
 
 
 def test_a_shard_whose_bytes_are_not_the_manifests_is_named(copy_of_shards):
-    overwrite_first_image(copy_of_shards, lambda data: data.__setitem__(-5, data[-5] ^ 1))
+    flip_a_bit_of_the_first_image(copy_of_shards)
     name = read_manifest(copy_of_shards).shards[0].name
     with pytest.raises(UserError, match=name):
         ShardReader(copy_of_shards).check_bytes(0, 1)
