@@ -85,7 +85,7 @@ def measured(work) -> str:
 def resume(shards: str, began: str) -> str:
     import torch
 
-    from pipeline.data.dali import Loader
+    from pipeline.data.loader import Loader
     from pipeline.data.reader import ShardReader
     from pipeline.recipe import load_recipe
 
