@@ -1,0 +1,19 @@
+"""engine.compile changes how a run computes, not what."""
+
+import pytest
+from pytest import approx
+
+STEPS = 6
+
+
+@pytest.mark.soak
+def test_a_compiled_run_has_the_losses_of_an_eager_one(run, other_run, tmp_path, monkeypatch):
+    eager = [line["loss"] for line in other_run.train(train__steps=STEPS)]
+    generated = tmp_path / "generated"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(generated))
+    monkeypatch.setenv("TORCH_LOGS", "graph_breaks,recompiles")
+    compiled = [line["loss"] for line in run.train(train__steps=STEPS, engine__compile="true")]
+    assert compiled == approx(eager, rel=1e-5)
+    assert any(generated.rglob("*.py")), "nothing was compiled"
+    output = run.output.read_text()
+    assert "Graph break" not in output and "Recompiling" not in output
