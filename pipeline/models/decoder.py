@@ -62,7 +62,7 @@ class Decoder(nn.Module):
         num_asked = asked_ids.shape[1]
         asked = (self.mask_token[0] + pos_embed[1:], asked_ids)
         for index, block in enumerate(self.blocks):
-            wanted = num_asked if index == len(self.blocks) - 1 else encoded.shape[1] + num_asked
+            wanted = num_asked if index == len(self.blocks) - 1 else None
             tokens = run_block(block, tokens, attn_mask, wanted, *asked, checkpointing=self.checkpointing)
             asked = ()  # from here on they are tokens like the others
         return self.pred(self.norm(tokens))
