@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no fault of the code
+hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
 

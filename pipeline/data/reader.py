@@ -43,14 +43,12 @@ from pipeline.data.cache import Cache, Original
 from pipeline.data.mixture import Mixture
 from pipeline.data.order import Stream
 from pipeline.data.patience import Patience, patiently
-from pipeline.data.store import LocalStore, Span, Store, open_store
+from pipeline.data.store import LocalStore, Span, Store, coalesced, open_store
 from pipeline.data.subset import Part, in_part
 from pipeline.errors import UserError
 from pipeline.recipe import DataSection, Source
 
 HEADER = 512
-LARGEST_READ = 8 << 20
-"""Bytes that neighbours are read together, at most."""
 CHECKED_BYTES = 4 * 2**30  # some seconds of reading
 SLOW_START = 5.0  # seconds
 
@@ -160,7 +158,7 @@ class ShardReader:
         starts = index.offsets[indexes] - HEADER
         ends = index.offsets[indexes] + index.sizes[indexes]
         gap = LocalStore.gap if self._cache else place.store.gap
-        spans, rows = _coalesced(starts.tolist(), ends.tolist(), gap)
+        spans, rows = coalesced(starts.tolist(), ends.tolist(), gap)
         parts = self._read(place, entry, spans)
         images = []
         for row, start, end in zip(rows, starts.tolist(), ends.tolist(), strict=True):
@@ -310,21 +308,3 @@ class ShardReader:
 
 def _is_local(place: ShardSet) -> bool:
     return isinstance(place.store, LocalStore)
-
-
-def _coalesced(
-    starts: Sequence[int], ends: Sequence[int], gap: int
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Spans (offset, size) that hold the pieces [start, end), and for each piece the number of its span.
-
-    A piece joins the span before it when at most `gap` bytes lie between and the span stays small enough.
-    """
-    spans: list[list[int]] = []
-    rows = []
-    for start, end in zip(starts, ends, strict=True):
-        if spans and spans[-1][0] <= start <= spans[-1][1] + gap and end - spans[-1][0] <= LARGEST_READ:
-            spans[-1][1] = max(spans[-1][1], end)
-        else:
-            spans.append([start, end])
-        rows.append(len(spans) - 1)
-    return [(start, end - start) for start, end in spans], rows

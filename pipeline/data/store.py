@@ -20,6 +20,8 @@ Span = tuple[int, int]
 """Offset and size in bytes."""
 
 OPEN_FILES = 64
+LARGEST_READ = 8 << 20
+"""Bytes that neighbours are read together, at most."""
 
 
 class Store(Protocol):
@@ -66,12 +68,11 @@ class LocalStore:
         except OSError:
             self.forget(name)  # a stale NFS handle: the next try opens the file anew
             raise
-        for part, (offset, size) in zip(parts, spans, strict=True):
-            if len(part) != size:
-                raise UserError(
-                    f"{self.directory / name}: ends at byte {offset + len(part):,}, inside a sample: it was "
-                    "truncated; restore it, or build the shard set anew"
-                )
+        if any(len(part) != size for part, (_, size) in zip(parts, spans, strict=True)):
+            raise UserError(
+                f"{self.directory / name}: ends at byte {os.fstat(file.descriptor).st_size:,}, before its "
+                "last sample: it was truncated; restore it, or build the shard set anew"
+            )
         return parts
 
     def whole(self, name: str, alive: Alive) -> bytes:
@@ -152,3 +153,19 @@ class UrlStore:
             if getattr(error, "status", None) in (401, 403):
                 raise PermissionError(f"the server says {error.status}") from error
             raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def coalesced(starts: Sequence[int], ends: Sequence[int], gap: int) -> tuple[list[Span], list[int]]:
+    """Spans (offset, size) that hold the pieces [start, end), and for each piece the number of its span.
+
+    A piece joins the span before it when at most `gap` bytes lie between and the span stays small enough.
+    """
+    spans: list[list[int]] = []
+    rows = []
+    for start, end in zip(starts, ends, strict=True):
+        if spans and spans[-1][0] <= start <= spans[-1][1] + gap and end - spans[-1][0] <= LARGEST_READ:
+            spans[-1][1] = max(spans[-1][1], end)
+        else:
+            spans.append([start, end])
+        rows.append(len(spans) - 1)
+    return [(start, end - start) for start, end in spans], rows

@@ -41,8 +41,9 @@ def first_of_set(reader: ShardReader, count: int, data: DataSection) -> torch.Te
         for index in range(size):
             if len(images) == count:
                 return as_batch(images, data, data.image_size)
+            encoded = reader.read(shard, index)
             with contextlib.suppress(UnidentifiedImageError, OSError, SyntaxError, ValueError):
-                images.append(Image.open(io.BytesIO(reader.read(shard, index))).convert("RGB"))
+                images.append(Image.open(io.BytesIO(encoded)).convert("RGB"))
     if not images:
         raise UserError(f"{', '.join(reader.places)}: no image there that can be decoded")
     return as_batch(images, data, data.image_size)
