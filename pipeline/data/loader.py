@@ -10,8 +10,6 @@ when one of them is late.
 """
 
 import itertools
-import queue
-import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pipeline.data.background import Background
 from pipeline.data.crops import crop_boxes, flips
 from pipeline.data.dali import Decoder, training_graph
 from pipeline.data.failures import Failures
 from pipeline.data.jpeg import jpeg_size
 from pipeline.data.order import Located, rank_positions
-from pipeline.data.patience import Stopped
 from pipeline.data.random import Purpose, uniform
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
@@ -151,17 +149,14 @@ class Loader:
         """Seconds that `next` has waited so far."""
         data = recipe.data
         failures = failures or Failures(reader, data.max_replaced)
-        self._failure: Exception | None = None
-        self._closed = threading.Event()
-        self._planned: queue.Queue[Planned | Exception] = queue.Queue(maxsize=prefetch_of(data, device))
-        self._planner = Planner(reader, recipe, noise_size, failures)
+        planner = Planner(reader, recipe, noise_size, failures)
         self._read_ahead = ReadAhead(reader, self._batches(), data.readers, data.read_ahead_mb * 10**6)
-        self._thread = threading.Thread(target=self._plan_ahead, daemon=True)
-        self._thread.start()
+        plans = (planner.plan(*read) for read in self._read_ahead)
+        self._ahead = Background(plans, prefetch_of(data, device))
         self._decoder = Decoder(
             training_graph(data, device.type == "cuda"),
-            self._next_planned,
-            self._planner.replace,
+            self._ahead.take,
+            planner.replace,
             recipe.engine.micro_batch // data.crops_per_image,
             device,
             threads,
@@ -174,7 +169,7 @@ class Loader:
         try:
             planned, images = self._decoder.next()
         except StopIteration:
-            raise self._failure from None
+            raise self._ahead.failure from None
         finally:
             self.waited += time.perf_counter() - asked
         noise = torch.from_numpy(planned.noise).to(self.device, non_blocking=True)
@@ -186,16 +181,15 @@ class Loader:
     @property
     def failure(self) -> Exception | None:
         """The first error met while reading ahead; `next` raises it when it comes to the batch it is in."""
-        return self._failure or self._read_ahead.failure
+        return self._ahead.failure or self._read_ahead.failure
 
     def keys(self, located: Located) -> list[str]:
         """The samples' keys in the shard set."""
         return [self.reader.key(s, i) for s, i in zip(located.shard, located.index, strict=True)]
 
     def close(self) -> None:
-        self._closed.set()
         self._read_ahead.close()
-        self._thread.join()
+        self._ahead.close()
         self._decoder.close()
 
     def _batches(self) -> Iterator[Located]:
@@ -205,34 +199,6 @@ class Loader:
             positions = rank_positions(step, data.global_batch, self.rank, self.world_size, self.offset)
             for start in range(0, len(positions), self.recipe.engine.micro_batch):
                 yield self.stream.locate(positions[start : start + self.recipe.engine.micro_batch : k] // k)
-
-    def _plan_ahead(self) -> None:
-        try:
-            for located, encoded in self._read_ahead:
-                if not self._put(self._planner.plan(located, encoded)):
-                    return
-        except Stopped:
-            return
-        except Exception as error:  # raised when its batch is asked for
-            self._put(error)
-
-    def _put(self, item: Planned | Exception) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._planned.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def _next_planned(self) -> Planned:
-        """For the decoder, which must first give out what it has when the planning has failed."""
-        if self._failure is None:
-            planned = self._planned.get()
-            if not isinstance(planned, Exception):
-                return planned
-            self._failure = planned
-        raise StopIteration
 
 
 def prefetch_of(data: DataSection, device: torch.device) -> int:

@@ -174,6 +174,25 @@ class ShardReader:
             images.append(image if len(part) == end - start else image.copy())  # let go of the neighbours
         return images
 
+    def labels(self, shard: int) -> np.ndarray | None:
+        """The classes of a shard's samples, int64 (n,): positions in its manifest's `classes`; None where
+        that is empty."""
+        place, entry = self._shards[shard]
+        if not place.manifest.classes:
+            return None
+        index, name = self._chosen_index(shard, "cls"), tar_path("", entry).name
+        starts, ends = index.offsets.tolist(), (index.offsets + index.sizes).tolist()
+        spans, rows = _coalesced(starts, ends, place.store.gap)
+        parts = self._patiently(place, name, lambda alive: place.store.read(name, spans, alive))
+        texts = [
+            parts[row][start - spans[row][0] : end - spans[row][0]]
+            for row, start, end in zip(rows, starts, ends, strict=True)
+        ]
+        try:
+            return np.array([int(text) for text in texts], np.int64)
+        except ValueError:
+            raise UserError(f"{self.name(shard)}: a label is no number; {self.remedy(shard)}") from None
+
     def mean_bytes(self, shard: int) -> int:
         """Of a sample of the shard, from the manifest alone, tar headers included."""
         entry = self._shards[shard][1]
@@ -283,22 +302,26 @@ class ShardReader:
             if shard in self._indexes:
                 self._indexes.move_to_end(shard)
                 return self._indexes[shard]
-        index = self._whole_index(shard)
-        if self._chosen is not None:
-            chosen = np.flatnonzero(np.unpackbits(self._chosen[shard], count=len(index.keys)))
-            index = ShardIndex([index.keys[i] for i in chosen], index.offsets[chosen], index.sizes[chosen])
+        index = self._chosen_index(shard)
         with self._lock:
             self._indexes[shard] = index
             while len(self._indexes) > self._indexes_kept:
                 self._indexes.popitem(last=False)
         return index
 
-    def _whole_index(self, shard: int) -> ShardIndex:
+    def _chosen_index(self, shard: int, extension: str = "jpg") -> ShardIndex:
+        index = self._whole_index(shard, extension)
+        if self._chosen is None:
+            return index
+        chosen = np.flatnonzero(np.unpackbits(self._chosen[shard], count=len(index.keys)))
+        return ShardIndex([index.keys[i] for i in chosen], index.offsets[chosen], index.sizes[chosen])
+
+    def _whole_index(self, shard: int, extension: str = "jpg") -> ShardIndex:
         place, entry = self._shards[shard]
         name = idx_path("", entry).name
         data = self._patiently(place, name, lambda alive: place.store.whole(name, alive))
         try:
-            return verified_index(data, entry, where=f"{place.store.place}/{name}")
+            return verified_index(data, entry, extension, f"{place.store.place}/{name}")
         except ShardSetError as error:
             raise UserError(str(error)) from None
 

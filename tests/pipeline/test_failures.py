@@ -10,7 +10,7 @@ import torch
 from data_prep.shard_set import read_index, read_manifest, tar_path
 from pipeline.data.dali import Decoder, training_graph
 from pipeline.data.failures import Failures
-from pipeline.data.loader import Loader
+from pipeline.data.loader import Loader, Planner
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
@@ -121,11 +121,9 @@ def test_what_stands_in_is_cut_by_the_random_numbers_of_the_sample_that_was_to_b
 
     recipe = recipe_of()
     reader = ShardReader(shards)
-    loader = Loader(reader, recipe, 16, CPU)
     located = reader.stream(recipe.seed).locate(np.array([3]))
     neighbour = reader.read(number, (i + 1) % size)
-    planned = loader._planner.plan(located, [neighbour])
-    loader.close()
+    planned = Planner(reader, recipe, 16, Failures(reader, 0)).plan(located, [neighbour])
 
     given = iter([planned])
     decoder = Decoder(training_graph(recipe.data, False), lambda: next(given), None, 1, CPU, 1, 1)
