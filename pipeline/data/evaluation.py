@@ -106,9 +106,7 @@ class EvaluationLoader:
         for start in range(self.first, self.end, self.batch):
             sample = np.arange(start, min(start + self.batch, self.end))
             shard = np.searchsorted(ends, sample, side="right")
-            located = Located(
-                np.zeros_like(sample), shard, sample - (ends - self.reader.shard_sizes)[shard], sample
-            )
+            located = Located(np.zeros_like(sample), shard, sample - starts[shard], sample)
             encoded, found = [], []
             for number in np.unique(shard).tolist():
                 indexes = located.index[shard == number]
