@@ -180,10 +180,10 @@ class ShardReader:
         place, entry = self._shards[shard]
         if not place.manifest.classes:
             return None
-        index, name = self._chosen_index(shard, "cls"), tar_path("", entry).name
+        index = self._chosen_index(shard, "cls")
         starts, ends = index.offsets.tolist(), (index.offsets + index.sizes).tolist()
-        spans, rows = _coalesced(starts, ends, place.store.gap)
-        parts = self._patiently(place, name, lambda alive: place.store.read(name, spans, alive))
+        spans, rows = coalesced(starts, ends, LocalStore.gap if self._cache else place.store.gap)
+        parts = self._read(place, entry, spans)
         texts = [
             parts[row][start - spans[row][0] : end - spans[row][0]]
             for row, start, end in zip(rows, starts, ends, strict=True)
