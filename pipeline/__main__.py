@@ -64,18 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(
         commands, "pretrain", _pretrain, "train a recipe on a shard set", PRETRAIN, PRETRAIN_EXAMPLES
     )
-    _recipe_arguments(command)
-    command.add_argument(
-        "--data",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="shard set, made by data_prep: a directory or a URL; several --data are read as one. "
-        "Left out where the recipe has data.sources",
+    _run_arguments(command)
+
+    command = _command(
+        commands,
+        "preflight",
+        _preflight,
+        "look whether a run can begin",
+        "Look at paths, data, disk, versions, devices, decoder and network on every node; writes nothing.",
+        "example:\n  srun python -m pipeline preflight vitl16_emae --data shards/in1k --run runs/l16\n",
     )
-    command.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="run directory: new, or continued"
-    )
+    _run_arguments(command)
 
     command = _command(
         commands,
@@ -133,6 +132,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run_arguments(command: argparse.ArgumentParser) -> None:
+    _recipe_arguments(command)
+    command.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="shard set, made by data_prep: a directory or a URL; several --data are read as one. "
+        "Left out where the recipe has data.sources",
+    )
+    command.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="run directory: new, or continued"
+    )
+
+
 def _recipe_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
     command.add_argument(
@@ -166,6 +180,17 @@ def _pretrain(args: argparse.Namespace) -> None:
     from pipeline.train.loop import pretrain
 
     pretrain(recipe, args.data, args.run)
+
+
+def _preflight(args: argparse.Namespace) -> None:
+    from pipeline.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    from pipeline.train.preflight import preflight
+
+    findings = preflight(recipe, args.data, args.run)
+    if os.environ["RANK"] == "0":
+        print(findings)
 
 
 def _reconstruct(args: argparse.Namespace) -> None:

@@ -84,7 +84,7 @@ class Plan:
     shards: int
     shards_per_rank: float
     checkpoint_gib: float
-    """Weights in the run's precision, master weights and both of Adam's averages in float32."""
+    """On disk, see `checkpoint_bytes`."""
 
 
 def forward_flops(recipe: Recipe) -> int:
@@ -159,8 +159,14 @@ def plan(
         gpu_hours=hours * world,
         shards=shards,
         shards_per_rank=shards / world,
-        checkpoint_gib=parameters * sum(_state_bytes(recipe)[::2]) / GIB,
+        checkpoint_gib=checkpoint_bytes(recipe, parameters) / GIB,
     )
+
+
+def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    """Weights in the run's precision, the optimiser's state, and the weights once more in float32."""
+    weights, _, optimizer = _state_bytes(recipe)
+    return parameters * (weights + optimizer + 4)
 
 
 def memory(recipe: Recipe, parameters: int, world: int, available_gib: float) -> list[Memory]:

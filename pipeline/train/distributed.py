@@ -6,11 +6,13 @@ reads.
 """
 
 import os
+import platform
 import socket
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -48,13 +50,18 @@ def find_world() -> World:
         rank, size = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS")
         local_rank = _number("SLURM_LOCALID")
         local_size = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0])
-        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_STEP_NODELIST"]))
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _address_of_first(env["SLURM_STEP_NODELIST"])
         env.setdefault("MASTER_PORT", str(PORTS[_number("SLURM_JOB_ID") % len(PORTS)]))
     else:
         rank, size, local_rank, local_size = 0, 1, 0, 1
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         env.setdefault("MASTER_PORT", str(_free_port()))
     env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    if size > local_size and "GLOO_SOCKET_IFNAME" not in env:
+        interface = _interface_towards(env["MASTER_ADDR"], _number("MASTER_PORT"))
+        if interface:  # Gloo would take the one that the host's name stands for, often the loopback
+            env["GLOO_SOCKET_IFNAME"] = interface
 
     if env.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", _device_index(local_rank, torch.cuda.device_count()))
@@ -72,6 +79,11 @@ def find_world() -> World:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
         torch.set_num_threads(world.cores)
     return world
+
+
+def node_name() -> str:
+    """This machine, in Slurm's words where Slurm started it."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def all_ranks_mean(values: torch.Tensor) -> torch.Tensor:
@@ -121,17 +133,35 @@ def _device_index(local_rank: int, devices: int) -> int:
     raise UserError(f"local rank {local_rank} finds {devices} GPUs: start at most one rank a GPU")
 
 
-def _first_host(nodelist: str) -> str:
+def _address_of_first(nodelist: str) -> str:
+    """The address by which Slurm itself reaches the first of the nodes."""
     try:
-        hosts = subprocess.run(
-            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
+        first = _scontrol("show", "hostnames", nodelist).split()[0]
+        words = _scontrol("--oneliner", "show", "node", first).split()
+        return next(word for word in words if word.startswith("NodeAddr=")).removeprefix("NodeAddr=")
+    except (OSError, subprocess.CalledProcessError, IndexError, StopIteration) as error:
         raise UserError(
-            f"cannot expand Slurm's node list {nodelist!r} with scontrol ({error}); set MASTER_ADDR to the "
-            "first node's address"
+            f"cannot ask scontrol for the address of the first node of {nodelist!r} ({error}); set "
+            "MASTER_ADDR to it"
         ) from None
-    return hosts.stdout.split()[0]
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _interface_towards(host: str, port: int) -> str | None:
+    """The network interface by which this machine reaches `host`; None where that is unclear."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, port))  # sends nothing
+            address = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return name
+    return None
 
 
 def _free_port() -> int:

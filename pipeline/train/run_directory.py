@@ -129,13 +129,14 @@ def describe(run: Path, recipe: Recipe, step: int, world: World) -> None:
         "device": device_name(world.device),
         "host": platform.node(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
         "commit": _commit(),
     }
     _replace(path, json.dumps({**start, "starts": [*starts, start]}, indent=1) + "\n")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that decide what is computed."""
     found = {}
     for package in PACKAGES:
         try:

@@ -1,0 +1,186 @@
+"""What can be known before a run begins, found out in under a minute on every node at once.
+
+Invariant: nothing is written. Every rank looks for itself and tells rank 0, which says what any of them
+found, with the node's name; so no cluster is kept busy by a run that cannot go on.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from pipeline.data.dali import Loader
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.methods import build_method
+from pipeline.plan import checkpoint_bytes
+from pipeline.recipe import Recipe
+from pipeline.train import checkpoint, engine, run_directory
+from pipeline.train.distributed import World, find_world, gathered, node_name
+from pipeline.train.hardware import device_name
+
+DECODED = 64
+"""Images that a node decodes, at least."""
+REDUCED = 64 * 2**20
+"""Bytes of the all-reduce."""
+ROUNDS = 5
+
+
+class Findings(NamedTuple):
+    """What one rank found: texts by subject, and what is in the way."""
+
+    node: str
+    device: str
+    versions: dict[str, str]
+    texts: dict[str, str]
+    faults: list[str]
+
+
+def preflight(recipe: Recipe, data: Sequence[str], run: Path) -> str:
+    """Look at everything that `pretrain` with the same arguments needs. Every rank calls it.
+
+    Returns the findings, a line each, for a reader. UserError where something is in the way, with the nodes.
+    """
+    began = time.monotonic()
+    world = find_world()
+    checks = {
+        "batch": lambda: _batch(recipe, world),
+        "precision": lambda: engine.check_precision(recipe) or recipe.engine.precision,
+        "data": lambda: _data(recipe, data),
+        "run": lambda: _run(recipe, run),
+    }
+    if world.local_rank == 0:
+        checks["decode"] = lambda: _decode(recipe, data, world)
+    texts, faults = _look(checks)
+    mine = Findings(node_name(), device_name(world.device), run_directory.versions(), texts, faults)
+    engine.connect()
+    everyone = gathered(mine)
+    _complain([(rank.node, fault) for rank in everyone for fault in rank.faults])
+    _complain([(rank.node, _difference(rank, everyone[0])) for rank in everyone])
+    reduced = _all_reduce(world)
+    _complain(
+        gathered((mine.node, "" if reduced else "the all-reduce gave a wrong sum; test this node's network"))
+    )
+    engine.disconnect()
+    first = everyone[0]
+    nodes = list(dict.fromkeys(rank.node for rank in everyone))
+    lines = {
+        "ranks": f"{world.size} on {', '.join(nodes)}; {', '.join({r.device: 0 for r in everyone})}",
+        **{name: first.texts[name] for name in ("batch", "precision", "data", "run")},
+        "decode": ", ".join(f"{r.node} {r.texts['decode']}" for r in everyone if "decode" in r.texts),
+        "network": reduced,
+        "versions": ", ".join(f"{name} {number}" for name, number in first.versions.items()),
+        "took": f"{time.monotonic() - began:.0f} s",
+    }
+    return "\n".join(f"preflight: {name:10}{text}" for name, text in lines.items())
+
+
+def _look(checks: dict[str, Callable[[], str]]) -> tuple[dict[str, str], list[str]]:
+    texts, faults = {}, []
+    for name, check in checks.items():
+        try:
+            texts[name] = check()
+        except UserError as error:
+            if str(error) not in faults:
+                faults.append(str(error))
+    return texts, faults
+
+
+def _complain(found: list[tuple[str, str]]) -> None:
+    """UserError with every fault once, and the nodes that have it."""
+    nodes: dict[str, list[str]] = {}
+    for node, fault in found:
+        if fault and node not in nodes.setdefault(fault, []):
+            nodes[fault].append(node)
+    if nodes:
+        raise UserError("; ".join(f"{', '.join(where)}: {fault}" for fault, where in nodes.items()))
+
+
+def _difference(rank: Findings, first: Findings) -> str:
+    """How a rank's software differs from rank 0's."""
+    pairs = {
+        name: (rank.versions.get(name), first.versions.get(name)) for name in rank.versions | first.versions
+    }
+    return "; ".join(
+        f"{name} is {here}, on {first.node} it is {there}: install the same"
+        for name, (here, there) in pairs.items()
+        if here != there
+    )
+
+
+def _batch(recipe: Recipe, world: World) -> str:
+    accumulation = recipe.accumulation(world.size)
+    return f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch}"
+
+
+def _data(recipe: Recipe, data: Sequence[str]) -> str:
+    reader = ShardReader(recipe.sources(data), recipe.data)
+    shards = sum(len(place.manifest.shards) for place in reader.sets)
+    return f"{reader.num_samples:,} images in {shards:,} shards, each of the size it should have"
+
+
+def _run(recipe: Recipe, run: Path) -> str:
+    """Whether it can be written, and the disk holds as many checkpoints as will be kept, and one more."""
+    run_directory.check(run, recipe)
+    place = run
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--run {run}: {place} cannot be written; give another directory")
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_method(recipe).parameters())
+    steps = checkpoint.steps_of(run / "checkpoints")
+    each = checkpoint_bytes(recipe, parameters)
+    needed = each * max(1, recipe.train.keep_checkpoints + 1 - len(steps))
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"--run {run}: {needed / 1e9:.1f} GB are needed for train.keep_checkpoints "
+            f"{recipe.train.keep_checkpoints} of {each / 1e9:.1f} GB and one being written, "
+            f"{free / 1e9:.1f} GB are free; make room, or keep fewer"
+        )
+    at = f"continues after step {steps[-1]}" if steps else "new"
+    return f"{at}, {needed / 1e9:.1f} GB needed, {free / 1e9:,.0f} GB free"
+
+
+def _decode(recipe: Recipe, data: Sequence[str], world: World) -> str:
+    reader = ShardReader(recipe.sources(data), recipe.data)
+    threads = recipe.data.threads or world.cores
+    loader = Loader(reader, recipe, 1, world.device, world.rank, world.size, threads=threads)
+    try:
+        loader.next()  # starts the decoder
+        batches = -(-DECODED // recipe.engine.micro_batch)
+        began = time.perf_counter()
+        for _ in range(batches):
+            loader.next()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - began
+    finally:
+        loader.close()
+    return f"{batches * recipe.engine.micro_batch / took:,.0f} images/s ({threads} threads, one rank)"
+
+
+def _all_reduce(world: World) -> str:
+    """The bandwidth, or an empty string where the sum is wrong."""
+    if world.size == 1:
+        return "one rank, none needed"
+    numbers = torch.empty(REDUCED // 4, device=world.device)
+    seconds = []
+    for _ in range(ROUNDS):
+        numbers.fill_(world.rank + 1)
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        right = bool((numbers == world.size * (world.size + 1) / 2).all())  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    took = sorted(seconds)[ROUNDS // 2]
+    sent = 2 * (world.size - 1) / world.size * REDUCED
+    text = (
+        f"all-reduce of {REDUCED / 2**20:.0f} MiB in {1e3 * took:.1f} ms, {sent / took / 1e9:.2f} GB/s a rank"
+    )
+    return text if right else ""

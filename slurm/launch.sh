@@ -1,0 +1,98 @@
+# What the templates share: sourced by them, never submitted.
+# shellcheck shell=bash
+#
+# A job ends in one of four ways. Done: exit 0. Something to mend, said above in one line: exit 2, or 4 where the
+# guard gave up. Stopped early (75: time limit, pre-emption) or failed (a node, a rank, a network): it is put back
+# into the queue and continues from its last checkpoint, unless it has come no further in RETRIES starts.
+
+RETRIES=${RETRIES:-3}
+SRUN_OPTIONS=()
+INSIDE=()
+
+say() { echo "$(date +%FT%T) job ${SLURM_JOB_ID:-?}: $*" >&2; }
+
+stop() {
+  say "error: $*"
+  exit 2
+}
+
+# need NAME WHAT: the variable NAME must be set.
+need() { [ -n "${!1:-}" ] || stop "$1 is not set; give $2, at the top of the template or as: $1=... sbatch ..."; }
+
+# choose NAME VALUE CHOICE...: VALUE must be one of the choices.
+choose() {
+  local name=$1 value=$2
+  shift 2
+  [[ " $* " == *" $value "* ]] || stop "$name=$value: choose one of $*"
+}
+
+setup() {
+  [ -n "${SLURM_JOB_ID:-}" ] || stop "this is a batch script: submit it with sbatch"
+  cd "$SHARDMAE" || stop "SHARDMAE=$SHARDMAE: no such directory"
+  # shellcheck source=slurm/site.env
+  . slurm/site.env
+  PYTHON=${VENV:-$SHARDMAE/.venv}/bin/python
+  [ ${#SRUN_OPTIONS[@]} -eq 0 ] && [ ${#INSIDE[@]} -eq 0 ] || PYTHON=python
+  [ "$PYTHON" = python ] || [ -x "$PYTHON" ] || stop "$PYTHON: no Python there; run \`make setup\`, or set VENV in slurm/site.env"
+
+  local cache=${NODE_CACHE:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/shardmae-$(id -un)}
+  export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions}
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
+  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+  export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+  export PYTHONUNBUFFERED=1
+  [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun no longer inherits it
+  [ -n "${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-}" ] || export DS_ACCELERATOR=cpu
+
+  # Where the ranks meet. Asked here, because a container may have no scontrol.
+  local first
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_ADDR=${MASTER_ADDR:-$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')}
+  export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
+}
+
+# ranks COMMAND...: one task a GPU. The ranks end together by themselves; who has not after a minute is ended.
+ranks() {
+  srun --kill-on-bad-exit=0 --wait=60 --cpu-bind=cores "${SRUN_OPTIONS[@]}" \
+    "${INSIDE[@]}" "$PYTHON" -m pipeline "$@"
+}
+
+# alone COMMAND...: one task, as the last step of a job.
+alone() { srun --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" "${INSIDE[@]}" "$PYTHON" "$@"; }
+
+pretrain() {
+  need DATA "a shard set that python -m data_prep made"
+  need RUN "the run directory, on storage that all nodes see"
+  setup
+  local overrides=() pair code=0
+  for pair in ${SETS:-}; do overrides+=(--set "$pair"); done
+  set -- "$RECIPE" --data "$DATA" --run "$RUN" "${overrides[@]}"
+  say "$RECIPE on ${SLURM_JOB_NUM_NODES} nodes, $SLURM_NTASKS tasks, start $((${SLURM_RESTART_COUNT:-0} + 1))"
+  ranks preflight "$@" || code=$?
+  [ $code -ne 0 ] || ranks pretrain "$@" || code=$?
+  finish $code
+}
+
+# finish CODE: end the job, or put it back into the queue.
+finish() {
+  local code=$1 at=none history=$RUN/slurm_restarts tries
+  case $code in
+    0) say "done" && exit 0 ;;
+    2 | 4) say "stopped with exit code $code, see above" && exit "$code" ;;
+  esac
+  [ ! -f "$RUN/checkpoints/latest" ] || at=$(<"$RUN/checkpoints/latest")
+  if [ -f "$RUN/recipe.yaml" ]; then
+    echo "$SLURM_JOB_ID $at" >>"$history"
+    tries=$(tac "$history" | awk -v same="$SLURM_JOB_ID $at" '$0 != same { exit } { n++ } END { print n + 0 }')
+  else
+    tries=$((${SLURM_RESTART_COUNT:-0} + 1))
+  fi
+  if [ "$tries" -gt "$RETRIES" ]; then
+    say "error: exit code $code, and no progress after $at in $tries starts; not putting the job back"
+    exit "$code"
+  fi
+  say "exit code $code at checkpoint $at; back into the queue"
+  scontrol requeue "$SLURM_JOB_ID" || say "cannot requeue; submit the same again, it continues at $at"
+  sleep 30 # Slurm ends this script
+  exit "$code"
+}

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Pre-train a ViT-L/16. Submit from the repository:
+#
+#     DATA=/scratch/imagenet-train RUN=/scratch/runs/vitl16 sbatch slurm/pretrain_vitl.sh
+#
+# Environment, all but the first two optional:
+#     DATA, RUN      shard set and run directory (below)
+#     METHOD         emae (default), efficient_mae, mae, lomar
+#     RECIPE         a recipe's name or file, instead of vitl16_METHOD
+#     SETS           keys of the recipe to replace: SETS="train.epochs=100 engine.micro_batch=32"
+#     SHARDMAE       this repository, where you don't submit from there
+# sbatch's options replace those below: sbatch --nodes=8 --time=48:00:00 slurm/pretrain_vitl.sh. On a cluster without
+# GPUs: --gres=none. Site settings (partition, account, modules, container) are in slurm/site.env.
+#
+# The job saves itself five minutes before its time limit, when it is pre-empted and when a node fails, goes back
+# into the queue and continues, until the schedule is done. What follows may depend on it: --dependency=afterok:ID.
+
+#SBATCH --job-name=vitl16
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+set -euo pipefail
+
+# ==== Set these two, here or in the environment =============================================================
+DATA=${DATA:-}
+RUN=${RUN:-}
+# =============================================================================================================
+
+SHARDMAE=${SHARDMAE:-${SLURM_SUBMIT_DIR:-$PWD}}
+[ -f "$SHARDMAE/slurm/launch.sh" ] || { echo "error: $SHARDMAE is not ShardMAE's repository; set SHARDMAE" >&2; exit 2; }
+# shellcheck source=slurm/launch.sh
+. "$SHARDMAE/slurm/launch.sh"
+
+choose METHOD "${METHOD:=emae}" emae efficient_mae mae lomar
+RECIPE=${RECIPE:-vitl16_$METHOD}
+pretrain

@@ -1,0 +1,166 @@
+"""A real Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd, in one directory.
+
+Nothing of the machine's own Slurm is used or touched. Needs the packages slurm-wlm and munge, and root (or
+root in a user namespace).
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+CONFIGURATION = """\
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={ports[0]}
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge.sock
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool.%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.%n.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobRequeue=1
+ReturnToService=2
+SlurmdParameters=config_overrides
+SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
+SlurmdTimeout=8
+KillWait=20
+GresTypes=gpu
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=96 Gres=gpu:8 State=UNKNOWN
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=96 Gres=gpu:8 State=UNKNOWN
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+
+
+class Cluster:
+    """Two nodes, n1 and n2, of 96 pretended cores and 8 pretended GPUs each."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
+        self.daemons: dict[str, subprocess.Popen] = {}
+        (directory / "state").mkdir(parents=True)
+        key = directory / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        ports = _free_ports(3)
+        (directory / "slurm.conf").write_text(CONFIGURATION.format(directory=directory, ports=ports))
+        for number in range(8):
+            (directory / f"gpu{number}").touch()
+        (directory / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={directory}/gpu[0-7]\n")
+        files = {"key-file": key, "pid-file": directory / "munged.pid", "log-file": directory / "munged.log"}
+        files |= {"socket": directory / "munge.sock", "seed-file": directory / "munge.seed"}
+        self._daemon("munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in files.items()))
+        _until((directory / "munge.sock").exists, 20, self._logs)
+        self._daemon("slurmctld", "-D")
+        self.start_node("n1")
+        self.start_node("n2")
+        _until(lambda: self.states() == {"n1": "idle", "n2": "idle"}, 60, self._logs)
+
+    def start_node(self, name: str) -> None:
+        self._daemon("slurmd", "-D", "-N", name, label=name)
+
+    def kill_node(self, name: str) -> None:
+        """As if the node lost power: its slurmd and everything that runs there, SIGKILL."""
+        self.daemons.pop(name).kill()
+        marks = (f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.environment['SLURM_CONF']}".encode())
+        for process in Path("/proc").iterdir():
+            try:
+                command = (process / "cmdline").read_bytes()
+                mine = all(mark in (process / "environ").read_bytes().split(b"\0") for mark in marks)
+            except (OSError, ValueError):
+                continue
+            if process.name.isdecimal() and mine and b"slurmctld" not in command:
+                os.kill(int(process.name), signal.SIGKILL)
+
+    def states(self) -> dict[str, str]:
+        """Each node's state, in sinfo's words."""
+        listed = self.run("sinfo", "-h", "-N", "-o", "%N %T", check=False)
+        return dict(line.split() for line in listed.splitlines())
+
+    def run(self, *command: str | Path, check: bool = True, **environment: str) -> str:
+        """A Slurm command's output."""
+        done = subprocess.run(
+            [str(word) for word in command],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout
+
+    def submit(self, *arguments: str | Path, **environment: str) -> str:
+        """sbatch; returns the job's id."""
+        return self.run("sbatch", "--parsable", *arguments, **environment).strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What scontrol says of a job."""
+        text = self.run("scontrol", "--oneliner", "show", "job", job)
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def wait(self, job: str, seconds: float, output: Path | None = None) -> dict[str, str]:
+        """Wait for a job's end. Slurm lets a requeued job wait for two minutes; here it starts at once."""
+        deadline = time.monotonic() + seconds
+        while (found := self.job(job))["JobState"] not in ENDED:
+            assert time.monotonic() < deadline, (found, output and output.read_text()[-4000:], self._logs())
+            self.hurry(found)
+            time.sleep(0.3)
+        return found
+
+    def hurry(self, found: dict[str, str]) -> None:
+        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+            self.run("scontrol", "update", f"JobId={found['JobId']}", "StartTime=now", check=False)
+
+    def close(self) -> None:
+        self.run("scancel", "--user", "root", check=False)
+        deadline = time.monotonic() + 30
+        while self.run("squeue", "-h", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.3)
+        for daemon in reversed(self.daemons.values()):
+            daemon.terminate()
+        for daemon in self.daemons.values():
+            daemon.wait(20)
+
+    def _daemon(self, program: str, *arguments: str, label: str | None = None) -> None:
+        path = shutil.which(program) or f"/usr/sbin/{program}"
+        name = label or program
+        with open(self.directory / f"{name}.out", "a") as output:
+            self.daemons[name] = subprocess.Popen(
+                [path, *arguments], env=self.environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def _logs(self) -> str:
+        logs = sorted([*self.directory.glob("*.log"), *self.directory.glob("*.out")])
+        return "\n".join(f"== {log.name}\n{log.read_text()[-1500:]}" for log in logs)
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _until(condition, seconds: float, explain) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.1)

@@ -1,0 +1,96 @@
+"""The templates in slurm/, unchanged, on a real Slurm cluster of two nodes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from runs import SMALL
+
+ROOT = Path(__file__).parents[2]
+TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "launch.sh")
+TINY = {**SMALL, "model.name": "vit_tiny", "model.patch_size": 8, "model.heads": 4, "model.decoder_heads": 4}
+TINY |= {"model.decoder_depth": 1, "engine.precision": "fp32", "train.steps": 12, "optim.warmup_steps": 4}
+ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def environment(shards, tmp_path):
+    """What a user sets before sbatch: data, run directory, and a model that trains in seconds."""
+    return {
+        "SHARDMAE": str(ROOT),
+        "VENV": sys.prefix,
+        "DATA": str(shards),
+        "RUN": str(tmp_path / "run"),
+        "SETS": " ".join(f"{key}={value}" for key, value in TINY.items()).replace(", ", ","),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": os.environ.get(
+            "TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions")
+        ),
+    }
+
+
+def losses(run: Path | str) -> list[tuple[int, float]]:
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+
+def train(cluster, template, environment, output, *options, seconds=240):
+    job = cluster.submit(f"--output={output}", *ON_TWO_NODES, *options, template, **environment)
+    ended = cluster.wait(job, seconds, output)
+    return ended, output.read_text()
+
+
+@pytest.mark.parametrize("template", ["pretrain_vitl.sh", "pretrain_vith.sh"])
+def test_a_template_trains_on_two_nodes_as_on_one(cluster, environment, tmp_path, template):
+    ended, said = train(cluster, ROOT / "slurm" / template, environment, tmp_path / "two.out")
+    assert ended["JobState"] == "COMPLETED", said
+    assert "preflight: ranks     2 on n1, n2; cpu" in said and said.rstrip().endswith("done")
+    two = losses(environment["RUN"])
+    environment |= {"RUN": str(tmp_path / "one")}
+    one_node = ("--nodes=1", "--ntasks-per-node=2")
+    ended, said = train(cluster, ROOT / "slurm" / template, environment, tmp_path / "one.out", *one_node)
+    assert ended["JobState"] == "COMPLETED", said
+    assert [step for step, _ in two] == list(range(1, 13))
+    assert two == losses(environment["RUN"])
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_slurm_accepts_every_template(cluster, template):
+    cluster.run("sbatch", "--test-only", "--nodes=2", template)
+
+
+def test_shellcheck_finds_nothing():
+    scripts = [*sorted((ROOT / "slurm").glob("*.sh")), ROOT / "slurm" / "site.env"]
+    checked = subprocess.run(
+        [shutil.which("shellcheck"), "-x", *scripts], capture_output=True, text=True, cwd=ROOT
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "complaint"),
+    [
+        ({"DATA": ""}, "error: DATA is not set; give a shard set that python -m data_prep made"),
+        ({"RUN": ""}, "error: RUN is not set"),
+        ({"METHOD": "mea"}, "error: METHOD=mea: choose one of emae efficient_mae mae lomar"),
+        ({"SHARDMAE": "/nowhere"}, "error: /nowhere is not ShardMAE's repository; set SHARDMAE"),
+        ({"VENV": "/nowhere"}, "/nowhere/bin/python: no Python there"),
+    ],
+)
+def test_a_variable_that_is_missing_or_wrong_is_one_line(cluster, environment, tmp_path, variable, complaint):
+    output = tmp_path / "output"
+    ended, said = train(cluster, ROOT / "slurm/pretrain_vitl.sh", environment | variable, output)
+    assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "2:0"
+    assert len(said.splitlines()) == 1 and complaint in said
