@@ -28,9 +28,8 @@ choose() {
 
 setup() {
   [ -n "${SLURM_JOB_ID:-}" ] || stop "this is a batch script: submit it with sbatch"
-  cd "$SHARDMAE" || stop "SHARDMAE=$SHARDMAE: no such directory"
   # shellcheck source=slurm/site.env
-  . slurm/site.env
+  . "$SHARDMAE/slurm/site.env"
   PYTHON=${VENV:-$SHARDMAE/.venv}/bin/python
   [ ${#SRUN_OPTIONS[@]} -eq 0 ] && [ ${#INSIDE[@]} -eq 0 ] || PYTHON=python
   [ "$PYTHON" = python ] || [ -x "$PYTHON" ] || stop "$PYTHON: no Python there; run \`make setup\`, or set VENV in slurm/site.env"
@@ -40,7 +39,7 @@ setup() {
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-  export PYTHONUNBUFFERED=1
+  export PYTHONUNBUFFERED=1 PYTHONPATH=$SHARDMAE${PYTHONPATH:+:$PYTHONPATH}
   [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun no longer inherits it
   [ -n "${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-}" ] || export DS_ACCELERATOR=cpu
 

@@ -122,6 +122,13 @@ class Cluster:
             time.sleep(0.3)
         return found
 
+    def wait_for_all(self, seconds: float) -> None:
+        """Wait until no job is left."""
+        deadline = time.monotonic() + seconds
+        while listed := self.run("squeue", "-h").strip():
+            assert time.monotonic() < deadline, (listed, self._logs())
+            time.sleep(0.3)
+
     def hurry(self, found: dict[str, str]) -> None:
         if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
             self.run("scontrol", "update", f"JobId={found['JobId']}", "StartTime=now", check=False)

@@ -94,3 +94,26 @@ def test_a_variable_that_is_missing_or_wrong_is_one_line(cluster, environment, t
     ended, said = train(cluster, ROOT / "slurm/pretrain_vitl.sh", environment | variable, output)
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "2:0"
     assert len(said.splitlines()) == 1 and complaint in said
+
+
+def test_an_array_build_with_a_task_missing_at_first_is_a_local_build(
+    cluster, environment, photographs, tmp_path
+):
+    out, here = tmp_path / "out", tmp_path / "here"
+    options = "--shard-size 20 --seed 3"
+    source = {"SOURCE": "folder", "SRC": str(photographs), "OUT": str(out), "OPTIONS": options, "TASKS": "4"}
+
+    def build(array):
+        """Submit the array's tasks; what the last step, which the first task submits, says in the end."""
+        place = (f"--chdir={tmp_path}", f"--output={tmp_path}/%x-%A.%a.out", "--cpus-per-task=1")
+        cluster.submit(f"--array={array}", *place, ROOT / "slurm/build_shards.sh", **environment, **source)
+        cluster.wait_for_all(120)
+        newest = max(tmp_path.glob("finalize-shards-*.out"), key=lambda path: path.stat().st_mtime)
+        return newest.read_text()
+
+    assert "1 of 5 shards are not built yet (folder-train-000002)" in build("0,1,3")
+    assert not (out / "manifest.json").exists()
+    assert f"{out}: 96 samples in 5 shards" in build("2")
+    command = [sys.executable, "-m", "data_prep", "folder", photographs, here, *options.split()]
+    subprocess.run(command, check=True, capture_output=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in here.iterdir()}
