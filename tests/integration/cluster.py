@@ -15,7 +15,7 @@ from pathlib import Path
 
 CONFIGURATION = """\
 ClusterName=test
-SlurmctldHost=localhost(127.0.0.1)
+SlurmctldHost=localhost({addresses[0]})
 SlurmctldPort={ports[0]}
 AuthType=auth/munge
 AuthInfo=socket={directory}/munge.sock
@@ -39,18 +39,54 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 SlurmdTimeout=8
 KillWait=20
 GresTypes=gpu
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=96 Gres=gpu:8 State=UNKNOWN
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=96 Gres=gpu:8 State=UNKNOWN
+NodeName=n1 NodeHostname=localhost NodeAddr={addresses[1]} Port={ports[1]} CPUs=96 Gres=gpu:8 State=UNKNOWN
+NodeName=n2 NodeHostname=localhost NodeAddr={addresses[2]} Port={ports[2]} CPUs=96 Gres=gpu:8 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 
+class Network:
+    """Two hosts, n1 and n2, with an address and a cable each: network namespaces on a bridge. Needs root."""
+
+    ADDRESSES = ("10.211.77.254", "10.211.77.1", "10.211.77.2")
+
+    def __init__(self):
+        self.bridge = f"sm{os.getpid()}"
+        self._ip("link", "add", self.bridge, "type", "bridge")
+        self._ip("addr", "add", f"{self.ADDRESSES[0]}/24", "dev", self.bridge)
+        self._ip("link", "set", self.bridge, "up")
+        for host, address in zip(("n1", "n2"), self.ADDRESSES[1:], strict=True):
+            space, cable = f"{self.bridge}-{host}", f"{self.bridge}{host}"
+            self._ip("netns", "add", space)
+            self._ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
+            self._ip("link", "set", cable, "master", self.bridge, "up")
+            self._ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
+            self._ip("-n", space, "link", "set", "eth0", "up")
+            self._ip("-n", space, "link", "set", "lo", "up")
+
+    def command(self, host: str) -> list[str]:
+        """What to put before a command that runs on a host."""
+        return ["nsenter", f"--net=/run/netns/{self.bridge}-{host}"]
+
+    def plug(self, host: str, *, connected: bool) -> None:
+        self._ip("link", "set", f"{self.bridge}{host}", "up" if connected else "down")
+
+    def close(self) -> None:
+        for host in ("n1", "n2"):
+            self._ip("netns", "del", f"{self.bridge}-{host}")
+        self._ip("link", "del", self.bridge)
+
+    def _ip(self, *arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+
 class Cluster:
     """Two nodes, n1 and n2, of 96 pretended cores and 8 pretended GPUs each."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, network: "Network | None" = None):
+        """network: where the nodes are hosts with addresses of their own; None: all on the loopback."""
+        self.directory, self.network = directory, network
         self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen] = {}
         (directory / "state").mkdir(parents=True)
@@ -58,10 +94,21 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
         ports = _free_ports(3)
-        (directory / "slurm.conf").write_text(CONFIGURATION.format(directory=directory, ports=ports))
+        addresses = network.ADDRESSES if network else 3 * ["127.0.0.1"]
+        (directory / "slurm.conf").write_text(
+            CONFIGURATION.format(directory=directory, ports=ports, addresses=addresses)
+        )
         for number in range(8):
             (directory / f"gpu{number}").touch()
         (directory / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={directory}/gpu[0-7]\n")
+        try:
+            self._start(key)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, key: Path) -> None:
+        directory = self.directory
         files = {"key-file": key, "pid-file": directory / "munged.pid", "log-file": directory / "munged.log"}
         files |= {"socket": directory / "munge.sock", "seed-file": directory / "munge.seed"}
         self._daemon("munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in files.items()))
@@ -72,7 +119,7 @@ class Cluster:
         _until(lambda: self.states() == {"n1": "idle", "n2": "idle"}, 60, self._logs)
 
     def start_node(self, name: str) -> None:
-        self._daemon("slurmd", "-D", "-N", name, label=name)
+        self._daemon("slurmd", "-D", "-N", name, label=name, host=name)
 
     def kill_node(self, name: str) -> None:
         """As if the node lost power: its slurmd and everything that runs there, SIGKILL."""
@@ -143,12 +190,13 @@ class Cluster:
         for daemon in self.daemons.values():
             daemon.wait(20)
 
-    def _daemon(self, program: str, *arguments: str, label: str | None = None) -> None:
+    def _daemon(self, program: str, *arguments: str, label: str = "", host: str = "") -> None:
         path = shutil.which(program) or f"/usr/sbin/{program}"
+        on_host = self.network.command(host) if self.network and host else []
         name = label or program
         with open(self.directory / f"{name}.out", "a") as output:
             self.daemons[name] = subprocess.Popen(
-                [path, *arguments], env=self.environment, stdout=output, stderr=subprocess.STDOUT
+                [*on_host, path, *arguments], env=self.environment, stdout=output, stderr=subprocess.STDOUT
             )
 
     def _logs(self) -> str:
