@@ -116,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         "what a recipe costs",
         "Count a recipe's parameters, operations and memory, and estimate its hours, without running it.",
         "examples:\n  python -m pipeline plan vitl16_emae --gpus 8 --nodes 4 --gpu h100\n"
-        "  python -m pipeline plan vith14_mae --mfu 0.5 --json\n",
+        "  python -m pipeline plan vith14_mae --mfu 0.5 --json\n"
+        "  python -m pipeline plan vith14_emae --nodes 64 --link 200\n",
     )
     _recipe_arguments(command)
     command.add_argument("--gpus", type=_positive, default=8, metavar="N", help="GPUs a node (default: 8)")
@@ -127,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--data", action="append", default=[], metavar="DIR", help="shard set (default: ImageNet's size)"
+    )
+    command.add_argument(
+        "--link", type=float, default=400, metavar="GBIT", help="a node's link, in Gbit/s (default: 400)"
+    )
+    command.add_argument(
+        "--storage", type=float, default=2, metavar="GB", help="the file system, in GB/s (default: 2)"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -207,18 +214,25 @@ def _report(args: argparse.Namespace) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     import json
+    from dataclasses import asdict
 
     from pipeline.data.reader import ShardReader
-    from pipeline.plan import as_json, format_plan, plan
+    from pipeline.plan import format_plan, plan
     from pipeline.recipe import load_recipe
+    from pipeline.scaling import format_scaling, scaling
 
     recipe = load_recipe(args.recipe, args.overrides)
     sizes = {}
     if args.data or recipe.data.sources:
         reader = ShardReader(recipe.sources(args.data), recipe.data)
         sizes = {"samples": reader.num_samples, "shards": len(reader.shard_sizes)}
-    result = plan(recipe, gpus=args.gpus, nodes=args.nodes, gpu=args.gpu, mfu=args.mfu, **sizes)
-    print(json.dumps(as_json(result), indent=1) if args.json else format_plan(result))
+    hardware = {"gpus": args.gpus, "nodes": args.nodes, "gpu": args.gpu, "mfu": args.mfu}
+    costs = plan(recipe, **hardware, **sizes)
+    scale = scaling(recipe, **hardware, link_gbit=args.link, storage_gb=args.storage)
+    if args.json:
+        print(json.dumps(asdict(costs) | {"scaling": asdict(scale)}, indent=1))
+    else:
+        print(format_plan(costs) + ("\n\n" + format_scaling(scale) if args.nodes > 1 else ""))
 
 
 def _natural(text: str) -> int:

@@ -4,7 +4,7 @@ Parameters, operations and activations are counted on shapes alone (torch's meta
 peak arithmetic x MFU, with a loader and a network that keep up. Memory is counted but for `OVERHEAD_GIB`.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -198,11 +198,6 @@ def _state_bytes(recipe: Recipe) -> tuple[int, int, int]:
     """Bytes a parameter: weights, gradients, optimiser. In 16 bits the optimiser holds float32 weights of its
     own, and gradients are added up in float32 (ds_configs)."""
     return (4, 4, 8) if recipe.engine.precision == "fp32" else (2, 4, 12)
-
-
-def as_json(plan: Plan) -> dict:
-    """The plan as plain numbers and strings, keys as the fields' names."""
-    return asdict(plan)
 
 
 def format_plan(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """The plan against the papers' figures and against counting by hand."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.footprint import activation_bytes
 from pipeline.methods import build_method
-from pipeline.plan import GPUS, as_json, format_plan, forward_flops, plan
+from pipeline.plan import GPUS, format_plan, forward_flops, plan
 from pipeline.recipe import load_recipe
 
 TABLE_3 = {  # "Efficient MAE towards Large-Scale Vision Transformers", 10^9 multiply-adds an image
@@ -106,7 +107,7 @@ def test_checkpointing_saves_most_activations_and_costs_a_forward_pass():
 
 def test_the_json_holds_every_figure_and_the_text_names_the_main_ones():
     result = plan(load_recipe("vitb16_emae"), samples=1000, shards=16)
-    again = json.loads(json.dumps(as_json(result)))
+    again = json.loads(json.dumps(asdict(result)))
     assert again["memory"][3]["zero_stage"] == 3 and again["shards_per_rank"] == 2
     text = format_plan(result)
     for part in (

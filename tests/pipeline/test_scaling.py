@@ -1,0 +1,53 @@
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.plan import forward_flops, plan
+from pipeline.recipe import load_recipe
+from pipeline.scaling import scaling
+
+HARDWARE = {"gpus": 8, "gpu": "h100", "mfu": 0.5, "storage_gb": 2.0}
+
+
+def test_one_node_needs_no_link_and_is_the_plans_speed():
+    recipe = load_recipe("vitl16_mae")
+    (one,) = scaling(recipe, nodes=1, link_gbit=1, **HARDWARE).scales
+    assert set(one.link_gb.values()) == {0.0} and set(one.efficiency.values()) == {1.0}
+    assert one.images_per_s == pytest.approx(plan(recipe, gpus=8, nodes=1, mfu=0.5).images_per_s)
+
+
+def test_a_slow_link_by_hand():
+    recipe = load_recipe("vitl16_mae", ["engine.micro_batch=64"])
+    two = scaling(recipe, nodes=2, link_gbit=8, **HARDWARE).scales[-1]
+    assert (two.nodes, two.gpus, two.micro_batch, two.accumulation) == (2, 16, 64, 4)
+    compute = 256 * 3 * forward_flops(recipe) / (0.5 * 989e12)
+    once = 329.5e6 * 2 / 1e9 / 2  # 329.5 M parameters in bfloat16, GB; half of it between two nodes
+    assert two.link_gb == pytest.approx({0: 2 * once, 1: 2 * once, 2: 5 * once, 3: 12 * once}, rel=1e-3)
+    backward = 2 / 3 * compute
+    expected = {
+        0: compute + 2 * once - backward / 4,
+        1: compute + 2 * once - backward / 4,
+        2: compute + max(0, 4 * once - backward) + once,
+        3: compute + max(0, 8 * once - backward) + 4 * once,
+    }
+    assert two.step_s == pytest.approx(expected, rel=1e-3)
+
+
+def test_efficiency_falls_with_nodes_and_rises_with_the_link():
+    recipe = load_recipe("vith14_emae", ["engine.micro_batch=8"])
+    slow, fast = (scaling(recipe, nodes=64, link_gbit=link, **HARDWARE) for link in (50, 400))
+    assert [scale.nodes for scale in slow.scales] == [1, 2, 4, 8, 16, 32, 64]
+    for stage in range(4):
+        falling = [scale.efficiency[stage] for scale in slow.scales]
+        assert falling == sorted(falling, reverse=True) and falling[-1] < 1
+        assert slow.scales[-1].efficiency[stage] < fast.scales[-1].efficiency[stage]
+
+
+def test_numbers_of_nodes_that_cannot_share_the_batch_are_left_out():
+    scales = scaling(load_recipe("vitl16_mae"), nodes=3, link_gbit=100, **HARDWARE).scales
+    assert [scale.nodes for scale in scales] == [1, 2]
+
+
+@pytest.mark.parametrize("wrong", [{"link_gbit": 0}, {"link_gbit": 100, "storage_gb": -1}])
+def test_a_rate_that_is_not_positive_is_refused(wrong):
+    with pytest.raises(UserError, match="must be positive"):
+        scaling(load_recipe("vitl16_mae"), nodes=2, **HARDWARE | wrong)
