@@ -193,10 +193,11 @@ class Cluster:
     def _daemon(self, program: str, *arguments: str, label: str = "", host: str = "") -> None:
         path = shutil.which(program) or f"/usr/sbin/{program}"
         on_host = self.network.command(host) if self.network and host else []
+        with_us = ["setpriv", "--pdeathsig", "TERM"]  # a killed test run leaves no cluster behind
         name = label or program
         with open(self.directory / f"{name}.out", "a") as output:
             self.daemons[name] = subprocess.Popen(
-                [*on_host, path, *arguments], env=self.environment, stdout=output, stderr=subprocess.STDOUT
+                [*on_host, *with_us, path, *arguments], env=self.environment, stdout=output, stderr=subprocess.STDOUT
             )
 
     def _logs(self) -> str:
