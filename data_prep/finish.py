@@ -12,7 +12,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ from data_prep.shard_set import (
     Manifest,
     ShardSetError,
     check_shard_files,
+    idx_path,
+    remove_leftovers,
     shard_name,
+    store,
+    tar_path,
     write_atomically,
     write_manifest,
 )
@@ -128,10 +133,13 @@ def finish(out: Path, ticket: Ticket) -> Manifest:
     )
     try:
         check_shard_files(out, manifest)
-        lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
-        write_atomically(out / QUARANTINE, lines.encode())
-        write_atomically(out / WIDS, _wids(manifest))
-        write_card(out, manifest, stats)
+        with ThreadPoolExecutor(1) as disk:
+            stored = disk.submit(store_shards, out, [shard.name for shard in manifest.shards])
+            lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
+            write_atomically(out / QUARANTINE, lines.encode())
+            write_atomically(out / WIDS, _wids(manifest))
+            write_card(out, manifest, stats)
+            stored.result()
         write_manifest(out, manifest)
     except ShardSetError as error:
         raise UserError(str(error)) from None
@@ -139,6 +147,13 @@ def finish(out: Path, ticket: Ticket) -> Manifest:
         raise disk_full(out, error) from None
     remove_build_directory(out)
     return manifest
+
+
+def store_shards(out: Path, names: Iterable[str]) -> None:
+    """Waits until the disk has them: a manifest must not outlive its shards when the power fails."""
+    for name in names:
+        store(tar_path(out, name))
+        store(idx_path(out, name))
 
 
 def finalize(out: Path) -> Manifest | None:
@@ -170,8 +185,7 @@ def lock(out: Path, exclusive: bool) -> Iterator[None]:
         except OSError:
             pass
         if exclusive:
-            for leftover in (out / BUILD_DIRECTORY).glob("*.tmp"):
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(out)
         yield
 
 

@@ -2,7 +2,8 @@
 
 Invariant: a shard is done when its record is in the build directory. Tar, index and record are written under
 temporary names, renamed in this order, and are a pure function of (plan, source, policy, shard number); so a
-shard may be built again at any time, and the loser of a race has written the same bytes.
+shard may be built again at any time, and the loser of a race has written the same bytes. Nobody waits for the
+disk here: whether a finished shard outlived a power cut, its sha256 tells.
 """
 
 import errno
@@ -101,15 +102,16 @@ def build_shard(job: Job, number: int, reader: Reader, report: Report) -> Record
                 stats.add(image, sample.label)
                 report(len(data), len(image.data), int(bool(image.repairs)), 0)
             digest, index = writer.finish()
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the disk may begin to store it
         shard = None
         if writer.samples:
             shard = Shard(
                 name, writer.samples, writer.bytes, digest, len(index), hashlib.sha256(index).hexdigest()
             )
             os.replace(temporary, tar_path(job.directory, name))
-            write_atomically(idx_path(job.directory, name), index)
+            write_atomically(idx_path(job.directory, name), index, stored=False)
         record = Record(shard, quarantine, stats)
-        write_atomically(_record_path(job.directory, name), _record_to_json(record, job.plan))
+        write_atomically(_record_path(job.directory, name), _record_to_json(record, job.plan), stored=False)
         return record
     except OSError as error:
         raise disk_full(job.directory, error) from None

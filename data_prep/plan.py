@@ -20,6 +20,7 @@ from data_prep.sources.sample import Location, Sample, Storage
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
 """Only of files that would have one key do these decide, which of them is read."""
+_STORAGES = tuple(Storage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,8 @@ class Plan:
 
     def shard(self, shard: int) -> Iterable[Sample]:
         """The samples of one shard, in its order."""
-        for row in self.order[self.bounds[shard] : self.bounds[shard + 1]]:
-            yield self._sample(int(row))
+        for row in self.order[self.bounds[shard] : self.bounds[shard + 1]].tolist():
+            yield self._sample(row)
 
     def _append_all(self, samples: Iterable[Sample]) -> np.ndarray:
         """Fills the columns. Returns a hash per row, (n,) uint64."""
@@ -176,15 +177,10 @@ class Plan:
         return np.array(bounds, np.int64)
 
     def _sample(self, row: int) -> Sample:
-        storage, member = Storage(self._storage[row]), self._members[row]
-        container = member if storage == Storage.FILE else self._containers[self._container[row]]
-        location = Location(
-            container,
-            "" if storage == Storage.FILE else member,
-            self._offset[row],
-            self._size[row],
-            storage,
-        )
+        storage, container, member = _STORAGES[self._storage[row]], self._members[row], ""
+        if storage is not Storage.FILE:
+            container, member = self._containers[self._container[row]], container
+        location = Location(container, member, self._offset[row], self._size[row], storage)
         return Sample(self._keys[row], location, self._label[row])
 
     def _digest(self, shard_size: ShardSize) -> str:

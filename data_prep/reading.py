@@ -23,6 +23,7 @@ class Reader:
 
     def __init__(self, root: str):
         self._root = root
+        self._prefix = os.path.join(root, "")
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
     def read(self, location: Location) -> bytes:
@@ -43,10 +44,13 @@ class Reader:
         return _inflate(data) if location.storage == Storage.DEFLATED else data
 
     def _read(self, location: Location) -> bytes:
-        path = os.path.join(self._root, location.container) if location.container else self._root
-        if location.storage == Storage.FILE:
-            with open(path, "rb", buffering=0) as file:
-                return file.read(location.size + 1)
+        path = self._prefix + location.container if location.container else self._root
+        if location.storage is Storage.FILE:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                return os.read(descriptor, location.size + 1)
+            finally:
+                os.close(descriptor)
         if location.storage == Storage.GZIPPED:
             file = open_gzip(path)
             file.seek(location.offset)

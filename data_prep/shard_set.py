@@ -110,17 +110,37 @@ def idx_path(directory: str | os.PathLike, shard: Shard | str) -> Path:
 def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
     """Makes the set whole. To be called last."""
     document = {"format": FORMAT, **asdict(manifest), "samples": manifest.num_samples}
+    store(directory)  # the shards' names are on the disk before the manifest's
     write_atomically(Path(directory) / MANIFEST, (json.dumps(document, indent=1) + "\n").encode())
+    store(directory)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Under its name there is either the whole of `data` or what was there before."""
+def store(path: str | os.PathLike) -> None:
+    """Waits until a file's content, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(directory: Path, process: int | str = "*") -> None:
+    """Temporary files of a process that was killed, or of any."""
+    for pattern in (f".*.{process}.tmp", f"{BUILD_DIRECTORY}/*.{process}.tmp"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes, stored: bool = True) -> None:
+    """Under its name there is either the whole of `data` or what was there before. stored: also after a power
+    cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if stored:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

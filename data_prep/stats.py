@@ -16,6 +16,7 @@ SHORTER_SIDE_EDGES = (64, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024
 KILOBYTE_EDGES = (4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 ASPECT_EDGES = (0.25, 0.5, 0.67, 0.75, 0.9, 1.1, 1.33, 1.5, 2.0, 4.0)
 """Width over height."""
+_NAMES = {edges: ("0", *map(str, edges)) for edges in (SHORTER_SIDE_EDGES, KILOBYTE_EDGES, ASPECT_EDGES)}
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Stats:
         self.kilobytes[_bin(len(image.data) / 1000, KILOBYTE_EDGES)] += 1
         self.aspect[_bin(image.width / image.height, ASPECT_EDGES)] += 1
         self.color["grey" if image.grey else "RGB"] += 1
-        self.repairs.update(image.repairs)
+        if image.repairs:
+            self.repairs.update(image.repairs)
         if label >= 0:
             self.labels[str(label)] += 1
 
@@ -53,5 +55,4 @@ class Stats:
 
 
 def _bin(value: float, edges: tuple[float, ...]) -> str:
-    place = bisect_right(edges, value)
-    return str(edges[place - 1]) if place else "0"
+    return _NAMES[edges][bisect_right(edges, value)]

@@ -18,6 +18,7 @@ from typing import Any
 from data_prep.errors import BuildStopped, UserError
 from data_prep.pack import Job, build_shard, is_finished
 from data_prep.reading import Reader
+from data_prep.shard_set import remove_leftovers
 
 _REPORT_SECONDS = 0.2
 
@@ -63,8 +64,7 @@ def build_shards(
         for process in processes:
             process.join()
         for process in processes:
-            for leftover in job.build_directory.glob(f"*.{process.pid}.tmp"):
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(job.directory, process.pid)
 
 
 def _deal(numbers: list[int], owner: dict[Connection, Any], stop: Connection, on_progress) -> None:
@@ -118,7 +118,8 @@ def _work(job: Job, connection: Connection, others: list[Connection]) -> None:
         nonlocal last
         if os.getppid() != parent:
             os._exit(1)
-        for i, count in enumerate((1, *counts)):
+        totals[0] += 1
+        for i, count in enumerate(counts, 1):
             totals[i] += count
         if time.monotonic() - last > _REPORT_SECONDS:
             flush()

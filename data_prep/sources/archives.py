@@ -71,10 +71,8 @@ def entries_inside(root: str | os.PathLike, outer: Entry) -> Iterator[Entry]:
     for entry in inner:
         offset = location.offset + entry.location.offset
         member = f"{location.member}/{entry.name}"
-        yield replace(
-            entry,
-            location=replace(entry.location, container=location.container, member=member, offset=offset),
-        )
+        place = entry.location._replace(container=location.container, member=member, offset=offset)
+        yield replace(entry, location=place)
 
 
 def open_container(path: str) -> tuple[BinaryIO, Storage]:

@@ -29,8 +29,8 @@ class FolderSource(PlainSource):
         if not root.is_dir():
             raise UserError(f"SRC {root} is no folder")
         entries = [entry for entry in _scan(root) if not entry.name.startswith(".")]
-        folders = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        loose = [entry.path for entry in entries if entry.is_file(follow_symlinks=False)]
+        folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        loose = (entry.path for entry in entries if entry.is_file(follow_symlinks=False))
         labelled = labels == "folders" or (
             labels == "auto" and bool(folders) and not any(_begins_like_an_image(path) for path in loose)
         )
@@ -56,12 +56,12 @@ def files_below(root: str | os.PathLike, below: str = "") -> Iterator[tuple[str,
         name = f"{below}/{entry.name}" if below else entry.name
         if entry.name.startswith("."):
             yield name, 0, "hidden: its name begins with a dot"
-        elif entry.is_symlink():
-            yield name, 0, "link: a symbolic link, which is never followed"
-        elif entry.is_dir(follow_symlinks=False):
-            yield from files_below(root, name)
         elif entry.is_file(follow_symlinks=False):
             yield name, entry.stat(follow_symlinks=False).st_size, None
+        elif entry.is_dir(follow_symlinks=False):
+            yield from files_below(root, name)
+        elif entry.is_symlink():
+            yield name, 0, "link: a symbolic link, which is never followed"
         else:
             yield name, 0, "special_file: neither a file nor a folder"
 
@@ -69,7 +69,7 @@ def files_below(root: str | os.PathLike, below: str = "") -> Iterator[tuple[str,
 def _scan(folder: str | os.PathLike) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+            return sorted(entries, key=lambda entry: entry.name.encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise UserError(f"{folder} can't be read: {error.strerror}") from None
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from data_prep.shard_file import KEY, KEY_LIMIT
 
@@ -29,8 +29,7 @@ class Storage(IntEnum):
     """The range in the container's gunzipped bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """container: path below the source's root ("" for the root itself), member: name inside of it, for
     people. offset, size: bytes, of what is read from the container."""
 
@@ -44,8 +43,7 @@ class Location:
         return f"{self.container}!{self.member}" if self.member else self.container
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """label: position in the source's classes, -1 without. refusal: why it must not be read at all, or None;
     such a sample is an input like any other, and ends in quarantine."""
 
