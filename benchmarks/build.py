@@ -9,10 +9,10 @@ Every rival runs once in each round, in turn, so that a machine that is busy for
 the table gives each one's median over the rounds. The builder is timed as its user runs it: the whole
 command, with start-up, planning, checksums, index, card and manifest; what the same command takes for 50
 photographs (start-up, imports, the contact sheet) is then taken off, since a real set has a million. Files
-are read from the page cache. The builder alone waits until the disk has stored what was written; "tar, stored"
-does so too. "read, sha256, write" does nothing but that: no set with checksums is made in less. CPU seconds
-(user and system, of all processes) are given beside wall seconds: they depend less on what else the machine is
-doing.
+are read from the page cache. Of these programs the builder alone waits until the disk has stored what was
+written, so tar has a row in which it does so too; and "read, sha256, write" does nothing but that: the least
+that a set with checksums can cost. CPU seconds (user and system, of all processes) are given beside wall
+seconds: they depend less on what else the machine is doing.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def _side_by_side(place: Path, options) -> None:
     rivals: dict[str, list[tuple[str, Path, Callable[[Path, Path], None]]]] = {
         "copy": [
             ("tar -cf", many, lambda source, out: _run("tar", "-cf", out / "x.tar", source)),
-            ("tar -cf, stored", many, _tar_stored),
+            ("tar -cf, then sync", many, _tar_stored),
             ("webdataset ShardWriter loop", many, _shard_writer),
             ("read, sha256, write", many, _in_processes(_copy)),
             ("builder, --check structure", many, _builder("--check", "structure")),

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(error: object, code: int) -> int:
-    print(f"data_prep: {error}".replace("\n", " "), file=sys.stderr)
+    print(f"data_prep: {error}".replace("\n", " ").encode("utf-8", "replace").decode(), file=sys.stderr)
     return code
 
 
@@ -64,6 +64,10 @@ def _check_src(options) -> None:
 
 def _source(options):
     match options.command:
+        case "folder" if options.src.is_file():
+            from data_prep.sources.archive import ArchiveSource
+
+            return ArchiveSource(options.src, options.labels)
         case "folder":
             from data_prep.sources.folder import FolderSource
 
@@ -117,8 +121,11 @@ def _info(options) -> int:
     path = options.out / (CARD_JSON if options.json else CARD)
     try:
         print(path.read_text(encoding="utf-8"), end="")
+    except FileNotFoundError:
+        raise ShardSetError(f"{path} is missing: restore it, or build the set again") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ShardSetError(f"{path} can't be read: {error}") from None
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise ShardSetError(f"{path} can't be read ({why}): restore it, or build the set again") from None
     if not options.json:
         print(f"\nContact sheet: {options.out / CONTACT_SHEET}")
     return 0

@@ -26,7 +26,7 @@ _FORMATTER = argparse.RawDescriptionHelpFormatter
 
 _SOURCES = {
     "folder": (
-        "build a shard set from any folder of images; class sub-folders become labels",
+        "build a shard set from any folder or archive of images; class sub-folders become labels",
         "python -m data_prep folder ~/photographs shards/ --resize 256 --workers 8",
     ),
     "imagenet": (
@@ -55,9 +55,16 @@ _SPLITS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; --help says the rest."""
+
+    def error(self, message: str):
+        self.exit(2, f"data_prep: error: {message}; `{self.prog} --help` says what there is\n")
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Ends the process with exit code 2 and one line when the arguments are wrong."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m data_prep", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=_FORMATTER
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -14,8 +14,10 @@ from data_prep.errors import UserError
 from data_prep.finish import (
     NothingUsable,
     finish,
+    in_short,
     lock,
     read_ticket,
+    refused_entries,
     remove_build_directory,
     ticket_of,
     write_ticket,
@@ -25,7 +27,15 @@ from data_prep.pack import Job, estimated_bytes, read_record
 from data_prep.pixels import load_resizer
 from data_prep.plan import Plan, ShardSize
 from data_prep.progress import Progress
-from data_prep.shard_set import BUILD_DIRECTORY, MANIFEST, QUARANTINE, Manifest, ShardSetError, read_manifest
+from data_prep.shard_set import (
+    BUILD_DIRECTORY,
+    MANIFEST,
+    QUARANTINE,
+    Manifest,
+    ShardSetError,
+    check_shard_files,
+    read_manifest,
+)
 from data_prep.sources.sample import Source
 from data_prep.workers import build_shards
 
@@ -61,7 +71,10 @@ def build(source: Source, out: Path, settings: Settings, say=print) -> Manifest 
     job, identity = prepare(source, out, settings, say)
     whole = _already_whole(out, identity)
     if whole is not None:
-        say(f"{out} is whole already: {whole.num_samples:,} samples in {len(whole.shards):,} shards")
+        say(
+            f"{out} is whole already: {whole.num_samples:,} samples in {len(whole.shards):,} shards, all of "
+            f"the right size; `python -m data_prep verify {out}` reads them"
+        )
         return whole
     created = not out.exists()
     ticket = ticket_of(job, identity)
@@ -99,11 +112,7 @@ def prepare(source: Source, out: Path, settings: Settings, say=print) -> tuple[J
     """Plans, and says what will be done. Returns the job and the build's identity; writes nothing."""
     plan = Plan(source.samples(), settings.seed, settings.shard_size)
     if not plan.num_shards:
-        first = plan.refused[0]
-        raise UserError(
-            f"no readable image in SRC: {plan.num_inputs:,} inputs refused; "
-            f"the first: {first.location}: {first.reason}"
-        )
+        raise UserError(f"no readable image in SRC: {in_short(refused_entries(plan))}")
     job = Job(plan, source, settings.policy, out, settings.split)
     options = {**asdict(settings.policy), "shard_samples": settings.shard_size.samples}
     options |= {"shard_bytes": settings.shard_size.bytes, "layout": source.layout}
@@ -165,6 +174,10 @@ def _already_whole(out: Path, identity: dict[str, Any]) -> Manifest | None:
         raise UserError(str(error)) from None
     held = {name: getattr(manifest, name) for name in identity}
     _same_build(out, held, identity, "another shard set")
+    try:
+        check_shard_files(out, manifest)
+    except ShardSetError as error:
+        raise UserError(f"{error}; to rebuild, remove {out} and run the same command") from None
     remove_build_directory(out)
     return manifest
 

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from typing import Any
 from data_prep.card import write_card
 from data_prep.errors import UserError
 from data_prep.pack import Job, disk_full, quarantine_entry, read_record
+from data_prep.plan import Plan
 from data_prep.shard_set import (
     BUILD_DIRECTORY,
     FORMAT_VERSION,
@@ -41,7 +43,7 @@ from data_prep.shard_set import (
 from data_prep.stats import Stats
 
 _TICKET = "build.json"
-_NAMED = 3  # missing shards that a message lists
+_NAMED = 3  # missing shards, or refused inputs, that a message lists
 
 
 class NothingUsable(Exception):
@@ -61,11 +63,24 @@ class Ticket:
     refused: list[dict[str, str]]
 
 
-def ticket_of(job: Job, identity: dict[str, Any]) -> Ticket:
-    refused = []
-    for item in job.plan.refused:
+def refused_entries(plan: Plan) -> list[dict[str, str]]:
+    """Quarantine entries of the inputs that are in no shard's plan."""
+    entries = []
+    for item in plan.refused:
         reason, _, detail = item.reason.partition(": ")
-        refused.append(quarantine_entry(item.location, reason, detail))
+        entries.append(quarantine_entry(item.location, reason, detail))
+    return entries
+
+
+def in_short(quarantine: list[dict[str, str]]) -> str:
+    """How many inputs were refused, for which reasons, with some examples: one line."""
+    counts = Counter(entry["reason"] for entry in quarantine).most_common()
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
+    examples = [f"{entry['member'] or entry['source']}: {entry['detail']}" for entry in quarantine[:_NAMED]]
+    return f"{len(quarantine):,} inputs refused ({reasons}); for example {'; '.join(examples)}"
+
+
+def ticket_of(job: Job, identity: dict[str, Any]) -> Ticket:
     classes = job.source.classes
     return Ticket(
         identity,
@@ -73,7 +88,7 @@ def ticket_of(job: Job, identity: dict[str, Any]) -> Ticket:
         job.plan.num_inputs,
         list(classes.names),
         list(classes.readable),
-        refused,
+        refused_entries(job.plan),
     )
 
 
@@ -119,8 +134,7 @@ def finish(out: Path, ticket: Ticket) -> Manifest:
             "run the build, or those of its array tasks that failed, again"
         )
     if not shards:
-        first = f"; the first: {quarantine[0]['source']}: {quarantine[0]['detail']}" if quarantine else ""
-        raise NothingUsable(f"no readable image in SRC: {len(quarantine):,} inputs refused{first}")
+        raise NothingUsable(f"no readable image in SRC: {in_short(quarantine)}")
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         **ticket.identity,

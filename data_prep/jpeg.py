@@ -113,7 +113,7 @@ def _end_of_scan(data: bytes, position: int) -> int:
     codes = np.frombuffer(data, np.uint8)
     while position + 1 < len(data):
         window = codes[position : position + _WINDOW + 1]
-        unstuffed = (window[:-1] == 0xFF) & (window[1:] != 0)
+        unstuffed = np.minimum((window[:-1] == 0xFF).view(np.uint8), window[1:]).view(bool)
         first = int(unstuffed.argmax())
         if unstuffed[first]:
             found = _MARKER_AFTER_SCAN.search(data, position + first)

@@ -155,8 +155,9 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     directory = Path(directory)
     path = directory / MANIFEST
     if not directory.is_dir():
+        what = "is a file, not the directory of a shard set" if directory.exists() else "does not exist"
         raise ShardSetError(
-            f"{directory} is no directory; `python -m data_prep folder SRC {directory}` makes a shard set"
+            f"{directory} {what}; `python -m data_prep folder IMAGES OUT` makes a shard set OUT"
         )
     try:
         with open(path, "rb") as file:
@@ -168,8 +169,8 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
                 "command that began it, run again, finishes it"
             ) from None
         raise ShardSetError(
-            f"{directory} is no shard set (no {MANIFEST}); `python -m data_prep folder SRC {directory}` "
-            "makes one of a folder of images"
+            f"{directory} is no shard set (no {MANIFEST}); where it holds images, "
+            f"`python -m data_prep folder {directory} OUT` makes a shard set OUT of them"
         ) from None
     except OSError as error:
         raise ShardSetError(f"{path} can't be read: {error.strerror}") from None
@@ -183,9 +184,7 @@ def parse_manifest(data: bytes, where: str | os.PathLike = MANIFEST) -> Manifest
     try:
         document = json.loads(data)
     except (ValueError, RecursionError):
-        raise ShardSetError(
-            f"{where} is damaged (no JSON): build the set again or restore the file"
-        ) from None
+        raise _damaged(where, "no JSON") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ShardSetError(f"{where} is no manifest of a shard set (its 'format' is not {FORMAT!r})")
     version = document.get("format_version")
@@ -197,7 +196,7 @@ def parse_manifest(data: bytes, where: str | os.PathLike = MANIFEST) -> Manifest
     fields = _Fields(document, str(where))
     shards = document.get("shards")
     if not isinstance(shards, list) or not shards:
-        raise ShardSetError(f"{where} is damaged: 'shards' must be a list with at least one shard")
+        raise _damaged(where, "'shards' must be a list with at least one shard")
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=fields.text("source"),
@@ -213,20 +212,24 @@ def parse_manifest(data: bytes, where: str | os.PathLike = MANIFEST) -> Manifest
         shards=tuple(_shard(entry, number, str(where)) for number, entry in enumerate(shards)),
     )
     if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
-        raise ShardSetError(f"{where} is damaged: a shard is listed twice")
+        raise _damaged(where, "a shard is listed twice")
     if document.get("samples") != manifest.num_samples:
-        raise ShardSetError(f"{where} is damaged: 'samples' is not the sum over the shards")
+        raise _damaged(where, "'samples' is not the sum over the shards")
     return manifest
+
+
+def _damaged(where: str | os.PathLike, what: str) -> ShardSetError:
+    return ShardSetError(f"{where} is damaged ({what}): restore the file or build the set again")
 
 
 def _shard(entry: object, number: int, where: str) -> Shard:
     place = f"{where}, shard {number}"
     if not isinstance(entry, dict):
-        raise ShardSetError(f"{place} is damaged: not an object")
+        raise _damaged(place, "not an object")
     fields = _Fields(entry, place)
     name = fields.text("name")
     if not _SHARD_NAME.fullmatch(name):  # also keeps a foreign manifest from naming files elsewhere
-        raise ShardSetError(f"{place} is damaged: {name[:80]!r} is no shard's name")
+        raise _damaged(place, f"{name[:80]!r} is no shard's name")
     shard = Shard(
         name=name,
         samples=fields.integer("samples"),
@@ -236,7 +239,7 @@ def _shard(entry: object, number: int, where: str) -> Shard:
         index_sha256=fields.digest("index_sha256"),
     )
     if shard.samples < 1:
-        raise ShardSetError(f"{place} is damaged: it has no sample")
+        raise _damaged(place, "it has no sample")
     return shard
 
 
@@ -249,7 +252,7 @@ class _Fields:
     def _get(self, name: str, kind: type) -> Any:
         value = self.document.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise ShardSetError(f"{self.where} is damaged: '{name}' is missing or of a wrong type")
+            raise _damaged(self.where, f"'{name}' is missing or of a wrong type")
         return value
 
     def text(self, name: str) -> str:
@@ -258,7 +261,7 @@ class _Fields:
     def integer(self, name: str) -> int:
         value = self._get(name, int)
         if not 0 <= value < 1 << 63:
-            raise ShardSetError(f"{self.where} is damaged: '{name}' is out of range")
+            raise _damaged(self.where, f"'{name}' is out of range")
         return value
 
     def mapping(self, name: str) -> dict:
@@ -267,13 +270,13 @@ class _Fields:
     def digest(self, name: str) -> str:
         value = self._get(name, str)
         if not _SHA256.fullmatch(value):
-            raise ShardSetError(f"{self.where} is damaged: '{name}' is no sha256")
+            raise _damaged(self.where, f"'{name}' is no sha256")
         return value
 
     def names(self, name: str) -> tuple[str, ...]:
         value = self._get(name, list)
         if not all(isinstance(item, str) for item in value):
-            raise ShardSetError(f"{self.where} is damaged: '{name}' must be a list of names")
+            raise _damaged(self.where, f"'{name}' must be a list of names")
         return tuple(value)
 
 

@@ -10,6 +10,7 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -61,22 +62,28 @@ def _shard_faults(directory: Path, manifest: Manifest, shard: Shard, keys: array
     if not tar_path(directory, shard).exists() or not idx_path(directory, shard).exists():
         return
     try:
-        with open(tar_path(directory, shard), "rb") as file:
-            members = [(member.offset, member.size, member.name) for member in read_members(file, file.name)]
-        data = idx_path(directory, shard).read_bytes()
-        listed = []
-        size = tar_path(directory, shard).stat().st_size
-        for files in parse_index_lines(data, shard.samples, size, idx_path(directory, shard)):
-            listed += [(offset, length, name) for _, offset, length, name in files]
-            yield from _key_faults(shard, files, keys)
-            yield from _label_faults(directory, manifest, shard, files)
-        if listed != members:
-            yield f"{idx_path(directory, shard)} lists other files than {tar_path(directory, shard)} holds"
+        with open(tar_path(directory, shard), "rb") as tar:
+            yield from _content_faults(directory, manifest, shard, keys, tar)
     except ShardSetError as error:
         if sound:  # otherwise it only says once more what was said above
             yield str(error)
     except OSError as error:
         yield f"{error.filename} can't be read: {error.strerror}"
+
+
+def _content_faults(
+    directory: Path, manifest: Manifest, shard: Shard, keys: array, tar: BinaryIO
+) -> Iterator[str]:
+    """Raises ShardSetError and OSError."""
+    index = idx_path(directory, shard)
+    members = [(member.offset, member.size, member.name) for member in read_members(tar, tar.name)]
+    listed = []
+    for files in parse_index_lines(index.read_bytes(), shard.samples, tar.seek(0, os.SEEK_END), index):
+        listed += [(offset, length, name) for _, offset, length, name in files]
+        yield from _key_faults(shard, files, keys)
+        yield from _label_faults(tar, manifest, shard, files)
+    if listed != members:
+        yield f"{index} lists other files than {tar.name} holds"
 
 
 def _key_faults(shard: Shard, files: list, keys: array) -> Iterator[str]:
@@ -108,15 +115,14 @@ def _repeated_keys(directory: Path, manifest: Manifest, keys: array) -> Iterator
             continue
 
 
-def _label_faults(directory: Path, manifest: Manifest, shard: Shard, files: list) -> Iterator[str]:
+def _label_faults(tar: BinaryIO, manifest: Manifest, shard: Shard, files: list) -> Iterator[str]:
     labels = [(offset, size) for extension, offset, size, _ in files if extension == "cls"]
     name = files[0][3]
     if bool(labels) != bool(manifest.classes):
         yield f"{shard.name}: {name} has {'a' if labels else 'no'} label, against the manifest"
     for offset, size in labels:
-        with open(tar_path(directory, shard), "rb") as file:
-            file.seek(offset)
-            text = file.read(min(size, 20))
+        tar.seek(offset)
+        text = tar.read(min(size, 20))
         if not text.isdigit() or int(text) >= len(manifest.classes):
             yield f"{shard.name}: the label of {name}, {text!r}, is none of {len(manifest.classes):,} classes"
 

@@ -14,6 +14,7 @@ from data_prep.pixels import ImageError
 from data_prep.sources.sample import Classes, Location, PlainSource, Sample, Storage, key_of
 
 LABELS = ("auto", "folders", "none")
+HIDDEN = "hidden: its name begins with a dot"
 
 
 class FolderSource(PlainSource):
@@ -55,7 +56,7 @@ def files_below(root: str | os.PathLike, below: str = "") -> Iterator[tuple[str,
     for entry in _scan(os.path.join(root, below)):
         name = f"{below}/{entry.name}" if below else entry.name
         if entry.name.startswith("."):
-            yield name, 0, "hidden: its name begins with a dot"
+            yield name, 0, HIDDEN
         elif entry.is_file(follow_symlinks=False):
             yield name, entry.stat(follow_symlinks=False).st_size, None
         elif entry.is_dir(follow_symlinks=False):

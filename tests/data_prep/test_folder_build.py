@@ -174,6 +174,34 @@ def test_wrong_input_is_one_line_and_exit_2_and_leaves_nothing(tmp_path, data_pr
     assert contents(occupied) == {"thesis.tex": b"precious"} and contents(texts) == {"a.txt": b"no image"}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("folder",), ("folders", "a", "b"), ("folder", "a", "b", "--workers", "0"), ("info", "a", "b")],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_2(data_prep, arguments):
+    done = data_prep(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith("data_prep: error: ")
+    assert done.stderr.count("\n") == 1 and "--help" in done.stderr and not done.stdout
+
+
+def test_a_whole_set_that_lost_a_shard_is_not_called_whole(image_folder, tmp_path, data_prep):
+    out = tmp_path / "shards"
+    data_prep("folder", image_folder, out, "--shard-size", 8)
+    (out / "folder-train-000002.tar").unlink()
+    done = data_prep("folder", image_folder, out, "--shard-size", 8)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "folder-train-000002.tar is missing" in done.stderr and f"remove {out}" in done.stderr
+
+
+def test_a_folder_of_photographs_is_no_set_and_is_told_how_to_become_one(image_folder, data_prep):
+    for command in ("verify", "info"):
+        done = data_prep(command, image_folder)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"`python -m data_prep folder {image_folder} OUT` makes a shard set" in done.stderr
+        done = data_prep(command, image_folder / "ant" / "000.jpg" / "x")
+        assert done.returncode == 2 and "does not exist" in done.stderr
+
+
 def test_out_that_holds_another_set_is_left_alone(image_folder, tmp_path, data_prep):
     out = tmp_path / "shards"
     data_prep("folder", image_folder, out)
