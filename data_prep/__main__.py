@@ -1,5 +1,6 @@
 """The command line: calls one function for each command and turns errors into one line and an exit code."""
 
+import json
 import os
 import sys
 
@@ -9,6 +10,13 @@ from data_prep.errors import BuildStopped, UserError
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        return _fail("stopped", 75)
+
+
+def _run(options) -> int:
     # What a command needs is imported when it runs: help must not wait for numpy.
     from data_prep.shard_set import ShardSetError
 
@@ -21,8 +29,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}", 2)
     except BuildStopped as error:
         return _fail(error, 75)
-    except KeyboardInterrupt:
-        return _fail("stopped", 75)
 
 
 def _fail(error: object, code: int) -> int:
@@ -120,12 +126,15 @@ def _info(options) -> int:
     read_manifest(options.out)
     path = options.out / (CARD_JSON if options.json else CARD)
     try:
-        print(path.read_text(encoding="utf-8"), end="")
+        text = path.read_text(encoding="utf-8")
+        if options.json:
+            json.loads(text)
     except FileNotFoundError:
         raise ShardSetError(f"{path} is missing: restore it, or build the set again") from None
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is no text"
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is damaged"
         raise ShardSetError(f"{path} can't be read ({why}): restore it, or build the set again") from None
+    print(text, end="")
     if not options.json:
         print(f"\nContact sheet: {options.out / CONTACT_SHEET}")
     return 0

@@ -53,14 +53,17 @@ class FolderSource(PlainSource):
 
 def files_below(root: str | os.PathLike, below: str = "") -> Iterator[tuple[str, int, str | None]]:
     """(path below root with "/", bytes, refusal or None) of every file, in the order of names."""
-    for entry in _scan(os.path.join(root, below)):
-        name = f"{below}/{entry.name}" if below else entry.name
+    waiting = _scan(os.path.join(root, below))[::-1]  # of folders inside of folders, the innermost last
+    start = len(os.path.join(root, ""))
+    while waiting:
+        entry = waiting.pop()
+        name = entry.path[start:]
         if entry.name.startswith("."):
             yield name, 0, HIDDEN
         elif entry.is_file(follow_symlinks=False):
             yield name, entry.stat(follow_symlinks=False).st_size, None
         elif entry.is_dir(follow_symlinks=False):
-            yield from files_below(root, name)
+            waiting += reversed(_scan(entry.path))
         elif entry.is_symlink():
             yield name, 0, "link: a symbolic link, which is never followed"
         else:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from bytes_of import contents
+from published import WNIDS, tar_of
 
 
 @pytest.fixture
@@ -20,20 +21,35 @@ def many_images(tmp_path, photographs):
     return root
 
 
+@pytest.fixture
+def tar_of_tars(tmp_path, photographs):
+    """ImageNet's train archive with 600 images."""
+    inner = {}
+    for wnid in WNIDS:
+        inner[f"{wnid}.tar"] = tar_of({f"{wnid}_{n}.JPEG": photographs[n % 50] for n in range(200)})
+    root = tmp_path / "archives"
+    root.mkdir()
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar_of(inner))
+    return root
+
+
 def _command(source, out):
-    return [sys.executable, "-m", "data_prep", "folder", source, out, "--shard-size", "20", "--workers", "2"]
+    kind = "imagenet" if source.name == "archives" else "folder"
+    return [sys.executable, "-m", "data_prep", kind, source, out, "--shard-size", "20", "--workers", "2"]
 
 
-def test_a_build_killed_at_twenty_random_moments_ends_byte_identical(many_images, tmp_path):
+@pytest.mark.parametrize("source", ["many_images", pytest.param("tar_of_tars", marks=pytest.mark.soak)])
+def test_a_build_killed_at_twenty_random_moments_ends_byte_identical(source, request, tmp_path):
+    source = request.getfixturevalue(source)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     start = time.monotonic()
-    subprocess.run(_command(many_images, undisturbed), check=True, capture_output=True)
+    subprocess.run(_command(source, undisturbed), check=True, capture_output=True)
     whole_build = time.monotonic() - start
     moments = random.Random(0)
     killed = 0
     for _ in range(20):
         process = subprocess.Popen(
-            _command(many_images, disturbed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            _command(source, disturbed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         try:
             process.wait(moments.uniform(0.1, 0.9) * whole_build)
@@ -45,7 +61,7 @@ def test_a_build_killed_at_twenty_random_moments_ends_byte_identical(many_images
             if moments.random() < 0.5 and (disturbed / "manifest.json").exists() is False:
                 _tear_a_finished_shard(disturbed)
     assert killed
-    subprocess.run(_command(many_images, disturbed), check=True, capture_output=True)
+    subprocess.run(_command(source, disturbed), check=True, capture_output=True)
     assert contents(disturbed) == contents(undisturbed)
 
 
