@@ -12,6 +12,7 @@ atomically, and whatever differs from what it says is an error that names the fi
 treated as foreign: a damaged file raises ShardSetError, never anything else.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -116,10 +117,13 @@ def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
 
 
 def store(path: str | os.PathLike) -> None:
-    """Waits until a file's content, or a directory's names, are on the disk."""
+    """Waits until a file's content, or a directory's names, are on the disk, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
