@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import AgreedError, UserError
 
 EXAMPLES = """\
 examples:
@@ -40,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         args.command(args)
+    except AgreedError as error:
+        if not _rank():
+            print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
+        return 2
     except UserError as error:
         _let_rank_0_speak()
         print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
@@ -249,8 +253,12 @@ def _positive(text: str) -> int:
 
 def _let_rank_0_speak() -> None:
     # All ranks usually find the same fault: rank 0 says it, and the launcher ends the others while they wait.
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+    if _rank():
         time.sleep(10)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 if __name__ == "__main__":

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """A mistake in arguments, recipe or data. The message is shown as it is, without a traceback."""
+
+
+class AgreedError(UserError):
+    """One that all ranks have told each other, and raise together: rank 0 says it."""

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from pipeline.data.dali import Loader
+from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
-from pipeline.errors import UserError
+from pipeline.errors import AgreedError, UserError
 from pipeline.methods import build_method
 from pipeline.plan import checkpoint_bytes
 from pipeline.recipe import Recipe
@@ -92,13 +92,13 @@ def _look(checks: dict[str, Callable[[], str]]) -> tuple[dict[str, str], list[st
 
 
 def _complain(found: list[tuple[str, str]]) -> None:
-    """UserError with every fault once, and the nodes that have it."""
+    """AgreedError with every fault once, and the nodes that have it."""
     nodes: dict[str, list[str]] = {}
     for node, fault in found:
         if fault and node not in nodes.setdefault(fault, []):
             nodes[fault].append(node)
     if nodes:
-        raise UserError("; ".join(f"{', '.join(where)}: {fault}" for fault, where in nodes.items()))
+        raise AgreedError("; ".join(f"{', '.join(where)}: {fault}" for fault, where in nodes.items()))
 
 
 def _difference(rank: Findings, first: Findings) -> str:

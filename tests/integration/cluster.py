@@ -4,6 +4,7 @@ Nothing of the machine's own Slurm is used or touched. Needs the packages slurm-
 root in a user namespace).
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -124,15 +125,23 @@ class Cluster:
     def kill_node(self, name: str) -> None:
         """As if the node lost power: its slurmd and everything that runs there, SIGKILL."""
         self.daemons.pop(name).kill()
-        marks = (f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.environment['SLURM_CONF']}".encode())
-        for process in Path("/proc").iterdir():
-            try:
-                command = (process / "cmdline").read_bytes()
-                mine = all(mark in (process / "environ").read_bytes().split(b"\0") for mark in marks)
-            except (OSError, ValueError):
-                continue
-            if process.name.isdecimal() and mine and b"slurmctld" not in command:
+        for process in self.processes(name):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)
+
+    def processes(self, name: str, word: str = "") -> list[Path]:
+        """In /proc, what jobs run on a node, with a word in its command line."""
+        marks = {f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.directory}/slurm.conf".encode()}
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = set((process / "environ").read_bytes().split(b"\0"))
+                command = (process / "cmdline").read_bytes()
+            except OSError:  # it has just ended
+                continue
+            if marks <= environment and word.encode() in command:
+                found.append(process)
+        return found
 
     def states(self) -> dict[str, str]:
         """Each node's state, in sinfo's words."""
@@ -197,7 +206,10 @@ class Cluster:
         name = label or program
         with open(self.directory / f"{name}.out", "a") as output:
             self.daemons[name] = subprocess.Popen(
-                [*on_host, *with_us, path, *arguments], env=self.environment, stdout=output, stderr=subprocess.STDOUT
+                [*on_host, *with_us, path, *arguments],
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
 
     def _logs(self) -> str:

@@ -1,6 +1,8 @@
 """Fixtures for tests that start real runs."""
 
 import pytest
+from cluster import Cluster
+from jobs import needs_slurm
 from runs import Run
 
 
@@ -12,3 +14,12 @@ def run(shards, tmp_path) -> Run:
 @pytest.fixture
 def other_run(shards, tmp_path) -> Run:
     return Run(shards, tmp_path / "other")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Cluster:
+    """A real Slurm cluster of two nodes."""
+    needs_slurm()
+    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
+    yield cluster
+    cluster.close()
