@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """A mistake in arguments, recipe or data. The message is shown as it is, without a traceback."""
+
+
+class StoppedEarly(Exception):
+    """A run that was asked to stop, with everything saved: exit code 75, the same command continues."""

@@ -1,8 +1,8 @@
 """The story of a pre-training run, from top to bottom.
 
 Invariant: what is trained is a function of recipe and data alone. Killed anywhere and started again with the
-same command, on the same number of ranks, a run ends with the same weights and the same logged losses, to the
-bit.
+same command, a run ends with the same weights and the same logged losses: to the bit on the same number of
+ranks at the same ZeRO stage, else to what another order of summation leaves.
 """
 
 import os
@@ -24,7 +24,9 @@ from pipeline.train.distributed import find_world, gathered
 from pipeline.train.hardware import device_name, memory_gib, peak_flops
 from pipeline.train.metrics import Log, Window
 from pipeline.train.schedule import learning_rate
+from pipeline.train.stopping import Stopping
 from pipeline.train.trace import Trace, take_back
+from pipeline.train.watchdog import Watchdog
 
 SHOWN = 4
 """Images of the shard set whose reconstruction is drawn at every checkpoint."""
@@ -34,9 +36,11 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
     """Pre-train `recipe` on the shard sets `data`, or the recipe's own where that is empty, in the run
     directory `run`; continue where it stands.
 
-    Every rank calls it. Raises UserError for what the user can mend, before anything is written.
+    Every rank calls it. Raises UserError for what the user can mend, before anything is written; StoppedEarly
+    where a signal ended it before its time.
     """
     # ---- Who we are, and whether what is asked is possible
+    stopping = Stopping()
     world = find_world()
     accumulation = recipe.accumulation(world.size)
     run_directory.check(run, recipe)
@@ -50,7 +54,8 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
     torch.manual_seed(recipe.seed)
     method = build_method(recipe)
     step_flops = 3 * forward_flops(recipe)  # per image; a backward pass costs two forward ones
-    engine.connect()
+    engine.connect(recipe.engine.timeout_minutes)
+    stopping.connect()
     gathered("ready")  # nothing is written before every rank has found everything in order
     engine.check_precision(recipe)
     lock = None
@@ -69,6 +74,7 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
         run_directory.check_continuation(newest, state, identity)
         engine.load(model, checkpoints, newest.name)
         step, window = state["step"], Window(state["window"])
+    saved_step = step
     log = None
     if world.rank == 0:
         checkpoint.sweep(checkpoints, step)
@@ -92,6 +98,25 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
     pictures = run / "reconstructions"
     pictures.mkdir(exist_ok=True)
 
+    watchdog = Watchdog(run, world.rank, 60 * recipe.engine.timeout_minutes)
+
+    def make_sure() -> None:
+        """Draw what the model does at this step, and write a checkpoint."""
+        state = {
+            **identity,
+            "stream": step * recipe.data.global_batch,
+            "window": window.collect(),
+            "recipe": recipe.model_dump(mode="json"),
+            "versions": run_directory.versions(),
+        }
+        drawn = picture(method, recipe, shown, recipe.seed)  # by all ranks: ZeRO-3 shares the weights
+        if log:
+            log.flush()
+            drawn.save(pictures / "new.png")
+            (pictures / "new.png").replace(pictures / f"{checkpoint.name_of(step)}.png")
+        checkpoint.save(model, checkpoints, step, state, recipe.train, world)
+        watchdog.alive()
+
     # ---- Train
     peak = peak_flops(world.device, recipe.engine.precision)
     began, waited, logged_step = time.perf_counter(), 0.0, step
@@ -102,8 +127,10 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
         parts: dict[str, torch.Tensor] = {}
         for _ in range(accumulation):
             asked = time.perf_counter()
-            batch = loader.next()
+            batch = stopping.next(loader)
             waited += time.perf_counter() - asked
+            if stopping.reason:
+                break
             output = model(batch.images, batch.noise)
             model.backward(output.loss)
             norm = engine.step(model)
@@ -111,6 +138,9 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
                 parts[name] = parts.get(name, 0.0) + value / accumulation
             if trace:
                 trace.write(step, loader.keys(batch.located))
+            watchdog.alive()
+        if stopping.reason:
+            break
         window.add({**parts, "grad_norm": torch.as_tensor(norm, device=world.device)})
         step += 1
 
@@ -139,26 +169,25 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
 
         # ---- Make sure of it
         if step % recipe.train.checkpoint_every == 0 or step == total_steps:
-            state = {
-                **identity,
-                "window": window.collect(),
-            }  # waits for the device, so before the clock stops
+            window.collect()  # waits for the device, so before the clock stops
             paused = time.perf_counter()
-            drawn = picture(method, recipe, shown, recipe.seed)  # by all ranks: ZeRO-3 shares the weights
-            if log:
-                log.flush()
-                drawn.save(pictures / "new.png")
-                (pictures / "new.png").replace(pictures / f"{checkpoint.name_of(step)}.png")
-            checkpoint.save(model, checkpoints, step, state, recipe.train.keep_checkpoints, world)
+            make_sure()
+            saved_step = step
             began += time.perf_counter() - paused  # the rate is the rate of training
 
+    if step > saved_step:  # stopped early
+        make_sure()
+
     # ---- Close
+    watchdog.close()
     loader.close()
     if trace:
         trace.close()
     if log:
-        log.note(f"done: {step} steps, {step * recipe.data.global_batch} images; {run}")
+        if not stopping.reason:
+            log.note(f"done: {step} steps, {step * recipe.data.global_batch} images; {run}")
         log.close()
-    engine.disconnect()
     if lock is not None:
         os.close(lock)
+    stopping.raise_reason(step)
+    engine.disconnect()
