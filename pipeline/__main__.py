@@ -4,12 +4,13 @@ Heavy imports wait until a command runs, so that --help answers at once.
 """
 
 import argparse
+import errno
 import os
 import sys
 import time
 from pathlib import Path
 
-from pipeline.errors import AgreedError, UserError
+from pipeline.errors import AgreedError, StoppedEarly, UserError
 
 EXAMPLES = """\
 examples:
@@ -31,7 +32,8 @@ examples:
   with keys of the recipe replaced:
     python -m pipeline pretrain vitb16_mae --data D --run R --set train.epochs=100 --set engine.zero_stage=2
 
-exit codes: 0 done; 2 something for you to mend, said in one line
+exit codes: 0 done; 2 something for you to mend, said in one line; 3 a rank hung, see RUN/stacks; 75 stopped
+early by a signal with everything saved, the same command continues. docs/running.md has the rest
 """
 
 
@@ -47,6 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         _let_rank_0_speak()
         print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except StoppedEarly as stop:
+        if not _rank():
+            print(f"pipeline: {stop}", file=sys.stderr, flush=True)
+        return 75
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _let_rank_0_speak()
+        print(f"pipeline: error: {error}; make room, and start the same command again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pipeline: interrupted; the same command continues from the last checkpoint", file=sys.stderr)

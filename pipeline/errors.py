@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class AgreedError(UserError):
     """One that all ranks have told each other, and raise together: rank 0 says it."""
+
+
+class StoppedEarly(Exception):
+    """A run that was asked to stop, with everything saved: exit code 75, the same command continues."""

@@ -106,6 +106,8 @@ class EngineSection(Section):
     """Compute each transformer block's activations again in the backward pass: less memory, more time."""
     compile: bool = False
     """torch.compile the method's forward."""
+    timeout_minutes: float = Field(10.0, gt=0.0)
+    """A rank that makes no progress for so long ends itself, and with it the run."""
 
 
 class OptimSection(Section):
@@ -125,6 +127,9 @@ class TrainSection(Section):
     log_every: int = Field(20, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
+    """So many of the newest checkpoints stay."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints of steps that are multiples of this stay for good; null: none does."""
 
 
 class Recipe(Section):

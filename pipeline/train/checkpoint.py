@@ -3,8 +3,9 @@
     checkpoints/
         latest                    the name of the newest whole checkpoint; switched atomically, last
         step-00001000/            whole, because it has this name
-            state.json            step, world size, ... and every file's size and SHA-256
-            *.pt                  DeepSpeed's files: model and optimiser
+            state.json            step, stream, ... every file's size and SHA-256, and its own checksum
+            rank-00000.safetensors    a rank's part of weights (fp32) and optimiser state: elastic.py
+            engine.json               the engine's few numbers
             weights.safetensors       the weights in fp32, for everybody else
     step-00003000.damaged/        put aside: it was damaged when a run continued from an earlier one
     step-00002000.partial/    being written, or left by a killed run: never read, removed at the next
@@ -21,9 +22,13 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from pipeline.errors import UserError
+from pipeline.recipe import TrainSection
 from pipeline.train import engine
 from pipeline.train.distributed import World, from_rank_0, gathered
 
@@ -34,16 +39,42 @@ PARTIAL = ".partial"
 DAMAGED = ".damaged"
 
 
-def save(model: engine.Engine, directory: Path, step: int, state: dict, keep: int, world: World) -> None:
-    """Write, check and publish the checkpoint of `step`; every rank calls it. `state` goes to state.json."""
+def save(
+    model: engine.Engine, directory: Path, step: int, state: dict, retention: TrainSection, world: World
+) -> None:
+    """Write, check and publish the checkpoint of `step`; every rank calls it. `state` goes to state.json.
+
+    UserError on every rank where the disk of one says no; what was written is removed, the checkpoints before
+    stay.
+    """
     partial = directory / (name_of(step) + PARTIAL)
-    engine.save(model, directory, partial.name)
-    files = from_rank_0(files_of(partial) if world.rank == 0 else None)
-    described = gathered(describe(partial, files[world.rank :: world.size]))
-    if world.rank == 0:
-        listed = {name: entry for part in described for name, entry in part.items()}
-        publish(directory, step, {"step": step, **state, "files": listed}, keep)
-    gathered("published")
+
+    def together(what: Callable[[], object]) -> list:
+        """Every rank's result of what needs no other rank."""
+        try:
+            done, failure = what(), None
+        except (OSError, SafetensorError) as error:
+            done, failure = None, str(error)
+        results = gathered((done, failure))
+        failures = [text for _, text in results if text]
+        if not failures:
+            return [result for result, _ in results]
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        gibibytes = shutil.disk_usage(directory).free / 2**30
+        raise UserError(
+            f"{directory}: the checkpoint of step {step} cannot be written: {failures[0]} "
+            f"({gibibytes:.1f} GiB are free). The one before is whole: make room and start again"
+        )
+
+    alone = world.rank == 0
+    together(lambda: partial.mkdir(parents=True, exist_ok=True))
+    together(lambda: engine.save(model, partial))
+    files = together(lambda: engine.complete(model, partial) or files_of(partial) if alone else None)[0]
+    described = together(lambda: describe(partial, files[world.rank :: world.size]))
+    listed = {name: entry for part in described for name, entry in part.items()}
+    whole = {"step": step, **state, "files": listed}
+    together(lambda: publish(directory, step, whole, retention) if alone else None)
 
 
 def newest_whole(directory: Path, rank: int = 0, world_size: int = 1) -> Path | None:
@@ -101,22 +132,22 @@ def describe(checkpoint: Path, files: list[str]) -> dict[str, dict]:
     return described
 
 
-def publish(directory: Path, step: int, state: dict, keep: int) -> Path:
-    """Give the partial checkpoint of `step` its final name, switch `latest`, remove all but the `keep`
-    newest.
+def publish(directory: Path, step: int, state: dict, retention: TrainSection) -> Path:
+    """Give the partial checkpoint of `step` its final name, switch `latest`, remove what need not be kept.
 
     `state` goes into state.json and must hold "files", as `describe` gives them for every file.
     """
     partial, final = directory / (name_of(step) + PARTIAL), directory / name_of(step)
-    _write(partial / STATE, json.dumps(state, indent=1))
+    write_state(partial, state)
     _sync_directory(partial)
     if final.exists():  # a damaged one that the run went behind
         _remove(final)
     partial.rename(final)
     _sync_directory(directory)
     _write(directory / LATEST, final.name)
-    for old in steps_of(directory)[:-keep]:
-        _remove(directory / name_of(old))
+    for old in steps_of(directory)[: -retention.keep_checkpoints]:
+        if not retention.keep_every or old % retention.keep_every:
+            _remove(directory / name_of(old))
     return final
 
 
@@ -132,14 +163,21 @@ def sweep(directory: Path, step: int) -> None:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """A checkpoint's state.json. ValueError where it cannot be read."""
+    """A checkpoint's state.json. ValueError where it cannot be read, or is not as it was written."""
     try:
-        state = json.loads((checkpoint / STATE).read_text())
+        state = json.loads((checkpoint / STATE).read_bytes())
         if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
             raise ValueError("it lists no files")
+        if state.pop("checksum", None) != _checksum(state):
+            raise ValueError("its checksum is not its content's")
         return state
     except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint / STATE}: {error}") from None
+
+
+def write_state(checkpoint: Path, state: dict) -> None:
+    """Write state.json, with a checksum of its own."""
+    _write(checkpoint / STATE, json.dumps({**state, "checksum": _checksum(state)}, indent=1))
 
 
 def faults(checkpoint: Path, files: list[str]) -> list[str]:
@@ -155,6 +193,10 @@ def faults(checkpoint: Path, files: list[str]) -> list[str]:
         elif describe(checkpoint, [name])[name]["sha256"] != listed[name]["sha256"]:
             found.append(f"{path}: its checksum does not match {STATE}")
     return found
+
+
+def _checksum(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,17 +15,18 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.utils import logger, safe_get_full_fp32_param
+from deepspeed.utils import logger
 from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
+from pipeline.train import elastic
 from pipeline.train.distributed import World
 
 Engine = deepspeed.DeepSpeedEngine
 WEIGHTS = "weights.safetensors"
-TIMEOUT = timedelta(minutes=10)
+NUMBERS = "engine.json"
 OF_THE_RECIPE = {
     "train_batch_size": "data.global_batch",
     "train_micro_batch_size_per_gpu": "engine.micro_batch",
@@ -61,12 +62,16 @@ def engine_config(recipe: Recipe, world_size: int) -> dict:
     return config
 
 
-def connect() -> None:
-    """Join the other ranks. `distributed.find_world` has prepared the environment."""
+def connect(timeout_minutes: float) -> None:
+    """Join the other ranks. `distributed.find_world` has prepared the environment.
+
+    Collectives wait longer than `timeout_minutes`: the watchdog is to end a rank, and say where it hung.
+    """
     logger.setLevel(logging.WARNING)
     if get_accelerator().device_name() == "cpu" and os.environ["RANK"] == "0":
         print("connecting; DeepSpeed's CPU operations are compiled once, for about a minute", file=sys.stderr)
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
+    timeout = timedelta(minutes=max(10.0, 2 * timeout_minutes))
+    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 
 def build_engine(recipe: Recipe, method: nn.Module, world: World) -> Engine:
@@ -111,27 +116,29 @@ def step(engine: Engine) -> float | torch.Tensor | None:
     return engine.get_global_grad_norm() if norm is None else norm
 
 
-def save(engine: Engine, directory: Path, name: str) -> None:
-    """Write model and optimiser, and the weights in fp32 as safetensors, under directory/name.
+def save(engine: Engine, path: Path) -> None:
+    """Write this rank's part of weights and optimiser state into the folder `path`; every rank calls it."""
+    elastic.save(engine, path / _part(dist.get_rank()))
 
-    Every rank must call it.
-    """
-    engine.save_checkpoint(str(directory), tag=name, save_latest=False)
-    weights = {}
-    for key, parameter in engine.module.named_parameters():
-        # Without ZeRO the parameter is the weight; in 16 bits there are masters, but no way to ask for them.
-        full = safe_get_full_fp32_param(parameter)
-        if dist.get_rank() == 0:
-            weights[key] = (parameter if full is None else full).detach().float().cpu().contiguous()
-    if dist.get_rank() == 0:
-        save_file(weights, directory / name / WEIGHTS)
+
+def complete(engine: Engine, path: Path) -> None:
+    """Add what one rank alone writes, when all have saved: the numbers, and the weights in fp32."""
+    writers = sum((path / _part(rank)).is_file() for rank in range(dist.get_world_size()))
+    numbers = {**elastic.numbers(engine), "writers": writers}
+    (path / NUMBERS).write_text(json.dumps(numbers, indent=1))
+    saved = elastic.Saved([path / _part(writer) for writer in range(writers)])
+    shapes = {key: getattr(p, "ds_shape", p.shape) for key, p in engine.module.named_parameters()}
+    save_file({key: saved.whole(key).view(shape) for key, shape in shapes.items()}, path / WEIGHTS)
 
 
 def load(engine: Engine, directory: Path, name: str) -> None:
-    """Read what `save` wrote, by the same number of ranks at the same ZeRO stage. Every rank must call it."""
-    path, _ = engine.load_checkpoint(str(directory), tag=name)
-    if path is None:
-        raise UserError(f"{directory / name}: DeepSpeed found nothing to load there")
+    """Read what was saved by whatever number of ranks, at whatever ZeRO stage, with whatever micro batch.
+
+    Every rank must call it.
+    """
+    path = directory / name
+    numbers = json.loads((path / NUMBERS).read_text())
+    elastic.load(engine, [path / _part(writer) for writer in range(numbers["writers"])], numbers)
 
 
 def check_precision(recipe: Recipe) -> None:
@@ -145,6 +152,10 @@ def check_precision(recipe: Recipe) -> None:
 
 def disconnect() -> None:
     dist.destroy_process_group()
+
+
+def _part(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
 
 
 def _config_directory() -> Path:

@@ -1,8 +1,8 @@
 """The story of a pre-training run, from top to bottom.
 
 Invariant: what is trained is a function of recipe and data alone. Killed anywhere and started again with the
-same command, on the same number of ranks, a run ends with the same weights and the same logged losses, to the
-bit.
+same command, a run ends with the same weights and the same logged losses: to the bit on the same number of
+ranks at the same ZeRO stage, else to what another order of summation leaves.
 """
 
 import os
@@ -25,7 +25,9 @@ from pipeline.train.distributed import find_world, gathered
 from pipeline.train.hardware import device_name, memory_gib, peak_flops
 from pipeline.train.metrics import Log, Window
 from pipeline.train.schedule import learning_rate
+from pipeline.train.stopping import Stopping
 from pipeline.train.trace import Trace, take_back
+from pipeline.train.watchdog import Watchdog
 
 SHOWN = 4
 """Images of the shard set whose reconstruction is drawn at every checkpoint."""
@@ -35,9 +37,11 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
     """Pre-train `recipe` on the shard sets `data`, or the recipe's own where that is empty, in the run
     directory `run`; continue where it stands.
 
-    Every rank calls it. Raises UserError for what the user can mend, before anything is written.
+    Every rank calls it. Raises UserError for what the user can mend, before anything is written; StoppedEarly
+    where a signal ended it before its time.
     """
     # ---- Who we are, and whether what is asked is possible
+    stopping = Stopping()
     world = find_world()
     accumulation = recipe.accumulation(world.size)
     run_directory.check(run, recipe)
@@ -51,7 +55,8 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
     torch.manual_seed(recipe.seed)
     method = build_method(recipe)
     step_flops = 3 * forward_flops(recipe)  # per image; a backward pass costs two forward ones
-    engine.connect()
+    engine.connect(recipe.engine.timeout_minutes)
+    stopping.connect()
     gathered("ready")  # nothing is written before every rank has found everything in order
     engine.check_precision(recipe)
     lock = None
@@ -70,6 +75,7 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
         run_directory.check_continuation(newest, state, identity)
         engine.load(model, checkpoints, newest.name)
         step, window = state["step"], Window(state["window"])
+    saved_step = step
     log = None
     if world.rank == 0:
         checkpoint.sweep(checkpoints, step)
@@ -104,6 +110,25 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
     pictures = run / "reconstructions"
     pictures.mkdir(exist_ok=True)
 
+    watchdog = Watchdog(run, world.rank, 60 * recipe.engine.timeout_minutes)
+
+    def make_sure() -> None:
+        """Draw what the model does at this step, and write a checkpoint."""
+        state = {
+            **identity,
+            "stream": step * recipe.data.global_batch,
+            "window": window.collect(),
+            "recipe": recipe.model_dump(mode="json"),
+            "versions": run_directory.versions(),
+        }
+        drawn = picture(method, recipe, shown, recipe.seed)  # by all ranks: ZeRO-3 shares the weights
+        if log:
+            log.flush()
+            drawn.save(pictures / "new.png")
+            (pictures / "new.png").replace(pictures / f"{checkpoint.name_of(step)}.png")
+        checkpoint.save(model, checkpoints, step, state, recipe.train, world)
+        watchdog.alive()
+
     # ---- Train
     peak = peak_flops(world.device, recipe.engine.precision)
     began, waited, logged_step = time.perf_counter(), loader.waited, step
@@ -114,7 +139,9 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
         parts: dict[str, torch.Tensor] = {}
         replaced = 0
         for _ in range(accumulation):
-            batch = loader.next()
+            batch = stopping.next(loader)
+            if stopping.reason:
+                break
             replaced += batch.replaced
             output = model(batch.images, batch.noise)
             model.backward(output.loss)
@@ -123,6 +150,9 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
                 parts[name] = parts.get(name, 0.0) + value / accumulation
             if trace:
                 trace.write(step, loader.keys(batch.located), batch.images, batch.noise)
+            watchdog.alive()
+        if stopping.reason:
+            break
         counts = {"grad_norm": norm, "replaced": replaced * world.size}  # the ranks' mean is taken
         window.add({**parts, **{k: torch.as_tensor(v, device=world.device) for k, v in counts.items()}})
         step += 1
@@ -152,26 +182,25 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
 
         # ---- Make sure of it
         if step % recipe.train.checkpoint_every == 0 or step == total_steps:
-            state = {
-                **identity,
-                "window": window.collect(),
-            }  # waits for the device, so before the clock stops
+            window.collect()  # waits for the device, so before the clock stops
             paused = time.perf_counter()
-            drawn = picture(method, recipe, shown, recipe.seed)  # by all ranks: ZeRO-3 shares the weights
-            if log:
-                log.flush()
-                drawn.save(pictures / "new.png")
-                (pictures / "new.png").replace(pictures / f"{checkpoint.name_of(step)}.png")
-            checkpoint.save(model, checkpoints, step, state, recipe.train.keep_checkpoints, world)
+            make_sure()
+            saved_step = step
             began += time.perf_counter() - paused  # the rate is the rate of training
 
+    if step > saved_step:  # stopped early
+        make_sure()
+
     # ---- Close
+    watchdog.close()
     loader.close()
     if trace:
         trace.close()
     if log:
-        log.note(f"done: {step} steps, {step * recipe.data.global_batch} images; {run}")
+        if not stopping.reason:
+            log.note(f"done: {step} steps, {step * recipe.data.global_batch} images; {run}")
         log.close()
-    engine.disconnect()
     if lock is not None:
         os.close(lock)
+    stopping.raise_reason(step)
+    engine.disconnect()

@@ -58,7 +58,7 @@ def preflight(recipe: Recipe, data: Sequence[str], run: Path) -> str:
         checks["decode"] = lambda: _decode(recipe, data, world)
     texts, faults = _look(checks)
     mine = Findings(node_name(), device_name(world.device), run_directory.versions(), texts, faults)
-    engine.connect()
+    engine.connect(recipe.engine.timeout_minutes)
     everyone = gathered(mine)
     _complain([(rank.node, fault) for rank in everyone for fault in rank.faults])
     _complain([(rank.node, _difference(rank, everyone[0])) for rank in everyone])

@@ -24,7 +24,8 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "engine.micro_batch",
     "engine.activation_checkpointing",
     "engine.compile",
-    "engine.zero_stage",  # checked against the checkpoint itself
+    "engine.zero_stage",
+    "engine.timeout_minutes",
     "data.sources",  # their content and weights are checked against the checkpoint
     "data.readers",
     "data.read_ahead_mb",
@@ -41,6 +42,7 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_every",
 }
 LOCK_PATIENCE = 60.0  # seconds: a killed predecessor may still be dying
 
@@ -74,14 +76,6 @@ def check_continuation(checkpoint: Path, state: dict, identity: dict) -> None:
         raise UserError(
             f"{checkpoint}: was trained on another shard set than --data; give that one, or a new --run"
         )
-    for key, remedy in {
-        "world_size": "start as many ranks",
-        "zero_stage": "set engine.zero_stage to it",
-    }.items():
-        if state[key] != identity[key]:
-            raise UserError(
-                f"{checkpoint}: was saved with {key} {state[key]}, this is {identity[key]}; {remedy}"
-            )
 
 
 def lock(run: Path) -> int:
@@ -126,6 +120,7 @@ def describe(run: Path, recipe: Recipe, step: int, world: World) -> None:
         "step": step,
         "command": sys.argv,
         "world_size": world.size,
+        "zero_stage": recipe.engine.zero_stage,
         "device": device_name(world.device),
         "host": platform.node(),
         "python": platform.python_version(),
@@ -136,7 +131,7 @@ def describe(run: Path, recipe: Recipe, step: int, world: World) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that decide what is computed."""
+    """What is installed of the packages that a result may depend on."""
     found = {}
     for package in PACKAGES:
         try:

@@ -5,16 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
+from pipeline.recipe import TrainSection
 from pipeline.train import checkpoint
 
 
-def write(directory, step, content=b"weights", keep=10):
+def write(directory, step, content=b"weights", keep=10, every=None):
     partial = directory / (checkpoint.name_of(step) + checkpoint.PARTIAL)
     (partial / "inner").mkdir(parents=True)
     (partial / "model.pt").write_bytes(content)
     (partial / "inner" / "optimizer.pt").write_bytes(content * 3)
     files = checkpoint.describe(partial, checkpoint.files_of(partial))
-    return checkpoint.publish(directory, step, {"step": step, "files": files}, keep)
+    retention = TrainSection(steps=1, keep_checkpoints=keep, keep_every=every)
+    return checkpoint.publish(directory, step, {"step": step, "files": files}, retention)
 
 
 def test_latest_names_the_newest_and_only_so_many_are_kept(tmp_path):

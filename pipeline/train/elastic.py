@@ -1,0 +1,249 @@
+"""What an engine holds, by parameter name: the same on any number of ranks and at any ZeRO stage.
+
+Invariant: `save` writes every element of every trained weight (fp32) and of its optimiser state exactly once,
+as a range of the flattened parameter of that name; `load` reads ranges. So no checkpoint belongs to a number
+of ranks or to a ZeRO stage, and a run that continues as it was takes the same path as one that does not.
+
+DeepSpeed's own universal checkpoints know no ZeRO 0, cross neither to nor from ZeRO 3, and give at ZeRO 3
+every parameter group the first one's hyperparameters (weight decay on biases), as of version 0.19.
+
+This file knows where DeepSpeed's optimisers keep their parts:
+
+    optimiser                               engines                     a flat tensor holds
+    torch's own                             ZeRO 0 in fp32              a parameter
+    FP16_UnfusedOptimizer                   ZeRO 0 in 16 bits           a parameter
+    FP16_Optimizer                          the same, fused Adam        a group's parameters
+    DeepSpeedZeroOptimizer, BF16_Optimizer  ZeRO 1 and 2                this rank's range of a group
+    DeepSpeedZeroOptimizer_Stage3           ZeRO 3                      this rank's range of each parameter
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+WEIGHT = "fp32"
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+class Piece(NamedTuple):
+    """`numel` elements of the flattened parameter `name` from `start` on, at `offset` in a flat tensor."""
+
+    name: str
+    start: int
+    numel: int
+    offset: int
+
+
+class Flat(NamedTuple):
+    """A tensor that the base optimiser updates, and where its elements belong."""
+
+    tensor: torch.Tensor
+    """fp32, the weights themselves; the optimiser's state is kept under it."""
+    names: list[str]
+    """The parameters of its group, whether or not this rank has a piece of them."""
+    pieces: list[Piece]
+
+
+def flats(model) -> Iterator[Flat]:
+    """What this rank holds of a DeepSpeed engine's trained weights."""
+    optimizer, stage = model.optimizer, model.zero_optimization_stage()
+    name_of = {id(parameter): name for name, parameter in model.module.named_parameters()}
+    if stage == 3:
+        tensors, groups, pieces = (
+            optimizer.fp32_partitioned_groups_flat,
+            optimizer.fp16_groups,
+            _shares_of_each,
+        )
+    elif hasattr(optimizer, "bf16_groups"):
+        tensors, groups, pieces = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, _share_of_group
+    elif stage:
+        tensors, groups, pieces = (
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.bit16_groups,
+            _share_of_group,
+        )
+    elif hasattr(optimizer, "fp32_groups_flat"):
+        tensors, groups, pieces = optimizer.fp32_groups_flat, optimizer.fp16_groups, _one_after_another
+    else:
+        low = [p for group in model.basic_optimizer.param_groups for p in group["params"]]
+        if hasattr(optimizer, "fp32_groups"):
+            tensors, low = low, [p for group in optimizer.fp16_groups for p in group]
+        else:
+            tensors = low
+        groups, pieces = [[p] for p in low], _one_after_another
+    for tensor, parameters in zip(tensors, groups, strict=True):
+        named = [(name_of[id(parameter)], parameter) for parameter in parameters]
+        yield Flat(tensor, [name for name, _ in named], pieces(named))
+
+
+def save(model, path: Path) -> None:
+    """Write this rank's part to `path`; without ZeRO, where all ranks hold the same, rank 0 alone writes."""
+    if not model.zero_optimization_stage() and dist.get_rank():
+        return
+    tensors, ranges = {}, {}
+    for flat in flats(model):
+        kinds = {WEIGHT: flat.tensor.detach()}
+        for key, value in model.basic_optimizer.state.get(flat.tensor, {}).items():
+            if torch.is_tensor(value) and value.numel() == flat.tensor.numel() and key != "step":
+                kinds[key] = value
+            elif key != "step":
+                raise TypeError(f"optimiser state {key!r} of {flat.names[0]}: no element for every weight")
+        for name, start, numel, offset in flat.pieces:
+            ranges[name] = [start, numel]
+            for kind, values in kinds.items():
+                # A copy: safetensors refuses tensors that share memory.
+                tensors[f"{kind}:{name}"] = values.reshape(-1)[offset : offset + numel].cpu().clone()
+    save_file(tensors, path, {"ranges": json.dumps(ranges)})
+
+
+def numbers(model) -> dict:
+    """What else an engine remembers, the same on every rank."""
+    optimizer, scaler = model.basic_optimizer, _scaler(model)
+    steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+    steps |= {group["step"] for group in optimizer.param_groups if "step" in group}
+    if len(steps) > 1:
+        raise RuntimeError(f"the optimiser has counted {sorted(steps)} steps, in different groups")
+    return {
+        "steps": model.global_steps,
+        "skipped_steps": model.skipped_steps,
+        "optimizer_steps": steps.pop() if steps else 0,
+        "loss_scale": {key: getattr(scaler, key) for key in LOSS_SCALE if hasattr(scaler, key)},
+    }
+
+
+def load(model, paths: list[Path], numbers: dict) -> None:
+    """Take weights, optimiser state and numbers from what `save` wrote, whoever the writers were.
+
+    ValueError where the parameters are not the model's.
+    """
+    saved = Saved(paths)
+    trained = {name for flat in flats(model) for name in flat.names}
+    if trained != saved.names:
+        raise ValueError(f"other parameters than the model's: {', '.join(sorted(trained ^ saved.names)[:3])}")
+    optimizer, scaler = model.basic_optimizer, _scaler(model)
+    of_torch = type(optimizer).__module__.startswith("torch.")  # it counts in tensors
+    steps = numbers["optimizer_steps"]
+    for flat in flats(model):
+        saved.fill(flat, WEIGHT, flat.tensor.data)
+        state = optimizer.state[flat.tensor]
+        for kind in sorted({kind for name in flat.names for kind in saved.kinds(name)} - {WEIGHT}):
+            if kind not in state:
+                state[kind] = torch.zeros_like(flat.tensor.data)
+            saved.fill(flat, kind, state[kind])
+            state["step"] = torch.tensor(float(steps), device=flat.tensor.device) if of_torch else steps
+    for group in optimizer.param_groups:
+        if not of_torch:
+            group["step"] = steps
+    for key, value in numbers["loss_scale"].items():
+        if hasattr(scaler, key):
+            setattr(scaler, key, value)
+    model.global_steps, model.skipped_steps = numbers["steps"], numbers["skipped_steps"]
+    _to_computing_precision(model)
+
+
+class Saved:
+    """The parts of all ranks that wrote, read as if they were one."""
+
+    def __init__(self, paths: list[Path]):
+        self._files = [safe_open(path, framework="pt") for path in paths]
+        self._ranges: dict[str, list[tuple[int, int, int]]] = {}  # name: (start, numel, file)
+        self._kinds: dict[str, set[str]] = {}
+        for number, file in enumerate(self._files):
+            for name, (start, numel) in json.loads(file.metadata()["ranges"]).items():
+                self._ranges.setdefault(name, []).append((start, numel, number))
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                kind, _, name = key.partition(":")
+                self._kinds.setdefault(name, set()).add(kind)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._ranges)
+
+    def kinds(self, name: str) -> set[str]:
+        """What was saved of a parameter: its weight, and its optimiser state by the optimiser's names."""
+        return self._kinds[name]
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> torch.Tensor:
+        """(numel,) fp32: elements of the flattened parameter. ValueError where some were not saved."""
+        values, found = torch.empty(numel), 0
+        for first, count, number in self._ranges[name]:
+            low, high = max(start, first), min(start + numel, first + count)
+            if low < high:
+                part = self._files[number].get_slice(f"{kind}:{name}")[low - first : high - first]
+                values[low - start : high - start] = part
+                found += high - low
+        if found != numel:
+            raise ValueError(f"{kind} of {name}: {found} of {numel} elements from {start} on are there")
+        return values
+
+    def whole(self, name: str) -> torch.Tensor:
+        """The flattened parameter, fp32."""
+        return self.read(name, WEIGHT, 0, max(start + numel for start, numel, _ in self._ranges[name]))
+
+    def fill(self, flat: Flat, kind: str, into: torch.Tensor) -> None:
+        for name, start, numel, offset in flat.pieces:
+            into.view(-1)[offset : offset + numel] = self.read(name, kind, start, numel).to(into.device)
+
+
+def _one_after_another(named: list[tuple[str, nn.Parameter]]) -> list[Piece]:
+    pieces, offset = [], 0
+    for name, parameter in named:
+        pieces.append(Piece(name, 0, parameter.numel(), offset))
+        offset += parameter.numel()
+    return pieces
+
+
+def _share_of_group(named: list[tuple[str, nn.Parameter]]) -> list[Piece]:
+    here = [(name, parameter._hp_mapping) for name, parameter in named if parameter._hp_mapping is not None]
+    return [
+        Piece(name, m.lp_fragment_address.start, m.lp_fragment_address.numel, m.hp_fragment_address.start)
+        for name, m in here
+    ]
+
+
+def _shares_of_each(named: list[tuple[str, nn.Parameter]]) -> list[Piece]:
+    pieces, offset = [], 0
+    for name, parameter in named:
+        share = parameter.ds_tensor.ds_numel  # the same on every rank; the last ones' may end in padding
+        start = share * dist.get_rank()
+        numel = min(share, parameter.ds_numel - start)
+        if numel > 0:
+            pieces.append(Piece(name, start, numel, offset))
+        offset += share
+    return pieces
+
+
+def _scaler(model):
+    """Who keeps the loss scale."""
+    return getattr(model.optimizer, "loss_scaler", None) or getattr(
+        model.optimizer, "loss_scale_config", None
+    )
+
+
+def _to_computing_precision(model) -> None:
+    """Give the weights that the model computes with the masters' values."""
+    optimizer, stage = model.optimizer, model.zero_optimization_stage()
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()
+        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            low = optimizer.fp16_partitioned_groups_flat[number]
+            low.data.copy_(flat.data)
+            parts = optimizer.fp16_partitioned_groups[number]
+            for part, values in zip(parts, optimizer.unflatten(low, parts), strict=True):
+                part.data = values.data
+        optimizer.checkpoint_event_epilogue()
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif optimizer is not model.basic_optimizer:
+        parameters = dict(model.module.named_parameters())
+        for flat in flats(model):
+            for name, _, numel, offset in flat.pieces:
+                values = flat.tensor.data.view(-1)[offset : offset + numel]
+                parameters[name].data.copy_(values.view_as(parameters[name]))

@@ -1,0 +1,126 @@
+"""How a run stops before its end: a signal, a launcher that is gone, data that cannot be read.
+
+Invariant: all ranks stop at the same place, between two steps. Whatever one rank has heard, the others hear
+before the next micro batch is computed, by a tiny all-reduce on the CPU that no device waits for. Until a
+step's last micro batch no weight has changed, so what is saved then is the state after the step before.
+
+A first SIGTERM or SIGUSR1 asks the run to save and stop; a second one ends the process at once, wherever it
+is. Both are heard by a thread of their own, also while the main thread waits in a collective.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import StoppedEarly, UserError
+from pipeline.train.distributed import gathered
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LAUNCHER_GONE = 128
+"""Stands among the signal numbers for a launcher that died and left its ranks behind."""
+FAILED = 256
+"""More than any signal: some rank could not read its data."""
+POLL = 1.0  # seconds between two looks at the launcher
+
+
+class Stopping:
+    """Hears what this rank is told, and agrees with the others on it. One a process, made before the run's
+    heavy work begins; `connect` follows when the ranks are connected."""
+
+    def __init__(self):
+        self.reason: int = 0
+        """Not 0 once all ranks have agreed to stop: what made them."""
+        self._heard = 0
+        self._failure: Exception | None = None
+        self._group = None
+        self._said = False
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # Python's part; the C part writes into the pipe at once
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
+        if depth := _launcher_depth():
+            threading.Thread(target=self._watch_launcher, args=(depth,), daemon=True).start()
+
+    def connect(self) -> None:
+        """Every rank calls it, after they have joined."""
+        self._group = dist.new_group(backend="gloo")
+
+    def next(self, loader) -> object | None:
+        """The loader's next micro batch, or None on all ranks where one of them was told to stop or cannot
+        read its data. Every rank calls it."""
+        batch = None
+        try:
+            batch = loader.next()
+        except Exception as error:  # all ranks stop for it, and this one raises it in `raise_reason`
+            self._failure = error
+        said = torch.tensor(FAILED if self._failure else self._heard)
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
+        self.reason = int(said)
+        return None if self.reason else batch
+
+    def raise_reason(self, step: int) -> None:
+        """Nothing where the run went to its end. Else StoppedEarly, or the error of a rank that could not
+        read its data. Every rank calls it, when everything is saved."""
+        if self.reason == FAILED:
+            messages = gathered(f"rank {dist.get_rank()}: {self._failure}" if self._failure else None)
+            if self._failure and not isinstance(self._failure, UserError):
+                raise self._failure
+            first = next(message for message in messages if message)
+            raise UserError(f"{first}. Everything is saved at step {step}")
+        if self.reason:
+            raise StoppedEarly(
+                f"stopped early by {_name(self.reason)}, everything is saved at step {step}; "
+                "the same command continues"
+            )
+
+    def _listen(self, reading: int) -> None:
+        while True:
+            number = os.read(reading, 1)[0]
+            if number not in SIGNALS:
+                continue
+            if self._said:
+                _say(f"{_name(number)} again: stopping at once; the last checkpoint is whole")
+                os._exit(128 + number)
+            self._said = True
+            self._heard = max(self._heard, number)
+            _say(f"{_name(number)}: saving and stopping after this step; once more stops at once")
+
+    def _watch_launcher(self, depth: int) -> None:
+        before, sleep = _ancestors(depth), threading.Event()
+        while _ancestors(depth) == before:
+            sleep.wait(POLL)
+        self._heard = LAUNCHER_GONE
+        _say("the launcher is gone: saving and stopping after this step")
+
+
+def _launcher_depth() -> int:
+    """How many processes above this one belong to the launcher and live as long as the run."""
+    if "CROSS_SIZE" in os.environ:  # DeepSpeed: `deepspeed`, and below it one launch.py a node
+        return 2
+    return 1 if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def _ancestors(depth: int) -> list[int]:
+    found = [os.getppid()]
+    while len(found) < depth and found[-1] > 1:
+        try:
+            status = Path(f"/proc/{found[-1]}/stat").read_text()
+        except OSError:
+            break  # it has just ended
+        found.append(int(status.rpartition(")")[2].split()[1]))
+    return found
+
+
+def _name(number: int) -> str:
+    return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
+
+
+def _say(text: str) -> None:
+    print(f"pipeline: {text}", file=sys.stderr, flush=True)

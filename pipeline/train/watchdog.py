@@ -1,0 +1,63 @@
+"""A rank that waits for ever ends itself, and leaves word where it waited.
+
+Invariant: a run makes progress, or every rank of it that can run ends within `patience` seconds, with exit
+code 3 and the stacks of all its threads in stacks/rank-R.txt.
+
+It is a thread that looks at a clock. Where a call holds the interpreter so that no thread can run,
+faulthandler's own timer, which needs no interpreter, does the same a little later, with exit code 1.
+"""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+EXIT_CODE = 3
+GRACE = 1.25
+"""faulthandler's timer runs so much longer than the thread's patience."""
+
+
+class Watchdog:
+    """Ends this process where `alive` is not called for `patience` seconds."""
+
+    def __init__(self, run: Path, rank: int, patience: float):
+        self.patience = patience
+        self.path = run / "stacks" / f"rank-{rank}.txt"
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.unlink(missing_ok=True)  # of an earlier start
+        self.file = open(self.path, "w")  # noqa: SIM115 (open as long as the process may hang)
+        self.seen = time.monotonic()
+        self.closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def alive(self) -> None:
+        """Something was done."""
+        self.seen = time.monotonic()
+
+    def close(self) -> None:
+        self.closed.set()
+        faulthandler.cancel_dump_traceback_later()
+        self.file.close()
+        self.path.unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        while not self.closed.is_set():
+            left = self.seen + self.patience - time.monotonic()
+            if left <= 0:
+                break
+            faulthandler.dump_traceback_later(left + self.patience * (GRACE - 1), exit=True, file=self.file)
+            self.closed.wait(min(left, self.patience / 8))
+        if self.closed.is_set():
+            faulthandler.cancel_dump_traceback_later()
+            return
+        faulthandler.dump_traceback(self.file, all_threads=True)
+        os.fsync(self.file.fileno())
+        print(
+            f"pipeline: nothing has happened for {self.patience:.0f} s (engine.timeout_minutes): some rank "
+            f"hangs. Where this one waited is in {self.path}; the same command continues",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_CODE)
