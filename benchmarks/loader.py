@@ -27,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -76,10 +77,16 @@ def _race(place: Path, options) -> None:
         except ImportError as error:
             print(f"skipped: {name}: {error}", flush=True)
     rates: dict[str, list[float]] = {name: [] for name in contestants}
+    costs: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(options.rounds):
         for name, batches in contestants.items():
-            rates[name].append(_turn(batches, options.seconds))
-    print("\n| loader | images/s | x torchvision | x DALI's reader |\n| --- | --- | --- | --- |")
+            rate, cost = _turn(batches, options.seconds)
+            rates[name].append(rate)
+            costs[name].append(cost)
+    print(
+        "\n| loader | images/s | x torchvision | x DALI's reader | CPU ms an image |"
+        "\n| --- | --- | --- | --- | --- |"
+    )
     for name, values in rates.items():
         ratios = [
             f"{statistics.median(a / b for a, b in zip(values, rates[rival], strict=True)):.2f}"
@@ -87,18 +94,28 @@ def _race(place: Path, options) -> None:
             else ""
             for rival in (TORCHVISION, DALI)
         ]
-        print(f"| {name} | {statistics.median(values):,.0f} | {ratios[0]} | {ratios[1]} |")
+        print(
+            f"| {name} | {statistics.median(values):,.0f} | {ratios[0]} | {ratios[1]} | "
+            f"{statistics.median(costs[name]):.2f} |"
+        )
 
 
-def _turn(batches: Batches, seconds: float) -> float:
-    """Images per second, once what was prepared before the turn has been used up."""
+def _turn(batches: Batches, seconds: float) -> tuple[float, float]:
+    """Images per second, and milliseconds of all cores' time an image, once what was prepared before the turn
+    has been used up."""
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds / 4:
         next(batches)
-    images, begin = 0, time.perf_counter()
+    images, begin, begin_cpu = 0, time.perf_counter(), _cpu_seconds()
     while time.perf_counter() - begin < seconds:
         images += len(next(batches))
-    return images / (time.perf_counter() - begin)
+    return images / (time.perf_counter() - begin), 1000 * (_cpu_seconds() - begin_cpu) / images
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its workers; those of contestants that wait stand still."""
+    this = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in [this, *this.children(recursive=True)])
 
 
 def _photographs(folder: Path, copies: int) -> Path:

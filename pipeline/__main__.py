@@ -152,6 +152,35 @@ def _parser() -> argparse.ArgumentParser:
         "--storage", type=float, default=2, metavar="GB", help="the file system, in GB/s (default: 2)"
     )
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = _command(
+        commands,
+        "bench-loader",
+        _bench_loader,
+        "how fast a shard set is read and decoded",
+        "Measure the loader alone, by stage and threads, and set it against what a model would take.",
+        "examples:\n  python -m pipeline bench-loader shards/imagenet-train\n"
+        "  python -m pipeline bench-loader shards/photos --recipe vith14_mae --threads 4 8 --gpu a100\n",
+    )
+    command.add_argument(
+        "data", nargs="+", metavar="DATA", help="shard set, made by data_prep; several as one"
+    )
+    _recipe_arguments(command, default="vitl16_mae")
+    command.add_argument(
+        "--threads",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="decoding threads (default: 1, 2, 4, ... up to the cores)",
+    )
+    command.add_argument(
+        "--seconds", type=_positive, default=20, metavar="N", help="for each number (default: 20)"
+    )
+    command.add_argument("--gpu", default="h100", metavar="NAME", help="which card (default: h100)")
+    command.add_argument(
+        "--mfu", type=float, default=0.4, metavar="F", help="share of its peak (default: 0.4)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -170,8 +199,15 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _recipe_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that ships")
+def _recipe_arguments(command: argparse.ArgumentParser, default: str | None = None) -> None:
+    """An argument of its own, or, where there is a default, an option."""
+    what = "a YAML file, or the name of a recipe that ships"
+    if default:
+        command.add_argument(
+            "--recipe", default=default, metavar="RECIPE", help=f"{what} (default: {default})"
+        )
+    else:
+        command.add_argument("recipe", metavar="RECIPE", help=what)
     command.add_argument(
         "--set",
         dest="overrides",
@@ -249,6 +285,23 @@ def _plan(args: argparse.Namespace) -> None:
         print(json.dumps(asdict(costs) | {"scaling": asdict(scale)}, indent=1))
     else:
         print(format_plan(costs) + ("\n\n" + format_scaling(scale) if args.nodes > 1 else ""))
+
+
+def _bench_loader(args: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from pipeline.bench_loader import bench_loader, format_bench
+    from pipeline.recipe import load_recipe
+    from pipeline.train.distributed import find_world
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    world = find_world()
+    threads = args.threads or [2**n for n in range(world.cores.bit_length())]
+    result = bench_loader(
+        recipe.sources(args.data), recipe, world.device, threads, args.seconds, args.gpu, args.mfu
+    )
+    print(json.dumps(asdict(result), indent=1) if args.json else format_bench(result))
 
 
 def _natural(text: str) -> int:

@@ -19,8 +19,6 @@ from nvidia.dali import Pipeline, fn, types
 
 from pipeline.recipe import DataSection
 
-STAGES = ("decode", "augment")
-
 
 class Feed(Protocol):
     """A batch for the decoder."""
@@ -124,7 +122,7 @@ def training_graph(data: DataSection, on_gpu: bool, last: str = "augment") -> Gr
 
     Inputs: encoded, the box's (x, y) and (width, height); then for each crop its (x, y) inside that box and
     (width, height), which a single crop has not, and whether it is mirrored. Output: (n, 3, H, W) float32, or
-    (n, crops, 3, H, W). `last`: stop after this one of `STAGES`.
+    (n, crops, 3, H, W). last: "decode" gives no more than the decoded boxes' shapes, to measure it.
     """
     crops = data.crops_per_image
     size = [data.image_size, data.image_size]
@@ -132,7 +130,7 @@ def training_graph(data: DataSection, on_gpu: bool, last: str = "augment") -> Gr
     def build(encoded, anchor, shape, *views):
         box = fn.decoders.image_slice(encoded, anchor, shape, axis_names="WH", **_decoding(on_gpu))
         if last == "decode":
-            return box
+            return box.shape()
         if crops == 1:
             return _augmented(box, size, views[0], data)
         cut = [

@@ -133,10 +133,9 @@ class ShardReader:
         """
         local = [(place.store.directory, shard) for place, shard in self._shards if _is_local(place)]
         if sum(shard.bytes for _, shard in local) > CHECKED_BYTES * num_parts:
-            return "; ".join(
-                f"too much data to check here; `python -m data_prep verify {place}` does it"
-                for place in self.places
-            )
+            directories = dict.fromkeys(directory for directory, _ in local)
+            commands = ", ".join(f"`python -m data_prep verify {directory}`" for directory in directories)
+            return f"too much data to check here; this does it: {commands}"
         for directory, shard in local[part::num_parts]:
             try:
                 check_shard_bytes(directory, shard)
@@ -209,8 +208,10 @@ class ShardReader:
 
     def remedy(self, shard: int) -> str:
         """What to do about a damaged shard, for messages."""
-        place = self._shards[shard][0].store.place
-        return f"run `python -m data_prep verify {place}` and build the shard set anew"
+        place = self._shards[shard][0]
+        if _is_local(place):
+            return f"run `python -m data_prep verify {place.store.place}` and build the shard set anew"
+        return "run `python -m data_prep verify` where the set was built and upload it anew"
 
     def close(self) -> None:
         """Ends what is being read: whoever waits for it gets `patience.Stopped`."""

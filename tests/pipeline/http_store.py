@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 class HttpStore:
-    """`fault(name)` says for each request what happens: None, "stall", "cut", "error", "forbidden" or
-    "whole" (a server without ranges)."""
+    """`fault(name)` says what befalls each request: None, "stall", "cut", "short", "error", "forbidden" or
+    "whole", as from a server that ignores ranges."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -54,6 +54,8 @@ def serve(directory: Path):
             partial = span and fault != "whole"
             if partial:
                 data = data[int(span[1]) : int(span[2]) + 1]
+            if fault == "short":
+                data = data[:-1]
             self.send_response(206 if partial else 200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

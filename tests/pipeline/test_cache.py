@@ -173,18 +173,50 @@ def test_what_a_killed_process_left_is_used_by_nobody_and_its_room_is_free(shard
     assert digest(reader) == digest(ShardReader(shards))
 
 
+def original(number, fetched=None):
+    """A shard of 1,000 equal bytes; `fetched` gets a line each time it is fetched."""
+    data = bytes([number]) * 1000
+
+    def fetch(offset, size):
+        if fetched is not None:
+            fetched.append(number)
+        return data[offset : offset + size]
+
+    return Original(f"shard {number}", hashlib.sha256(data).hexdigest(), len(data), fetch)
+
+
+def test_the_shard_read_longest_ago_goes_first(tmp_path):
+    cache, fetched = Cache(str(tmp_path), 2000, 0, threading.Event()), []
+    for number in (1, 2, 1, 3, 1, 2):
+        assert cache.read(original(number, fetched), [(7, 3)]) == [bytes([number]) * 3]
+        time.sleep(0.01)
+    assert fetched == [1, 2, 3, 2]
+
+
+def test_a_shard_that_another_process_evicts_is_read_to_its_end(tmp_path):
+    ours, theirs = (Cache(str(tmp_path), 1000, 4, threading.Event()) for _ in range(2))
+    fetched = []
+    ours.read(original(1, fetched), [(0, 1)])
+    theirs.read(original(2), [(0, 1)])
+    assert ours.read(original(1, fetched), [(500, 2)]) == [b"\1\1"]
+    assert fetched == [1]
+
+
+def test_the_room_of_a_fetch_that_was_killed_is_used_again_by_the_next(tmp_path):
+    cache, shard = Cache(str(tmp_path), 1000, 4, threading.Event()), original(1)
+    (tmp_path / f"{shard.sha256}.part").write_bytes(b"x" * 1000)
+    (tmp_path / f"{original(2).sha256}.part").write_bytes(b"x" * 1000)
+    assert cache.read(shard, [(0, 4)]) == [b"\1" * 4]
+    assert held(tmp_path) == 1000
+
+
 def test_threads_that_evict_each_others_shards_all_read_right(tmp_path):
-    shards = {hashlib.sha256(text).hexdigest(): text for text in (bytes([i]) * 1000 for i in range(8))}
     cache = Cache(str(tmp_path), 3000, 2, threading.Event())
-    originals = [
-        Original(sha, sha, 1000, lambda offset, size, text=text: text[offset : offset + size])
-        for sha, text in shards.items()
-    ]
     wrong = []
 
     def work(seed):
         for number in np.random.default_rng(seed).integers(0, 8, 100):
-            found = cache.read(originals[number], [(10, 5), (990, 10)])
+            found = cache.read(original(int(number)), [(10, 5), (990, 10)])
             if found != [bytes([number]) * 5, bytes([number]) * 10]:
                 wrong.append(number)
 

@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.mixture import Mixture
@@ -42,6 +42,7 @@ def test_a_samples_identity_is_its_place_among_all_sources(mixture):
     assert (located.index < shard_sizes[located.shard]).all()
 
 
+@example([165, 1, 1, 733], 62385)  # one share is a whole number: it must not be rounded up
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=5), st.integers(0, 10**6))
 def test_after_any_number_of_blocks_every_source_was_drawn_its_share_to_less_than_one(weights, blocks):
     mixture = Mixture([[1]] * len(weights), weights, 0, 1)
@@ -63,6 +64,12 @@ def test_inside_a_block_the_draws_are_those_of_an_urn(weights):
         pairs = (drawn[1:] & drawn[:-1]).mean()
         error = 5 * np.sqrt(share**2 * (1 - share**2) * 3 / len(source)) + 2 / mixture.block
         assert pairs == pytest.approx(share**2, abs=error)
+
+
+def test_no_two_blocks_draw_in_the_same_order():
+    mixture = Mixture([[5], [7]], [1, 3], 0, 1)
+    source, _ = mixture.draws(np.arange(8 * mixture.block))
+    assert len({tuple(block) for block in source.reshape(8, -1)}) == 8
 
 
 def test_weights_are_proportions():

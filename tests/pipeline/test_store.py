@@ -1,5 +1,6 @@
 """What happens when the storage does not behave: every time the promised thing, within a bound."""
 
+import hashlib
 import os
 import shutil
 import threading
@@ -10,12 +11,16 @@ import fsspec
 import numpy as np
 import pytest
 from http_store import serve
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_prep.shard_set import read_manifest, tar_path
+from data_prep.shard_file import ShardWriter
+from data_prep.shard_set import Manifest, Shard, read_manifest, shard_name, tar_path, write_manifest
 from pipeline.data import patience
 from pipeline.data.patience import Patience, Stopped, patiently
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
+from pipeline.data.store import LARGEST_READ, coalesced
 from pipeline.errors import UserError
 from pipeline.recipe import DataSection
 
@@ -136,6 +141,12 @@ def test_a_fault_that_passes_costs_nothing_but_time(shards, store, fault, suffix
     )
 
 
+def test_a_server_that_sends_less_than_it_was_asked_for_is_asked_again(shards, store, capfd):
+    store.only(".tar", "short", times=2)
+    assert epoch_of(ShardReader(store.url, section())) == epoch_of(ShardReader(shards, section()))
+    assert "bytes came instead of" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("fault", ["stall", "cut", "error"])
 @pytest.mark.parametrize("suffix", [".tar", ".idx"])
 def test_a_fault_that_stays_ends_in_one_line_that_names_the_file(store, fault, suffix):
@@ -240,21 +251,55 @@ def test_a_shard_that_is_replaced_by_another_is_named(copied, other_shards, how)
 # ---- Reading ahead
 
 
-@pytest.mark.parametrize("limit", [1, 200_000, 10**9])
-def test_batches_come_in_order_whatever_the_limit_and_memory_stays_under_it(shards, limit):
-    reader = ShardReader(shards, section())
+@pytest.fixture
+def even_shards(tmp_path):
+    """A set whose samples all have `EVEN` bytes."""
+    shards = []
+    for number in range(6):
+        name = shard_name("even", "train", number)
+        with open(tmp_path / f"{name}.tar", "wb", buffering=0) as file:
+            writer = ShardWriter(file)
+            for index in range(20):
+                writer.add(f"{number}_{index}", [("jpg", bytes([number, index]) * (EVEN // 2))])
+            digest, data = writer.finish()
+        (tmp_path / f"{name}.idx").write_bytes(data)
+        shards.append(Shard(name, 20, writer.bytes, digest, len(data), hashlib.sha256(data).hexdigest()))
+    manifest = Manifest(1, "even", "train", 0, {}, "0" * 64, 120, 0, {}, (), (), tuple(shards))
+    write_manifest(tmp_path, manifest)
+    return tmp_path
+
+
+EVEN = 100_000
+
+
+@pytest.mark.parametrize("batches", [0.1, 3.3, 4.5, 1000])
+def test_batches_come_in_order_whatever_the_limit_and_memory_stays_under_it(even_shards, batches):
+    reader = ShardReader(even_shards, section())
     expected = list(islice(batches_of(reader), 30))
-    ahead = read_ahead(reader, limit=limit)
+    batch = 10 * reader.mean_bytes(0)
+    ahead = read_ahead(reader, limit=int(batches * batch))
     largest = 0
     for located in expected:
         found, images = next(ahead)
         assert found.sample.tolist() == located.sample.tolist()
         for shard, index, image in zip(located.shard, located.index, images, strict=True):
-            assert image.tobytes() == reader.read(shard, index).tobytes()
-        largest = max(largest, ahead.held_bytes)
+            assert image.tobytes() == bytes([shard, index]) * (EVEN // 2)
+        largest = max(largest, ahead.held_bytes + 10 * EVEN)  # when this batch was still held
     ahead.close()
-    batch = 10 * max(reader.mean_bytes(shard) for shard in range(len(reader.shard_sizes)))
-    assert largest <= max(limit, 3 * batch)
+    assert largest <= max(batches, 1) * batch
+    assert largest >= min(batches - 1, 30) * EVEN  # and is made use of
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**8), st.integers(1, 10**6)), max_size=30), st.booleans())
+def test_neighbours_are_read_together_and_nothing_is_lost(pieces, ascending):
+    pieces = sorted(pieces) if ascending else pieces
+    spans, rows = coalesced([start for start, _ in pieces], [sum(piece) for piece in pieces], gap=1000)
+    assert len(rows) == len(pieces)
+    for (start, size), row in zip(pieces, rows, strict=True):
+        offset, length = spans[row]
+        assert offset <= start and start + size <= offset + length <= offset + LARGEST_READ
+    read = sum(length for _, length in spans)
+    assert read <= sum(size for _, size in pieces) + 1000 * len(pieces)
 
 
 def test_a_piece_reads_each_shard_front_to_back(shards, monkeypatch):
