@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.errors import UserError
+from pipeline.errors import Diverged, UserError
 
 EXAMPLES = """\
 examples:
@@ -31,7 +31,7 @@ examples:
   with keys of the recipe replaced:
     python -m pipeline pretrain vitb16_mae --data D --run R --set train.epochs=100 --set engine.zero_stage=2
 
-exit codes: 0 done; 2 something for you to mend, said in one line
+exit codes: 0 done; 2 something for you to mend, said in one line; 4 the run diverges, and what to look at
 """
 
 
@@ -44,6 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
         _let_rank_0_speak()
         print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Diverged as error:
+        _let_rank_0_speak()
+        print(f"pipeline: stopped: {error}", file=sys.stderr, flush=True)
+        return 4
     except KeyboardInterrupt:
         print("pipeline: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

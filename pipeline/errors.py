@@ -1,5 +1,10 @@
-"""What a user can mend is a `UserError`: one line that says what, where and what to do, and exit code 2."""
+"""What a user can mend is a `UserError`: one line that says what, where and what to do, and exit code 2.
+A run that cannot be trained on is `Diverged`, and exit code 4."""
 
 
 class UserError(ValueError):
     """A mistake in arguments, recipe or data. The message is shown as it is, without a traceback."""
+
+
+class Diverged(RuntimeError):
+    """Training that the guard cannot save. The message is shown as it is; exit code 4."""

@@ -120,6 +120,19 @@ def publish(directory: Path, step: int, state: dict, keep: int) -> Path:
     return final
 
 
+def abandon(directory: Path, step: int) -> None:
+    """Remove the checkpoints after `step`: the run goes another way from there."""
+    for newer in steps_of(directory):
+        if newer > step:
+            _remove(directory / name_of(newer))
+    _write(directory / LATEST, name_of(step))
+
+
+def amend(checkpoint: Path, state: dict) -> None:
+    """Replace keys of a checkpoint's state.json."""
+    _write(checkpoint / STATE, json.dumps({**read_state(checkpoint), **state}, indent=1))
+
+
 def sweep(directory: Path, step: int) -> None:
     """Remove what a killed run left half-written; put aside what is newer than `step`, being damaged."""
     for path in directory.glob(f"*{PARTIAL}"):

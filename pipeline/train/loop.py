@@ -21,8 +21,10 @@ from pipeline.plan import forward_flops
 from pipeline.recipe import Recipe
 from pipeline.train import checkpoint, engine, run_directory
 from pipeline.train.distributed import find_world, gathered
+from pipeline.train.guard import Guard
 from pipeline.train.hardware import device_name, memory_gib, peak_flops
 from pipeline.train.metrics import Log, Window
+from pipeline.train.retreat import retreat, write_samples
 from pipeline.train.schedule import learning_rate
 from pipeline.train.trace import Trace, take_back
 
@@ -62,19 +64,32 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
     # ---- Continue where the run directory stands
     checkpoints = run / "checkpoints"
     identity = {"data": reader.fingerprint, "world_size": world.size, "zero_stage": recipe.engine.zero_stage}
-    step, window = 0, Window()
+    threads = recipe.data.threads or world.cores
+
+    def stand(found: Path | None) -> tuple[int, Window, Guard, Log | None, Trace | None, Loader]:
+        """Everything as it was when the checkpoint was written; None: as it is at the beginning."""
+        state = checkpoint.read_state(found) if found else {"step": 0, "window": None, "guard": None}
+        step, window = state["step"], Window(state["window"])
+        guard = Guard(recipe.guard, recipe.engine.precision, world.device, state["guard"])
+        if found:
+            engine.load(model, checkpoints, found.name)
+        log = None
+        if world.rank == 0:
+            take_back(run, step)
+            log = Log(run, step, total_steps, guard.returns)
+        gathered("taken back")
+        trace = Trace(run, world.rank) if recipe.data.trace else None
+        place = world.rank, world.size, step
+        loader = Loader(reader, recipe, method.noise_size, world.device, *place, threads, guard.offset)
+        return step, window, guard, log, trace, loader
+
     newest = checkpoint.newest_whole(checkpoints, world.rank, world.size)
     if newest:
-        state = checkpoint.read_state(newest)
-        run_directory.check_continuation(newest, state, identity)
-        engine.load(model, checkpoints, newest.name)
-        step, window = state["step"], Window(state["window"])
-    log = None
-    if world.rank == 0:
+        run_directory.check_continuation(newest, checkpoint.read_state(newest), identity)
+    step, window, guard, log, trace, loader = stand(newest)
+    if log:
         checkpoint.sweep(checkpoints, step)
-        take_back(run, step)
         run_directory.describe(run, recipe, step, world)
-        log = Log(run, step, total_steps)
         log.note(
             f"{recipe.method.name} on {recipe.model.name}: {num_samples} images, {total_steps} steps of "
             f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch} "
@@ -83,10 +98,6 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
         )
         if unchecked:
             log.note(unchecked)
-    gathered("begun")
-    trace = Trace(run, world.rank) if recipe.data.trace else None
-    threads = recipe.data.threads or world.cores
-    loader = Loader(reader, recipe, method.noise_size, world.device, world.rank, world.size, step, threads)
 
     shown = first_of_set(reader, SHOWN, recipe.data).to(world.device)
     pictures = run / "reconstructions"
@@ -106,16 +117,40 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
             waited += time.perf_counter() - asked
             output = model(batch.images, batch.noise)
             model.backward(output.loss)
-            norm = engine.step(model)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 parts[name] = parts.get(name, 0.0) + value / accumulation
+            if engine.at_boundary(model):
+                guard.hear(parts["loss"])
+            norm = engine.step(model, guard.verdict)
             if trace:
                 trace.write(step, loader.keys(batch.located))
-        window.add({**parts, "grad_norm": torch.as_tensor(norm, device=world.device)})
         step += 1
+        skipped = guard.close(step, norm)
+        window.add({**parts, "grad_norm": torch.as_tensor(norm, device=world.device), "skipped": skipped})
+
+        # ---- Go back, where nothing else helps
+        says = step % recipe.train.log_every == 0 or step == total_steps
+        saves = step % recipe.train.checkpoint_every == 0 or step == total_steps
+        known = len(guard.skips)
+        trouble = guard.read(step if says or saves else step - 1)  # a step late, it need not wait for the device
+        if log:
+            for skip in guard.skips[known:]:
+                log.note(f"step {skip.step} is skipped: {skip.reason}, loss {skip.loss}, gradient {skip.grad_norm}")
+        if trouble:
+            if log:
+                write_samples(run, trouble, loader, guard.offset, recipe.data.global_batch)
+                log.stop(trouble.last, trouble.reason)
+                log.close()
+            loader.close()
+            if trace:
+                trace.close()
+            found = retreat(run, trouble, guard, recipe.data.global_batch, world)
+            step, window, guard, log, trace, loader = stand(found)
+            began, waited, logged_step = time.perf_counter(), 0.0, step
+            continue
 
         # ---- Say how it goes
-        if step % recipe.train.log_every == 0 or step == total_steps:
+        if says:
             means = window.close()
             took = time.perf_counter() - began
             images_per_s = (step - logged_step) * recipe.data.global_batch / took
@@ -123,9 +158,10 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
                 log.write(
                     {
                         "step": step,
-                        "epoch": step * recipe.data.global_batch / num_samples,
+                        "epoch": (guard.offset + step * recipe.data.global_batch) / num_samples,
                         "samples": step * recipe.data.global_batch,
                         **means,
+                        **({"skips": [skip._asdict() for skip in guard.skips]} if guard.skips else {}),
                         "lr": rate,
                         "images_per_s": images_per_s,
                         "data_wait": waited / took,
@@ -133,16 +169,15 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
                         "memory": memory_gib(world.device),
                     }
                 )
+            guard.skips.clear()
             began, waited, logged_step = time.perf_counter(), 0.0, step
         if log:
             log.advance(step)
 
         # ---- Make sure of it
-        if step % recipe.train.checkpoint_every == 0 or step == total_steps:
-            state = {
-                **identity,
-                "window": window.collect(),
-            }  # waits for the device, so before the clock stops
+        if saves:
+            # Waits for the device, so before the clock stops.
+            state = {**identity, "window": window.collect(), "guard": guard.state()}
             paused = time.perf_counter()
             drawn = picture(method, recipe, shown, recipe.seed)  # by all ranks: ZeRO-3 shares the weights
             if log:
@@ -154,6 +189,7 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
 
     # ---- Close
     loader.close()
+    reader.close()
     if trace:
         trace.close()
     if log:
