@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import Diverged, UserError
@@ -38,8 +39,13 @@ exit codes: 0 done; 2 something for you to mend, said in one line; 4 the run div
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(arguments)
+    return exit_code_of(lambda: args.command(args))
+
+
+def exit_code_of(command: Callable[[], None]) -> int:
+    """Run a command; what it raises for the user becomes a line on stderr and an exit code."""
     try:
-        args.command(args)
+        command()
     except UserError as error:
         _let_rank_0_speak()
         print(f"pipeline: error: {error}", file=sys.stderr, flush=True)

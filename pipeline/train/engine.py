@@ -105,8 +105,8 @@ def at_boundary(engine: Engine) -> bool:
 
 
 def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]) -> float | torch.Tensor:
-    """Count a micro batch; after a global batch's last, update the weights. Returns the gradient's norm, which
-    means something only then.
+    """Count a micro batch; after a global batch's last, update the weights. Returns the gradient's norm, 0.0
+    before the last.
 
     `verdict` is asked with that norm once it is known, before any weight is touched; where it is 1.0 weights
     and moments stay as they are. The host does not look at it. DeepSpeed itself leaves a step out, too, where
@@ -129,8 +129,8 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
     except Exception as error:
         if "loss scale already at minimum" in str(error):
             raise Diverged(
-                "fp16: the gradient overflows at the smallest loss scale there is. Look at engine.precision (bf16 "
-                "or fp32 has no loss scale), and at the learning rate (optim.base_lr, optim.clip_grad)"
+                "fp16: the gradient overflows at the smallest loss scale there is. Look at engine.precision "
+                "(bf16 and fp32 have no loss scale), and the learning rate (optim.base_lr, optim.clip_grad)"
             ) from None
         raise
     finally:

@@ -29,7 +29,7 @@ LOSS, GRADIENT, SPIKE, OVERFLOW = range(1, 5)
 LEAST_SCALE = 0.01
 """Of the median loss: losses that hardly vary don't make a spike of a hundredth more."""
 OVERFLOWS = 40
-"""In a row, before they count as trouble: from DeepSpeed's first loss scale to its last takes half as many."""
+"""In a row, before they count as trouble. DeepSpeed needs half as many from its first loss scale to 1."""
 
 
 class Skip(NamedTuple):
@@ -41,6 +41,13 @@ class Skip(NamedTuple):
     loss: float | None
     """None where it is not finite."""
     grad_norm: float | None
+
+    def sentence(self) -> str:
+        numbers = ", ".join(
+            f"{name} {'not finite' if value is None else f'{value:.4g}'}"
+            for name, value in {"loss": self.loss, "gradient norm": self.grad_norm}.items()
+        )
+        return f"step {self.step} is skipped: {self.reason} ({numbers})"
 
 
 class Trouble(NamedTuple):
@@ -111,7 +118,7 @@ class Guard:
         return None
 
     def way_back(self, trouble: Trouble, saved: list[int]) -> tuple[int, int]:
-        """Which of the checkpoints before the trouble to go back to, and how many returns in a row there were.
+        """Which checkpoint before the trouble to go back to, and how many returns in a row there were.
 
         saved: their steps, oldest first. The newest, or as many before it as returns did not get the run past
         their trouble to another checkpoint. Raises Diverged where there is none, or returns have been enough.
@@ -183,9 +190,9 @@ class Guard:
 
 def _farewell(trouble: Trouble, why: str) -> str:
     return (
-        f"steps {trouble.first} to {trouble.last} could not be trained ({trouble.reason}), and {why}. Look at "
-        "the learning rate (optim.base_lr, optim.warmup_epochs, optim.clip_grad), at engine.precision (bf16 or "
-        f"fp32 instead of fp16), and at the images of those steps: offending-samples.txt in the run directory"
+        f"steps {trouble.first} to {trouble.last} cannot be trained ({trouble.reason}), and {why}. Look at "
+        "the learning rate (optim.base_lr, optim.warmup_epochs, optim.clip_grad), at engine.precision (bf16 "
+        "or fp32, not fp16), and at the images of those steps, in the run directory's offending-samples.txt"
     )
 
 

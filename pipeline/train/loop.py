@@ -7,7 +7,7 @@ bit.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from pipeline.data.dali import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.evals.photographs import first_of_set
 from pipeline.evals.picture import picture
-from pipeline.methods import build_method
+from pipeline.methods import Method, build_method
 from pipeline.plan import forward_flops
 from pipeline.recipe import Recipe
 from pipeline.train import checkpoint, engine, run_directory
@@ -32,11 +32,14 @@ SHOWN = 4
 """Images of the shard set whose reconstruction is drawn at every checkpoint."""
 
 
-def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
+def pretrain(
+    recipe: Recipe, data: Sequence[str], run: Path, build: Callable[[Recipe], Method] = build_method
+) -> None:
     """Pre-train `recipe` on the shard sets `data`, or the recipe's own where that is empty, in the run
     directory `run`; continue where it stands.
 
-    Every rank calls it. Raises UserError for what the user can mend, before anything is written.
+    build: makes the method, for experiments with one that no recipe names. Every rank calls it. Raises
+    UserError for what the user can mend, before anything is written; Diverged where the guard gives up.
     """
     # ---- Who we are, and whether what is asked is possible
     world = find_world()
@@ -50,7 +53,7 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
 
     # ---- The model and its engine
     torch.manual_seed(recipe.seed)
-    method = build_method(recipe)
+    method = build(recipe)
     step_flops = 3 * forward_flops(recipe)  # per image; a backward pass costs two forward ones
     engine.connect()
     gathered("ready")  # nothing is written before every rank has found everything in order
@@ -132,10 +135,12 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
         says = step % recipe.train.log_every == 0 or step == total_steps
         saves = step % recipe.train.checkpoint_every == 0 or step == total_steps
         known = len(guard.skips)
-        trouble = guard.read(step if says or saves else step - 1)  # a step late, it need not wait for the device
+        trouble = guard.read(
+            step if says or saves else step - 1
+        )  # a step late, it need not wait for the device
         if log:
             for skip in guard.skips[known:]:
-                log.note(f"step {skip.step} is skipped: {skip.reason}, loss {skip.loss}, gradient {skip.grad_norm}")
+                log.note(skip.sentence())
         if trouble:
             if log:
                 write_samples(run, trouble, loader, guard.offset, recipe.data.global_batch)

@@ -47,7 +47,9 @@ class Window:
     def close(self) -> dict[str, float | int | None]:
         """The mean of each number over the window's steps but the skipped ones, None without one; and how
         many were skipped. The window starts anew."""
-        means = {name: sum(values) / len(values) if values else None for name, values in self.collect().items()}
+        means = {
+            name: sum(values) / len(values) if values else None for name, values in self.collect().items()
+        }
         means["skipped"] = int(sum(self.collected["skipped"]))
         self.collected = {}
         return means
@@ -67,7 +69,7 @@ class Log:
         self.bar = Progress(step, total_steps)
 
     def write(self, line: dict) -> None:
-        """Append one line; its numbers also go to TensorBoard under their names, the bar shows the main ones."""
+        """Append one line; numbers also go to TensorBoard under their names, the bar shows the main ones."""
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in line.items():

@@ -1,8 +1,8 @@
 """Going back to an earlier checkpoint, and on from there with other data.
 
-Invariant: what a run does after a return follows from the checkpoint it went back to. Its state.json is amended
-by the return before anything is trained, and the checkpoints after it are gone. So a run that is killed during
-or after a return, and started again, comes to the same weights.
+Invariant: what a run does after a return follows from the checkpoint it went back to: its state.json is
+amended by the return before anything is trained, and the checkpoints after it are gone. So a run that is
+killed during or after a return, and started again, comes to the same weights.
 """
 
 import sys
@@ -19,14 +19,14 @@ SAMPLES = "offending-samples.txt"
 
 
 def retreat(run: Path, trouble: Trouble, guard: Guard, global_batch: int, world: World) -> Path:
-    """The checkpoint to continue from, made ready; every rank calls it. Raises Diverged where there is none."""
+    """The checkpoint to continue from, amended; every rank calls it. Raises Diverged where there is none."""
     checkpoints = run / "checkpoints"
     saved = from_rank_0([step for step in checkpoint.steps_of(checkpoints) if step < trouble.first])
     back, in_a_row = guard.way_back(trouble, saved)
     if world.rank == 0:
         print(
-            f"steps {trouble.first} to {trouble.last} were skipped, too many in a row: back to step {back}, and on "
-            f"with the data after step {trouble.last}",
+            f"steps {trouble.first} to {trouble.last} were skipped, too many in a row: back to step {back}, "
+            f"and on with the data after step {trouble.last}",
             file=sys.stderr,
         )
         checkpoint.abandon(checkpoints, back)
