@@ -8,9 +8,10 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.errors import AgreedError, StoppedEarly, UserError
+from pipeline.errors import AgreedError, Diverged, StoppedEarly, UserError
 
 EXAMPLES = """\
 examples:
@@ -32,16 +33,22 @@ examples:
   with keys of the recipe replaced:
     python -m pipeline pretrain vitb16_mae --data D --run R --set train.epochs=100 --set engine.zero_stage=2
 
-exit codes: 0 done; 2 something for you to mend, said in one line; 3 a rank hung, see RUN/stacks; 75 stopped
-early by a signal with everything saved, the same command continues. docs/running.md has the rest
+exit codes: 0 done; 2 something for you to mend, said in one line; 3 a rank hung, see RUN/stacks; 4 the run
+diverges, and what to look at; 75 stopped early by a signal with everything saved, the same command continues.
+docs/running.md has the rest
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(arguments)
+    return exit_code_of(lambda: args.command(args))
+
+
+def exit_code_of(command: Callable[[], None]) -> int:
+    """Run a command; what it raises for the user becomes a line on stderr and an exit code."""
     try:
-        args.command(args)
+        command()
     except AgreedError as error:
         if not _rank():
             print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
@@ -60,6 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
         _let_rank_0_speak()
         print(f"pipeline: error: {error}; make room, and start the same command again", file=sys.stderr)
         return 2
+    except Diverged as error:
+        _let_rank_0_speak()
+        print(f"pipeline: stopped: {error}", file=sys.stderr, flush=True)
+        return 4
     except KeyboardInterrupt:
         print("pipeline: interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

@@ -1,4 +1,5 @@
-"""What a user can mend is a `UserError`: one line that says what, where and what to do, and exit code 2."""
+"""What a user can mend is a `UserError`: one line that says what, where and what to do, and exit code 2.
+A run that cannot be trained on is `Diverged`, and exit code 4."""
 
 
 class UserError(ValueError):
@@ -11,3 +12,7 @@ class AgreedError(UserError):
 
 class StoppedEarly(Exception):
     """A run that was asked to stop, with everything saved: exit code 75, the same command continues."""
+
+
+class Diverged(RuntimeError):
+    """Training that the guard cannot save. The message is shown as it is; exit code 4."""

@@ -121,6 +121,19 @@ class OptimSection(Section):
     clip_grad: float | None = Field(None, gt=0.0)
 
 
+class GuardSection(Section):
+    """When a step is skipped, and what follows: pipeline/train/guard.py."""
+
+    window: int = Field(128, ge=8)
+    """Losses of so many good steps say what a loss should be; until there are as many, no loss is a spike."""
+    spike_z: float | None = Field(10.0, gt=0.0)
+    """A loss so many robust standard deviations over their median is a spike; null: no loss is."""
+    skips_in_a_row: int = Field(8, ge=1)
+    """So many skipped steps in a row: the run goes back to an earlier checkpoint and on with other data."""
+    returns: int = Field(3, ge=0)
+    """So many returns without getting past the trouble: the run stops at the next."""
+
+
 class TrainSection(Section):
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0.0)
@@ -141,6 +154,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     engine: EngineSection = EngineSection()
     optim: OptimSection = OptimSection()
+    guard: GuardSection = GuardSection()
     train: TrainSection
 
     @model_validator(mode="after")

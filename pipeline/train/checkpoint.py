@@ -151,6 +151,19 @@ def publish(directory: Path, step: int, state: dict, retention: TrainSection) ->
     return final
 
 
+def abandon(directory: Path, step: int) -> None:
+    """Remove the checkpoints after `step`: the run goes another way from there."""
+    for newer in steps_of(directory):
+        if newer > step:
+            _remove(directory / name_of(newer))
+    _write(directory / LATEST, name_of(step))
+
+
+def amend(checkpoint: Path, state: dict) -> None:
+    """Replace keys of a checkpoint's state.json."""
+    write_state(checkpoint, {**read_state(checkpoint), **state})
+
+
 def sweep(directory: Path, step: int) -> None:
     """Remove what a killed run left half-written; put aside what is newer than `step`, being damaged."""
     for path in directory.glob(f"*{PARTIAL}"):

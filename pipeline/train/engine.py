@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from deepspeed.utils import logger
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.errors import UserError
+from pipeline.errors import Diverged, UserError
 from pipeline.recipe import Recipe
 from pipeline.train import elastic
 from pipeline.train.distributed import World
@@ -103,16 +104,42 @@ def set_learning_rate(engine: Engine, rate: float) -> None:
         group["lr"] = rate
 
 
-def step(engine: Engine) -> float | torch.Tensor | None:
-    """Count a micro batch; after a global batch's last, update the weights and return the gradient's norm."""
-    if not engine.is_gradient_accumulation_boundary():
+def at_boundary(engine: Engine) -> bool:
+    """Whether the micro batch at work is a global batch's last."""
+    return engine.is_gradient_accumulation_boundary()
+
+
+def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]) -> float | torch.Tensor:
+    """Count a micro batch; after a global batch's last, update the weights. Returns the gradient's norm, 0.0
+    before the last.
+
+    `verdict` is asked with that norm once it is known, before any weight is touched; where it is 1.0 weights
+    and moments stay as they are. The host does not look at it. DeepSpeed itself leaves a step out, too, where
+    the gradient is not finite, and then says that its norm is infinite.
+    """
+    if not at_boundary(engine):
         engine.step()
-        return None
+        return 0.0
     norm = None
     if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled() and not engine.fp16_enabled():
         # Without ZeRO and in fp32 DeepSpeed keeps no norm.
         norm = nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
-    engine.step()
+
+    def ask(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        optimizer.found_inf = verdict(engine.optimizer._global_grad_norm if norm is None else norm)
+
+    asking = engine.basic_optimizer.register_step_pre_hook(ask)
+    try:
+        engine.step()
+    except Exception as error:
+        if "loss scale already at minimum" in str(error):
+            raise Diverged(
+                "fp16: the gradient overflows at the smallest loss scale there is. Look at engine.precision "
+                "(bf16 and fp32 have no loss scale), and the learning rate (optim.base_lr, optim.clip_grad)"
+            ) from None
+        raise
+    finally:
+        asking.remove()
     return engine.get_global_grad_norm() if norm is None else norm
 
 

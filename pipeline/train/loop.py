@@ -7,7 +7,7 @@ ranks at the same ZeRO stage, else to what another order of summation leaves.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +17,15 @@ from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.evals.photographs import first_of_set
 from pipeline.evals.picture import picture
-from pipeline.methods import build_method
+from pipeline.methods import Method, build_method
 from pipeline.plan import forward_flops
 from pipeline.recipe import Recipe
 from pipeline.train import checkpoint, engine, run_directory
 from pipeline.train.distributed import find_world, gathered
+from pipeline.train.guard import Guard
 from pipeline.train.hardware import device_name, memory_gib, peak_flops
 from pipeline.train.metrics import Log, Window
+from pipeline.train.retreat import retreat, write_samples
 from pipeline.train.schedule import learning_rate
 from pipeline.train.stopping import Stopping
 from pipeline.train.trace import Trace, take_back
@@ -33,12 +35,15 @@ SHOWN = 4
 """Images of the shard set whose reconstruction is drawn at every checkpoint."""
 
 
-def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
+def pretrain(
+    recipe: Recipe, data: Sequence[str], run: Path, build: Callable[[Recipe], Method] = build_method
+) -> None:
     """Pre-train `recipe` on the shard sets `data`, or the recipe's own where that is empty, in the run
     directory `run`; continue where it stands.
 
-    Every rank calls it. Raises UserError for what the user can mend, before anything is written; StoppedEarly
-    where a signal ended it before its time.
+    build: makes the method, for experiments with one that no recipe names. Every rank calls it. Raises
+    UserError for what the user can mend, before anything is written; StoppedEarly where a signal ended it
+    before its time; Diverged where the guard gives up.
     """
     # ---- Who we are, and whether what is asked is possible
     stopping = Stopping()
@@ -53,7 +58,7 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
 
     # ---- The model and its engine
     torch.manual_seed(recipe.seed)
-    method = build_method(recipe)
+    method = build(recipe)
     step_flops = 3 * forward_flops(recipe)  # per image; a backward pass costs two forward ones
     engine.connect(recipe.engine.timeout_minutes)
     stopping.connect()
@@ -68,20 +73,34 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
     # ---- Continue where the run directory stands
     checkpoints = run / "checkpoints"
     identity = {"data": reader.fingerprint, "world_size": world.size, "zero_stage": recipe.engine.zero_stage}
-    step, window = 0, Window()
+    threads = recipe.data.threads or world.cores
+    failures = Failures(reader, recipe.data.max_replaced, run / "replaced", world.rank)
+
+    def stand(found: Path | None) -> tuple[int, Window, Guard, Log | None, Trace | None, Loader]:
+        """Everything as it was when the checkpoint was written; None: as it is at the beginning."""
+        state = checkpoint.read_state(found) if found else {"step": 0, "window": None, "guard": None}
+        step, window = state["step"], Window(state["window"])
+        guard = Guard(recipe.guard, recipe.engine.precision, world.device, state["guard"])
+        if found:
+            engine.load(model, checkpoints, found.name)
+        log = None
+        if world.rank == 0:
+            take_back(run, step)
+            log = Log(run, step, total_steps, guard.returns)
+        gathered("taken back")
+        trace = Trace(run, world.rank) if recipe.data.trace else None
+        place = world.device, world.rank, world.size, step
+        loader = Loader(reader, recipe, method.noise_size, *place, threads, guard.offset, failures)
+        return step, window, guard, log, trace, loader
+
     newest = checkpoint.newest_whole(checkpoints, world.rank, world.size)
     if newest:
-        state = checkpoint.read_state(newest)
-        run_directory.check_continuation(newest, state, identity)
-        engine.load(model, checkpoints, newest.name)
-        step, window = state["step"], Window(state["window"])
+        run_directory.check_continuation(newest, checkpoint.read_state(newest), identity)
+    step, window, guard, log, trace, loader = stand(newest)
     saved_step = step
-    log = None
-    if world.rank == 0:
+    if log:
         checkpoint.sweep(checkpoints, step)
-        take_back(run, step)
         run_directory.describe(run, recipe, step, world)
-        log = Log(run, step, total_steps)
         log.note(
             f"{recipe.method.name} on {recipe.model.name}: {num_samples} images, {total_steps} steps of "
             f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch} "
@@ -90,21 +109,6 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
         )
         if unchecked:
             log.note(unchecked)
-    gathered("begun")
-    trace = Trace(run, world.rank) if recipe.data.trace else None
-    threads = recipe.data.threads or world.cores
-    failures = Failures(reader, recipe.data.max_replaced, run / "replaced", world.rank)
-    loader = Loader(
-        reader,
-        recipe,
-        method.noise_size,
-        world.device,
-        world.rank,
-        world.size,
-        step,
-        threads,
-        failures=failures,
-    )
 
     shown = first_of_set(reader, SHOWN, recipe.data).to(world.device)
     pictures = run / "reconstructions"
@@ -116,8 +120,9 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
         """Draw what the model does at this step, and write a checkpoint."""
         state = {
             **identity,
-            "stream": step * recipe.data.global_batch,
+            "stream": guard.offset + step * recipe.data.global_batch,
             "window": window.collect(),
+            "guard": guard.state(),
             "recipe": recipe.model_dump(mode="json"),
             "versions": run_directory.versions(),
         }
@@ -145,20 +150,47 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
             replaced += batch.replaced
             output = model(batch.images, batch.noise)
             model.backward(output.loss)
-            norm = engine.step(model)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 parts[name] = parts.get(name, 0.0) + value / accumulation
+            if engine.at_boundary(model):
+                guard.hear(parts["loss"])
+            norm = engine.step(model, guard.verdict)
             if trace:
                 trace.write(step, loader.keys(batch.located), batch.images, batch.noise)
             watchdog.alive()
         if stopping.reason:
             break
-        counts = {"grad_norm": norm, "replaced": replaced * world.size}  # the ranks' mean is taken
-        window.add({**parts, **{k: torch.as_tensor(v, device=world.device) for k, v in counts.items()}})
         step += 1
+        # The ranks' mean is taken.
+        counts = {"grad_norm": norm, "skipped": guard.close(step, norm), "replaced": replaced * world.size}
+        window.add({**parts, **{k: torch.as_tensor(v, device=world.device) for k, v in counts.items()}})
+
+        # ---- Go back, where nothing else helps
+        says = step % recipe.train.log_every == 0 or step == total_steps
+        saves = step % recipe.train.checkpoint_every == 0 or step == total_steps
+        known = len(guard.skips)
+        trouble = guard.read(
+            step if says or saves else step - 1
+        )  # a step late: without waiting for the device
+        if log:
+            for skip in guard.skips[known:]:
+                log.note(skip.sentence())
+        if trouble:
+            if log:
+                write_samples(run, trouble, loader, guard.offset, recipe.data.global_batch)
+                log.stop(trouble.last, trouble.reason)
+                log.close()
+            loader.close()
+            if trace:
+                trace.close()
+            found = retreat(run, trouble, guard, recipe.data.global_batch, world)
+            step, window, guard, log, trace, loader = stand(found)
+            saved_step = step
+            began, waited, logged_step = time.perf_counter(), loader.waited, step
+            continue
 
         # ---- Say how it goes
-        if step % recipe.train.log_every == 0 or step == total_steps:
+        if says:
             means = window.close()
             took = time.perf_counter() - began
             images_per_s = (step - logged_step) * recipe.data.global_batch / took
@@ -166,9 +198,10 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
                 log.write(
                     {
                         "step": step,
-                        "epoch": step * recipe.data.global_batch / num_samples,
+                        "epoch": (guard.offset + step * recipe.data.global_batch) / num_samples,
                         "samples": step * recipe.data.global_batch,
                         **means,
+                        **({"skips": [skip._asdict() for skip in guard.skips]} if guard.skips else {}),
                         "lr": rate,
                         "images_per_s": images_per_s,
                         "data_wait": (loader.waited - waited) / took,
@@ -176,24 +209,27 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
                         "memory": memory_gib(world.device),
                     }
                 )
+            guard.skips.clear()
             began, waited, logged_step = time.perf_counter(), loader.waited, step
         if log:
             log.advance(step)
 
         # ---- Make sure of it
-        if step % recipe.train.checkpoint_every == 0 or step == total_steps:
+        if saves:
             window.collect()  # waits for the device, so before the clock stops
             paused = time.perf_counter()
             make_sure()
             saved_step = step
             began += time.perf_counter() - paused  # the rate is the rate of training
 
-    if step > saved_step:  # stopped early
+    if step > saved_step and not guard.read(step):  # stopped early, and not in trouble
         make_sure()
+        saved_step = step
 
     # ---- Close
     watchdog.close()
     loader.close()
+    reader.close()
     if trace:
         trace.close()
     if log:
@@ -202,5 +238,5 @@ def pretrain(recipe: Recipe, data: Sequence[str], run: Path) -> None:
         log.close()
     if lock is not None:
         os.close(lock)
-    stopping.raise_reason(step)
+    stopping.raise_reason(saved_step)
     engine.disconnect()

@@ -23,7 +23,7 @@ class Window:
         self._pending: list[dict[str, torch.Tensor]] = []
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Take one step's 0-d tensors; the same names at every step."""
+        """Take one step's 0-d tensors; the same names at every step, "skipped" (1.0 or 0.0) among them."""
         self._pending.append(values)
 
     def collect(self) -> dict[str, list[float]]:
@@ -35,24 +35,35 @@ class Window:
         if self._pending:
             names = list(self._pending[0])
             rows = [torch.stack([step[name].float() for name in names]) for step in self._pending]
-            for name, column in zip(names, all_ranks_mean(torch.stack(rows)).T.tolist(), strict=True):
-                self.collected.setdefault(name, []).extend(column)
+            for row in all_ranks_mean(torch.stack(rows)).tolist():
+                step = dict(zip(names, row, strict=True))
+                for name, value in step.items():
+                    kept = self.collected.setdefault(name, [])
+                    if name == "skipped" or not step["skipped"]:
+                        kept.append(value)
             self._pending.clear()
         return self.collected
 
-    def close(self) -> dict[str, float]:
-        """The mean over the window's steps of each number; the window starts anew."""
-        means = {name: sum(values) / len(values) for name, values in self.collect().items()}
+    def close(self) -> dict[str, float | int | None]:
+        """The mean of each number over the window's steps but the skipped ones, None without one; and how
+        many were skipped. The window starts anew."""
+        means = {
+            name: sum(values) / len(values) if values else None for name, values in self.collect().items()
+        }
+        means["skipped"] = int(sum(self.collected["skipped"]))
         self.collected = {}
         return means
 
 
 class Log:
-    """Writes the metrics of a run, from the line after `step` on."""
+    """Writes the metrics of a run, from the line after `step` on.
 
-    def __init__(self, run: Path, step: int, total_steps: int):
+    returns: the guard's, which the file must hold, each once, and no others.
+    """
+
+    def __init__(self, run: Path, step: int, total_steps: int, returns: list[dict]):
         self.path = run / "metrics.jsonl"
-        _take_back(self.path, step)
+        _take_back(self.path, step, returns)
         self.file = open(self.path, "a")  # noqa: SIM115 (closed in `close`)
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.bar = Progress(step, total_steps)
@@ -62,9 +73,14 @@ class Log:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in line.items():
-            if name != "step" and value is not None:
+            if name != "step" and isinstance(value, int | float):
                 self.board.add_scalar(name, value, line["step"])
         self.bar.show(line)
+
+    def stop(self, step: int, reason: str) -> None:
+        """Append the event that no step after `step` can be trained; a return takes it back."""
+        self.file.write(json.dumps({"step": step, "event": "stop", "reason": reason}) + "\n")
+        self.flush()
 
     def advance(self, step: int) -> None:
         self.bar.advance(step)
@@ -84,18 +100,19 @@ class Log:
         self.board.close()
 
 
-def _take_back(path: Path, step: int) -> None:
-    """Remove the lines after `step`, and a last line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+def _take_back(path: Path, step: int, returns: list[dict]) -> None:
+    """Remove the lines after `step`, events other than `returns`, and a last line that a kill cut short."""
+    kept, missing = [], list(returns)
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] > step:
-                break
+            entry = json.loads(line)
+            at = entry["step"]
         except (ValueError, KeyError, TypeError):
             break
-        kept.append(line + "\n")
+        if missing and entry == missing[0]:
+            kept.append(missing.pop(0))
+        elif at <= step and "event" not in entry:
+            kept.append(entry)
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept + missing))
     os.replace(temporary, path)

@@ -25,9 +25,8 @@ class Progress:
             self.bar.update(step - self.bar.n)
 
     def show(self, line: dict) -> None:
-        text = (
-            f"loss {line['loss']:.4f}, {line['images_per_s']:.0f} images/s, data wait {line['data_wait']:.1%}"
-        )
+        loss = "every step skipped" if line["loss"] is None else f"loss {line['loss']:.4f}"
+        text = f"{loss}, {line['images_per_s']:.0f} images/s, data wait {line['data_wait']:.1%}"
         if self.bar:
             self.bar.set_postfix_str(text)
             return

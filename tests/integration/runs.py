@@ -24,6 +24,8 @@ SMALL = {  # a model small enough that starting up takes longer than training
 class Run:
     """One run directory and the command that trains there."""
 
+    PROGRAM = ("pipeline", "pretrain", "demo_emae")
+
     def __init__(self, shards: Path | None, directory: Path):
         """shards: None where the settings name data.sources."""
         self.shards, self.directory = shards, directory
@@ -35,22 +37,22 @@ class Run:
     def command(self, ranks: int, settings: dict) -> list[str]:
         sets = [f"--set={key}={value}" for key, value in {**SMALL, **settings}.items()]
         data = ["--data", str(self.shards)] if self.shards else []
-        arguments = ["pretrain", "demo_emae", *data, "--run", str(self.directory), *sets]
+        arguments = [*self.PROGRAM[1:], *data, "--run", str(self.directory), *sets]
         if ranks == 1:
-            return [sys.executable, "-m", "pipeline", *arguments]
+            return [sys.executable, "-m", self.PROGRAM[0], *arguments]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         launcher = Path(sys.executable).with_name("deepspeed")
         options = ["--num_accelerators", str(ranks), "--master_port", str(port), "--module"]
-        return [str(launcher), *options, "pipeline", *arguments]
+        return [str(launcher), *options, self.PROGRAM[0], *arguments]
 
     def start(self, ranks: int = 1, **settings) -> subprocess.Popen:
         settings = {key.replace("__", "."): value for key, value in settings.items()}
         with open(self.output, "w") as output:
             return subprocess.Popen(
                 self.command(ranks, settings),
-                env={**os.environ, "DS_ACCELERATOR": "cpu"},
+                env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parent)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -78,3 +80,11 @@ class Run:
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
+
+
+class FaultyRun(Run):
+    """A run whose method fails as `faults` says (see faulty.py)."""
+
+    def __init__(self, shards: Path, directory: Path, faults: list[dict]):
+        super().__init__(shards, directory)
+        self.PROGRAM = ("faulty", json.dumps(faults))

@@ -25,7 +25,7 @@ def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photogr
     )
 
     expected = {"step", "epoch", "samples", "loss", "reconstruction", "consistency", "lr", "grad_norm"}
-    assert expected | {"replaced", "images_per_s", "data_wait", "mfu", "memory"} == lines[0].keys()
+    assert expected | {"skipped", "replaced", "images_per_s", "data_wait", "mfu", "memory"} == lines[0].keys()
     assert [line["samples"] for line in lines] == [16, 32, 48, 64]
     board = EventAccumulator(str(directory / "tensorboard"))
     board.Reload()

@@ -1,0 +1,51 @@
+"""Going back to an earlier checkpoint, and on from there with other data.
+
+Invariant: what a run does after a return follows from the checkpoint it went back to: its state.json is
+amended by the return before anything is trained, and the checkpoints after it are gone. So a run that is
+killed during or after a return, and started again, comes to the same weights.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.loader import Loader
+from pipeline.train import checkpoint
+from pipeline.train.distributed import World, from_rank_0, gathered
+from pipeline.train.guard import Guard, Trouble
+
+SAMPLES = "offending-samples.txt"
+
+
+def retreat(run: Path, trouble: Trouble, guard: Guard, global_batch: int, world: World) -> Path:
+    """The checkpoint to continue from, amended; every rank calls it. Raises Diverged where there is none."""
+    checkpoints = run / "checkpoints"
+    saved = from_rank_0([step for step in checkpoint.steps_of(checkpoints) if step < trouble.first])
+    back, in_a_row = guard.way_back(trouble, saved)
+    if world.rank == 0:
+        print(
+            f"steps {trouble.first} to {trouble.last} were skipped, too many in a row: back to step {back}, "
+            f"and on with the data after step {trouble.last}",
+            file=sys.stderr,
+        )
+        checkpoint.abandon(checkpoints, back)
+    gathered("abandoned")
+    found = checkpoint.newest_whole(checkpoints, world.rank, world.size)
+    state = checkpoint.read_state(found)
+    gathered("read")
+    if world.rank == 0:
+        changed = guard.go_back(trouble, state["step"], in_a_row, state["guard"], global_batch)
+        checkpoint.amend(found, {"guard": changed})
+    gathered("amended")
+    return found
+
+
+def write_samples(run: Path, trouble: Trouble, loader: Loader, offset: int, global_batch: int) -> None:
+    """Append the keys of the trouble's samples to offending-samples.txt: "<step> <sample key>" a line."""
+    with open(run / SAMPLES, "a") as file:
+        for step in range(trouble.first, trouble.last + 1):
+            positions = offset + (step - 1) * global_batch + np.arange(global_batch)
+            images = np.unique(positions // loader.recipe.data.crops_per_image)
+            keys = loader.keys(loader.stream.locate(images))
+            file.write("".join(f"{step} {key}\n" for key in keys))

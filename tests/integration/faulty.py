@@ -1,0 +1,95 @@
+"""Pre-train with a method whose loss or gradient goes wrong at chosen moments. Started like `-m pipeline`.
+
+    python -m faulty FAULTS --data DIR --run DIR --set KEY=VALUE...
+
+FAULTS is JSON: a list of {"kind": "loss" | "gradient" | "spike", and "steps": [...], numbers as in
+metrics.jsonl, or "data_of_steps": [...]: whenever a sample comes by that those steps would read}.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.__main__ import exit_code_of
+from pipeline.data.order import rank_positions
+from pipeline.data.random import Purpose, uniform
+from pipeline.data.reader import ShardReader
+from pipeline.methods import Method, MethodOutput, build_method
+from pipeline.recipe import load_recipe
+from pipeline.train.loop import pretrain
+
+FACTOR = {"loss": float("nan"), "gradient": float("nan"), "spike": 100.0}
+
+
+class BreakGradient(torch.autograd.Function):
+    """The loss as it is; its gradient multiplied by `factor`."""
+
+    @staticmethod
+    def forward(ctx, loss, factor):
+        ctx.save_for_backward(factor)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+
+class Faulty(Method):
+    """A recipe's method, with faults."""
+
+    def __init__(self, method, faults, total_steps):
+        super().__init__()
+        self.method, self.faults, self.total_steps, self.step = method, faults, total_steps, 0
+        self.noise_size, self.patch_size = method.noise_size, method.patch_size
+        self.normalize_targets = method.normalize_targets
+        self.encoder = method.encoder
+
+    def set_progress(self, done):
+        self.step = round(done * self.total_steps) + 1
+        self.method.set_progress(done)
+
+    def reconstruct(self, images, noise):
+        return self.method.reconstruct(images, noise)
+
+    def forward(self, images, noise) -> MethodOutput:
+        output = self.method(images, noise)
+        loss = output.loss
+        for fault in self.faults:
+            now = torch.tensor(self.step in fault.get("steps", []))
+            if "noise" in fault:
+                now = now | (noise[:, 0, None] == fault["noise"]).any()
+            factor = torch.where(now, FACTOR[fault["kind"]], 1.0)
+            loss = BreakGradient.apply(loss, factor) if fault["kind"] == "gradient" else loss * factor
+        return output._replace(loss=loss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("faults", type=json.loads)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--local_rank")
+    args = parser.parse_args()
+    recipe = load_recipe("demo_emae", args.overrides)
+
+    def build(recipe):
+        method = build_method(recipe)
+        stream = ShardReader(recipe.sources([args.data]), recipe.data).stream(recipe.seed)
+        for fault in args.faults:
+            for step in fault.get("data_of_steps", []):
+                located = stream.locate(rank_positions(step - 1, recipe.data.global_batch, 0, 1))
+                seen = uniform(recipe.seed, Purpose.MASK, located.epoch, located.sample, method.noise_size)
+                known = fault.setdefault("noise", torch.empty(0))
+                fault["noise"] = torch.cat([known, torch.from_numpy(np.ascontiguousarray(seen[:, 0]))])
+        return Faulty(method, args.faults, recipe.train.steps)
+
+    sys.exit(exit_code_of(lambda: pretrain(recipe, [args.data], args.run, build)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Skip steps on real engines, and see that nothing moved. `python -m skipped_step`; fails by an assertion."""
+
+import torch
+from runs import SMALL
+
+from pipeline.methods import build_method
+from pipeline.recipe import load_recipe
+from pipeline.train import engine
+from pipeline.train.distributed import find_world
+from pipeline.train.guard import Guard
+
+
+def tensors(tree: object, path: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor in a state, copied."""
+    if isinstance(tree, torch.Tensor):
+        return {path: tree.detach().clone()}
+    items = tree.items() if isinstance(tree, dict) else ()
+    if isinstance(tree, list | tuple):
+        items = enumerate(tree)
+    return {k: v for key, value in items for k, v in tensors(value, f"{path}.{key}").items()}
+
+
+def everything(model) -> dict[str, torch.Tensor]:
+    """The weights in use, the masters, the moments and the step counters."""
+    return tensors(
+        {
+            # With ZeRO-3 a parameter is the rank's share of it; the whole is there only now and then.
+            "weights": {name: getattr(p, "ds_tensor", p) for name, p in model.module.named_parameters()},
+            "optimizer": model.optimizer.state_dict(),
+            "base": list(model.basic_optimizer.state.values()),
+        }
+    )
+
+
+def train(model, method, guard, step, factor=1.0, broken=False):
+    """One step; `broken`: one weight's gradient is not finite. Returns whether it was skipped."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(4, 3, 32, 32, generator=generator)
+    engine.set_learning_rate(model, 1e-3)
+    loss = model(images, torch.rand(4, method.noise_size, generator=generator)).loss * factor
+    if broken:
+        loss.register_hook(lambda gradient: gradient * float("nan"))
+    model.backward(loss)
+    guard.hear(loss)
+    norm = engine.step(model, guard.verdict)
+    return bool(guard.close(step, norm))
+
+
+def check(stage: int, precision: str, clip: float | None, world) -> None:
+    settings = {
+        **SMALL,
+        "engine.zero_stage": stage,
+        "engine.precision": precision,
+        "data.global_batch": 4,
+        "guard.window": 8,
+        "optim.clip_grad": "null" if clip is None else clip,
+    }
+    recipe = load_recipe("demo_emae", [f"{key}={value}" for key, value in settings.items()])
+    torch.manual_seed(0)
+    method = build_method(recipe)
+    model = engine.build_engine(recipe, method, world)
+    guard = Guard(recipe.guard, precision, world.device, None)
+    step = 0
+    for _ in range(40):  # fp16's loss scale comes down first
+        step += 1
+        good = not train(model, method, guard, step)
+        if good and torch.isfinite(guard._losses).all():
+            break
+    for fault in ({"factor": 50.0}, {"factor": float("nan")}, {"broken": True}):
+        before = everything(model)
+        step += 1
+        assert train(model, method, guard, step, **fault), (stage, precision, clip, fault)
+        after = everything(model)
+        assert before.keys() == after.keys()
+        moved = [name for name in before if not torch.equal(before[name], after[name])]
+        assert not moved, (stage, precision, clip, fault, moved)
+        while train(model, method, guard, step := step + 1):
+            assert precision == "fp16", (stage, clip, fault)
+        assert any(not torch.equal(value, before[name]) for name, value in everything(model).items())
+        assert all(torch.isfinite(value).all() for value in everything(model).values())
+    guard.read(step)
+    reasons = {skip.reason for skip in guard.skips}
+    print("zero", stage, precision, "clip", clip, len(before), "tensors;", sorted(reasons))
+
+
+def main() -> None:
+    world = find_world()
+    engine.connect()
+    for precision in ("fp32", "bf16", "fp16"):
+        for stage in (0, 1, 2, 3):
+            for clip in (None, 0.1):
+                check(stage, precision, clip, world)
+    engine.disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What goes wrong is skipped, the run goes back, and in the end it stops; never silently, on any rank."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import FaultyRun, Run
+
+HERE = Path(__file__).parent
+DATA_FAULT = {"kind": "loss", "data_of_steps": [10, 11]}
+RETURNING = {"train__steps": 14, "guard__skips_in_a_row": 2, "train__log_every": 2}
+
+
+def trained(lines):
+    return [(line["step"], line["loss"]) for line in lines if "event" not in line]
+
+
+def events(lines):
+    return [line for line in lines if "event" in line]
+
+
+def test_a_skipped_step_moves_no_bit_of_weights_moments_and_counters():
+    finished = subprocess.run(
+        [sys.executable, "-m", "skipped_step"],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert finished.stdout.count(" tensors; ") == 24  # precisions x stages x with and without clipping
+
+
+def test_bad_losses_gradients_and_spikes_are_skipped_counted_and_said(shards, tmp_path):
+    faults = [
+        {"kind": "loss", "steps": [3]},
+        {"kind": "gradient", "steps": [6]},
+        {"kind": "spike", "steps": [4, 12]},  # at 4 nobody knows yet what a loss should be
+    ]
+    run = FaultyRun(shards, tmp_path / "run", faults)
+    lines = run.train(2, train__steps=13, guard__window=8, train__log_every=3, engine__zero_stage=2)
+    assert [line["skipped"] for line in lines] == [1, 1, 0, 1, 0]
+    said = [skip for line in lines for skip in line.get("skips", [])]
+    assert [(skip["step"], skip["reason"]) for skip in said] == [
+        (3, "the loss is not finite"),
+        (6, "the gradient is not finite"),
+        (12, "the loss is a spike"),
+    ]
+    assert all(line["loss"] < 100 for line in lines if line["step"] != 6)
+    output = run.output.read_text()
+    assert all(output.count(f"step {step} is skipped: ") == 1 for step in (3, 6, 12))
+    assert run.directory.joinpath("checkpoints", "step-00000013").is_dir()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    run = FaultyRun(shards, tmp_path_factory.mktemp("returning") / "run", [DATA_FAULT])
+    run.train(2, **RETURNING)
+    return run
+
+
+def test_a_run_goes_back_and_on_behind_the_data_that_broke_it(undisturbed):
+    (event,) = events(undisturbed.metrics())
+    assert event["event"] == "return" and event["trouble"] == [10, 11] and event["step"] == 8
+    assert event["skipped_samples"] == 3 * 16
+    assert [step for step, _ in trained(undisturbed.metrics())] == [2, 4, 6, 8, 10, 12, 14]
+    assert sum(line["skipped"] for line in undisturbed.metrics() if "event" not in line) == 0
+    assert undisturbed.metrics()[-1]["epoch"] * 96 == pytest.approx(14 * 16 + 48)
+    bad = (undisturbed.directory / "offending-samples.txt").read_text().splitlines()
+    assert len(bad) == len(set(bad)) == 2 * 16
+
+
+@pytest.mark.parametrize("moment", ["returned", "trained on"])
+def test_killed_after_a_return_it_ends_as_if_it_had_not_been(undisturbed, shards, tmp_path, moment):
+    run = FaultyRun(shards, tmp_path / "run", [DATA_FAULT])
+    latest = run.directory / "checkpoints" / "step-00000012"
+    conditions = {"returned": lambda: events(run.metrics()), "trained on": latest.is_dir}
+    run.kill_when(run.start(2, **RETURNING), conditions[moment])
+    run.train(2, **RETURNING)
+    lines, expected = run.metrics(), undisturbed.metrics()
+    assert trained(lines) == trained(expected) and events(lines) == events(expected)
+
+
+def test_trouble_that_stays_ends_the_run_with_exit_code_4_and_advice(shards, tmp_path):
+    run = FaultyRun(shards, tmp_path / "run", [{"kind": "gradient", "steps": list(range(10, 30))}])
+    settings = {"train__steps": 20, "guard__skips_in_a_row": 3, "guard__returns": 2}
+    assert run.start(2, **settings).wait() == 4
+    returns = [line for line in run.metrics() if line.get("event") == "return"]
+    assert [line["step"] for line in returns] == [8, 4] and [line["in_a_row"] for line in returns] == [1, 2]
+    assert run.metrics()[-1]["event"] == "stop"
+    output = run.output.read_text()
+    assert "optim.base_lr" in output and "engine.precision" in output and "offending-samples.txt" in output
+    assert "Traceback" not in output
+    assert run.start(2, **settings).wait() == 4  # it does not begin anew by itself
+
+
+def test_without_a_checkpoint_to_go_back_to_it_stops(shards, tmp_path):
+    run = FaultyRun(shards, tmp_path / "run", [{"kind": "loss", "steps": [2, 3]}])
+    assert run.start(1, train__steps=8, guard__skips_in_a_row=2).wait() == 4
+    assert "there is no checkpoint from before that" in run.output.read_text()
+
+
+def test_a_healthy_run_never_trips(shards, tmp_path):
+    lines = Run(shards, tmp_path / "run").train(1, train__steps=60, guard__window=16)
+    assert sum(line["skipped"] for line in lines) == 0
