@@ -85,7 +85,7 @@ def check(stage: int, precision: str, clip: float | None, world) -> None:
 
 def main() -> None:
     world = find_world()
-    engine.connect()
+    engine.connect(timeout_minutes=10)
     for precision in ("fp32", "bf16", "fp16"):
         for stage in (0, 1, 2, 3):
             for clip in (None, 0.1):
