@@ -17,6 +17,7 @@ they import), then --packages DIR. What does not import is skipped, and a line s
 """
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -301,6 +302,7 @@ def litdata(place: Path, photographs: Path, threads: int) -> Batches:
         chunk_bytes="32MB",
         num_workers=1,
     )
+    multiprocessing.set_start_method("fork", force=True)  # optimize has set it to spawn
     dataset = Augmented(str(out), shuffle=True, drop_last=True)
     return _forever(litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=threads))
 
