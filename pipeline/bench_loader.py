@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pipeline.data.background import Background
 from pipeline.data.dali import Decoder, training_graph
 from pipeline.data.failures import Failures
 from pipeline.data.loader import Loader, Planned, Planner, prefetch_of
@@ -165,7 +166,7 @@ def _decode(held: list[Planned], planner: Planner, device: torch.device, threads
         )  # a graph cut short leaves inputs unused
         return Decoder(
             training_graph(data, device.type == "cuda", last),
-            itertools.cycle(held).__next__,
+            Background(itertools.cycle(held), 1),
             planner.replace,
             len(held[0].encoded),
             device,

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 END = object()
+POLL = 0.2  # seconds between two looks at whether it was closed
 
 
 class Background(Generic[T]):
@@ -23,17 +24,25 @@ class Background(Generic[T]):
 
     def take(self) -> T:
         """The next item. After the last one StopIteration, however often it is asked for; also where there is
-        a `failure`."""
-        if not self._ended:
-            item = self._queue.get()
+        a `failure`, and after `stop`."""
+        while not self._ended:
+            try:
+                item = self._queue.get(timeout=POLL)
+            except queue.Empty:
+                self._ended = self._closed.is_set()
+                continue
             if item is not END:
                 return item
             self._ended = True
         raise StopIteration
 
-    def close(self) -> None:
-        """Ends the thread as soon as the iterator gives it the word."""
+    def stop(self) -> None:
+        """Nothing more will be taken."""
         self._closed.set()
+
+    def close(self) -> None:
+        """Stops, and waits for the thread, which ends when the iterator has made its next item."""
+        self.stop()
         self._thread.join()
 
     def _work(self, items: Iterator[T]) -> None:
@@ -48,7 +57,7 @@ class Background(Generic[T]):
     def _put(self, item: object) -> bool:
         while not self._closed.is_set():
             try:
-                self._queue.put(item, timeout=0.2)
+                self._queue.put(item, timeout=POLL)
                 return True
             except queue.Full:
                 continue

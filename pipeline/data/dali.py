@@ -1,22 +1,29 @@
 """DALI: encoded images in, pixels on the device out. The only file that imports it.
 
-Invariant: DALI decides nothing. It is given each image's bytes and where to cut it, resizes as Pillow does
-(bicubic, antialiased) and normalises; the same inputs give the same pixels, on a GPU (`mixed` decode) as on a
-CPU, to what the decoders differ by. An image that DALI cannot decode costs its batch nothing: it is found,
-replaced by whoever feeds the decoder, and every other image of the batch comes out as if nothing had been.
+Invariant: DALI decides nothing. It is given each image's bytes and where to cut it; the same inputs give the
+same pixels, Pillow's (bicubic, antialiased) to less than half a level of 255 on average. An image that DALI
+cannot decode costs its batch nothing: it is found, replaced by whoever feeds the decoder, and every other
+image of the batch comes out as if nothing had been.
+
+On a GPU DALI does everything. On the CPU it decodes, and `pixels` resizes and normalises, in as many threads:
+DALI's own resize takes several times as long there.
 
 The pixels are float32 whatever the model's precision: targets are computed from them, DALI has no bfloat16,
 and the patch embedding casts them anyway.
 """
 
+import atexit
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
+from pipeline.data.background import Background
+from pipeline.data.pixels import normalize, resize
 from pipeline.recipe import DataSection
 
 
@@ -29,10 +36,17 @@ class Feed(Protocol):
 
 
 class Graph(NamedTuple):
-    """What is computed: `build` connects DALI's operators from so many inputs to the images."""
+    """What is computed."""
 
     num_inputs: int
+    """The first so many of a batch's inputs go to DALI."""
     build: Callable
+    """Connects DALI's operators from these inputs to the output."""
+    shape: tuple[int, ...] = ()
+    """Of the pixels of an image."""
+    finish: Callable[[tuple, int, torch.Tensor, torch.Tensor], None] | None = None
+    """On the CPU: given the batch's inputs, a row in them and what DALI decoded for it, (h, w, 3) uint8,
+    writes its pixels into the last argument, float32 of `shape`."""
 
 
 T = TypeVar("T", bound=Feed)
@@ -44,28 +58,71 @@ class Decoder(Generic[T]):
     def __init__(
         self,
         graph: Graph,
-        source: Callable[[], T],
+        source: Background[T],
         replace: Callable[[T, int, str], T],
         batch: int,
         device: torch.device,
         threads: int,
         prefetch: int,
     ):
-        """source: waits for the next batch, of at most `batch` images; StopIteration at the end, and again
-        whenever asked after it. replace: given a batch, the row of an image that DALI cannot decode and why,
-        returns the batch with another image there, or raises."""
+        """source: the batches, of at most `batch` images. replace: given a batch, the row of an image that
+        DALI cannot decode and why, returns the batch with another image there, or raises."""
         self._graph, self._source, self._replace, self._device = graph, source, replace, device
         self._in_flight: deque[tuple[T, tuple]] = deque()
         self._again: deque[T] = deque()
         self._probe: Pipeline | None = None
         self._build = lambda: _pipeline(graph, self._feed, batch, device, threads, prefetch)
         self._pipeline: Pipeline | None = self._build()
+        self._finished: Background | None = None
+        if graph.finish:
+            self._threads = threads
+            self._pool = ThreadPoolExecutor(threads)
+            self._finished = Background(self._finish(), prefetch)
+        atexit.register(self.close)  # a thread that still runs DALI when the interpreter ends would abort it
 
     def next(self) -> tuple[T, torch.Tensor]:
         """The next batch and its images. StopIteration at the end, RuntimeError where DALI fails on a batch
         but on none of its images."""
+        if self._finished is None:
+            item, _, decoded = self._decode()
+            images = torch.from_dlpack(decoded.as_tensor())
+            # A copy on a GPU costs nothing and leaves no doubt whose memory it is; DALI uses torch's stream.
+            return item, images.clone() if self._device.type == "cuda" else images
+        try:
+            return self._finished.take()
+        except StopIteration:
+            if self._finished.failure:
+                raise self._finished.failure from None
+            raise
+
+    def close(self) -> None:
+        """Stops the source, too."""
+        atexit.unregister(self.close)
+        self._source.stop()
+        if self._finished:
+            self._finished.close()
+            self._pool.shutdown()
+        self._pipeline = self._probe = None
+
+    def _finish(self) -> Iterator[tuple[T, torch.Tensor]]:
+        """On the CPU, in a thread of its own: what DALI has decoded, resized and normalised."""
+        while True:
+            try:
+                item, inputs, decoded = self._decode()
+            except StopIteration:
+                return
+            images = torch.empty(len(decoded), *self._graph.shape)
+
+            def finish(first: int, inputs=inputs, decoded=decoded, images=images) -> None:
+                for row in range(first, len(decoded), self._threads):
+                    self._graph.finish(inputs, row, torch.from_dlpack(decoded[row]), images[row])
+
+            list(self._pool.map(finish, range(self._threads)))
+            yield item, images
+
+    def _decode(self) -> tuple[T, tuple, object]:
+        """The next batch, its inputs, and what DALI put out for it."""
         on_gpu = self._device.type == "cuda"
-        # On torch's stream, so that DALI reuses the memory only after the copy below.
         stream = torch.cuda.current_stream(self._device) if on_gpu else None
         while True:
             try:
@@ -73,19 +130,13 @@ class Decoder(Generic[T]):
                 break
             except RuntimeError as error:
                 self._recover(error)
-        item, _ = self._in_flight.popleft()
-        images = torch.from_dlpack(decoded.as_tensor())
-        # On the CPU the tensor owns its memory. On a GPU a copy costs nothing and leaves no doubt.
-        return item, images.clone() if on_gpu else images
-
-    def close(self) -> None:
-        self._pipeline = self._probe = None
+        return *self._in_flight.popleft(), decoded
 
     def _feed(self) -> tuple:
-        item = self._again.popleft() if self._again else self._source()
+        item = self._again.popleft() if self._again else self._source.take()
         inputs = item.inputs()
         self._in_flight.append((item, inputs))  # DALI reads the arrays in place
-        return inputs
+        return inputs[: self._graph.num_inputs]
 
     def _recover(self, error: RuntimeError) -> None:
         """Find what cannot be decoded in the batches on their way, replace it, and begin anew with them."""
@@ -108,7 +159,14 @@ class Decoder(Generic[T]):
         """Why DALI cannot decode a single image; None where it can."""
         self._single = inputs
         if self._probe is None:
-            self._probe = _pipeline(self._graph, lambda: self._single, 1, self._device, threads=1, prefetch=1)
+            self._probe = _pipeline(
+                self._graph,
+                lambda: self._single[: self._graph.num_inputs],
+                1,
+                self._device,
+                threads=1,
+                prefetch=1,
+            )
         try:
             self._probe.run()
         except RuntimeError as error:
@@ -124,13 +182,14 @@ def training_graph(data: DataSection, on_gpu: bool, last: str = "augment") -> Gr
     (width, height), which a single crop has not, and whether it is mirrored. Output: (n, 3, H, W) float32, or
     (n, crops, 3, H, W). last: "decode" gives no more than the decoded boxes' shapes, to measure it.
     """
-    crops = data.crops_per_image
-    size = [data.image_size, data.image_size]
+    crops, size = data.crops_per_image, [data.image_size, data.image_size]
+    shape = (3, *size) if crops == 1 else (crops, 3, *size)
 
-    def build(encoded, anchor, shape, *views):
-        box = fn.decoders.image_slice(encoded, anchor, shape, axis_names="WH", **_decoding(on_gpu))
-        if last == "decode":
-            return box.shape()
+    def decode(encoded, anchor, extent):
+        return fn.decoders.image_slice(encoded, anchor, extent, axis_names="WH", **_decoding(on_gpu))
+
+    def build(encoded, anchor, extent, *views):
+        box = decode(encoded, anchor, extent)
         if crops == 1:
             return _augmented(box, size, views[0], data)
         cut = [
@@ -139,7 +198,20 @@ def training_graph(data: DataSection, on_gpu: bool, last: str = "augment") -> Gr
         ]
         return fn.stack(*cut)
 
-    return Graph(4 if crops == 1 else 3 + 3 * crops, build)
+    def finish(inputs: tuple, row: int, box: torch.Tensor, out: torch.Tensor) -> None:
+        views = [view[row].tolist() for view in inputs[3:]]
+        if crops == 1:
+            normalize(resize(box, size), data, out, mirror=views[0])
+            return
+        for crop in range(crops):
+            (x, y), (w, h), mirror = views[3 * crop : 3 * crop + 3]
+            normalize(resize(box[y : y + h, x : x + w], size), data, out[crop], mirror)
+
+    if last == "decode":
+        return Graph(3, lambda *inputs: decode(*inputs).shape())
+    if on_gpu:
+        return Graph(4 if crops == 1 else 3 + 3 * crops, build)
+    return Graph(3, decode, shape, finish)
 
 
 def evaluation_graph(data: DataSection, on_gpu: bool) -> Graph:
@@ -148,14 +220,21 @@ def evaluation_graph(data: DataSection, on_gpu: bool) -> Graph:
     Inputs: encoded, the size it takes (height, width), the square's (x, y) in it. Output: (n, 3, H, W)
     float32.
     """
+    side = data.image_size
+
+    def decode(encoded):
+        return fn.decoders.image(encoded, **_decoding(on_gpu))
 
     def build(encoded, size, anchor):
-        image = fn.decoders.image(encoded, **_decoding(on_gpu))
-        image = fn.resize(image, size=fn.cast(size, dtype=types.FLOAT), **RESIZE)
-        square = np.array([data.image_size, data.image_size], np.int32)
+        image = fn.resize(decode(encoded), size=fn.cast(size, dtype=types.FLOAT), **RESIZE)
+        square = np.array([side, side], np.int32)
         return _normalized(fn.slice(image, anchor, square, axis_names="WH"), None, data)
 
-    return Graph(3, build)
+    def finish(inputs: tuple, row: int, image: torch.Tensor, out: torch.Tensor) -> None:
+        size, (x, y) = inputs[1][row].tolist(), inputs[2][row].tolist()
+        normalize(resize(image, size)[y : y + side, x : x + side], data, out)
+
+    return Graph(3, build) if on_gpu else Graph(1, decode, (3, side, side), finish)
 
 
 RESIZE = {"interp_type": types.INTERP_CUBIC, "antialias": True}

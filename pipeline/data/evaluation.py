@@ -82,7 +82,7 @@ class EvaluationLoader:
         prefetch = prefetch_of(self.data, self.device)
         ahead = Background(self._plan(), prefetch)
         graph = evaluation_graph(self.data, self.device.type == "cuda")
-        decoder = Decoder(graph, ahead.take, self._blame, self.batch, self.device, self.threads, prefetch)
+        decoder = Decoder(graph, ahead, self._blame, self.batch, self.device, self.threads, prefetch)
         try:
             for _ in range(self.first, self.end, self.batch):
                 try:
@@ -96,8 +96,8 @@ class EvaluationLoader:
                     [self.reader.key(*at) for at in zip(*planned.located[1:3], strict=True)],
                 )
         finally:
-            ahead.close()
             decoder.close()
+            ahead.close()
 
     def _plan(self) -> Iterator[Planned]:
         ends = np.cumsum(self.reader.shard_sizes)

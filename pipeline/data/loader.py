@@ -155,7 +155,7 @@ class Loader:
         self._ahead = Background(plans, prefetch_of(data, device))
         self._decoder = Decoder(
             training_graph(data, device.type == "cuda"),
-            self._ahead.take,
+            self._ahead,
             planner.replace,
             recipe.engine.micro_batch // data.crops_per_image,
             device,
@@ -189,8 +189,8 @@ class Loader:
 
     def close(self) -> None:
         self._read_ahead.close()
-        self._ahead.close()
         self._decoder.close()
+        self._ahead.close()
 
     def _batches(self) -> Iterator[Located]:
         """This rank's micro batches of images, forever."""

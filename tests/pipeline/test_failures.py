@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_prep.shard_set import read_index, read_manifest, tar_path
+from pipeline.data.background import Background
 from pipeline.data.dali import Decoder, training_graph
 from pipeline.data.failures import Failures
 from pipeline.data.loader import Loader, Planner
@@ -125,8 +126,7 @@ def test_what_stands_in_is_cut_by_the_random_numbers_of_the_sample_that_was_to_b
     neighbour = reader.read(number, (i + 1) % size)
     planned = Planner(reader, recipe, 16, Failures(reader, 0)).plan(located, [neighbour])
 
-    given = iter([planned])
-    decoder = Decoder(training_graph(recipe.data, False), lambda: next(given), None, 1, CPU, 1, 1)
+    decoder = Decoder(training_graph(recipe.data, False), Background(iter([planned]), 1), None, 1, CPU, 1, 1)
     expected = decoder.next()[1][0]
     decoder.close()
     assert torch.equal(ours, expected)

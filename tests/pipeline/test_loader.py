@@ -1,4 +1,7 @@
 import io
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -49,6 +52,45 @@ def test_to_begin_at_a_step_is_to_have_skipped_the_ones_before(shards):
     whole, late = take(shards, steps=6), take(shards, steps=2, step=4)
     for all_steps, last_two in zip(whole, late, strict=True):
         assert np.array_equal(all_steps[-48:], last_two)
+
+
+def test_pixels_do_not_depend_on_threads_or_prefetch_and_stay_what_they_were(shards):
+    def batches(threads, prefetch):
+        loader = Loader(
+            ShardReader(shards), recipe_of(f"data.prefetch={prefetch}"), NOISE, CPU, threads=threads
+        )
+        found = [(batch.images, batch.images.clone()) for batch in (loader.next() for _ in range(12))]
+        loader.close()
+        return found
+
+    for one, other in zip(batches(1, 1), batches(3, 4), strict=True):
+        assert (
+            torch.equal(one[0], one[1]) and torch.equal(other[0], other[1]) and torch.equal(one[0], other[0])
+        )
+
+
+def test_the_seconds_waited_for_batches_are_counted(shards):
+    loader = Loader(ShardReader(shards), recipe_of(), NOISE, CPU)
+    began = time.perf_counter()
+    for _ in range(6):
+        loader.next()
+    took = time.perf_counter() - began
+    assert 0.5 * took < loader.waited <= took
+    loader.close()
+
+
+def test_a_program_that_ends_with_its_loader_open_ends_well(shards):
+    code = (
+        "import sys, torch\n"
+        "from pipeline.data.loader import Loader\n"
+        "from pipeline.data.reader import ShardReader\n"
+        "from pipeline.recipe import load_recipe\n"
+        "loader = Loader(ShardReader(sys.argv[1]), load_recipe('demo_emae'), 16, torch.device('cpu'))\n"
+        "loader.next()\n"
+        "sys.exit(2)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code, str(shards)], capture_output=True, text=True)
+    assert finished.returncode == 2 and not finished.stderr
 
 
 def test_the_next_epoch_cuts_the_same_sample_otherwise(shards):

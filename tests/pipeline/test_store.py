@@ -222,6 +222,18 @@ def test_a_shard_that_is_deleted_before_it_is_opened_is_named(copied):
     assert f"{name}.tar: is missing" in message and took < SLACK
 
 
+def test_a_local_read_that_hangs_is_given_up(copied):
+    """As on a dead NFS server; here a pipe that nobody writes to."""
+    reader = ShardReader(copied, section())
+    path = tar_path(copied, reader.manifest.shards[2])
+    path.unlink()
+    os.mkfifo(path)
+    message, took = failure_of(reader)
+    assert f"{path.name}: cannot be read (tries: 3): no answer for 0.5 s" in message
+    assert took < Patience(0.5, 2).bound + SLACK
+    os.close(os.open(path, os.O_RDWR))  # lets the threads go that hang in there
+
+
 def test_a_shard_that_is_truncated_is_named(copied):
     reader = changed_while_running(copied, lambda path: os.truncate(path, path.stat().st_size // 2))
     message, took = failure_of(reader)
