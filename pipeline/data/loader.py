@@ -9,6 +9,7 @@ decoded once for all of them.
 when one of them is late.
 """
 
+import atexit
 import itertools
 import time
 from collections.abc import Iterator
@@ -162,6 +163,7 @@ class Loader:
             threads,
             prefetch_of(data, device),
         )
+        atexit.register(self.close)  # no thread may be at work when the interpreter ends
 
     def next(self) -> Batch:
         """The next micro batch. UserError where a sample cannot be read, or too many cannot be decoded."""
@@ -188,6 +190,7 @@ class Loader:
         return [self.reader.key(s, i) for s, i in zip(located.shard, located.index, strict=True)]
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         self._read_ahead.close()
         self._decoder.close()
         self._ahead.close()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import StoppedEarly, UserError
+from pipeline.errors import AgreedError, StoppedEarly, UserError
 from pipeline.train.distributed import gathered
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -73,7 +73,7 @@ class Stopping:
             if self._failure and not isinstance(self._failure, UserError):
                 raise self._failure
             first = next(message for message in messages if message)
-            raise UserError(f"{first}. Everything is saved at step {step}")
+            raise AgreedError(f"{first}. Everything is saved at step {step}")
         if self.reason:
             raise StoppedEarly(
                 f"stopped early by {_name(self.reason)}, everything is saved at step {step}; "

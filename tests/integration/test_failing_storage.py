@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from data_prep.shard_set import read_manifest, tar_path
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
@@ -40,11 +42,15 @@ def test_a_server_that_stalls_for_good(run, shards):
     assert "warning: " in run.output.read_text() and "try 2 of 3" in run.output.read_text()
 
 
-def test_a_shard_that_is_truncated_under_a_run(run, shards, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_shard_that_is_truncated_under_a_run(run, shards, tmp_path, ranks):
+    """However many ranks: they stop together, with everything saved."""
     run.shards = shutil.copytree(shards, tmp_path / "set")
-    process = run.start(1, train__steps=10**6, **PATIENCE)
+    process = run.start(ranks, train__steps=10**6, train__checkpoint_every=10**6, **PATIENCE)
     wait_for_steps(run, process)
     path = tar_path(run.shards, read_manifest(run.shards).shards[1])
     with open(path, "r+b") as file:
         file.truncate(4096)
     assert f"{path}: ends at byte 4,096" in complaint(run, process, BOUND)
+    (saved,) = (run.directory / "checkpoints").glob("step-????????")
+    assert int(saved.name[5:]) >= run.metrics()[-1]["step"] >= 3

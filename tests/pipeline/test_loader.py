@@ -90,7 +90,7 @@ def test_a_program_that_ends_with_its_loader_open_ends_well(shards):
         "sys.exit(2)\n"
     )
     finished = subprocess.run([sys.executable, "-c", code, str(shards)], capture_output=True, text=True)
-    assert finished.returncode == 2 and not finished.stderr
+    assert finished.returncode == 2 and not finished.stderr, finished.stderr
 
 
 def test_the_next_epoch_cuts_the_same_sample_otherwise(shards):
