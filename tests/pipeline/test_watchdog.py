@@ -1,0 +1,34 @@
+"""A process that makes no progress ends, and says where it was; one that does is left alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+START = "import ctypes, sys, time\nfrom pathlib import Path\nfrom pipeline.train.watchdog import Watchdog\n"
+START += "dog = Watchdog(Path(sys.argv[1]), 3, 1.0)\n"
+
+
+def end_of(tmp_path, script):
+    done = subprocess.run(
+        [sys.executable, "-c", START + script, str(tmp_path)], capture_output=True, text=True, timeout=30
+    )
+    path = tmp_path / "stacks" / "rank-3.txt"
+    return done.returncode, path.read_text() if path.exists() else None
+
+
+@pytest.mark.parametrize(
+    ("hang", "code"),
+    [
+        ("def waits_for_ever(): time.sleep(25)\nwaits_for_ever()", 3),
+        # PyDLL keeps the interpreter's lock, so that no other thread runs
+        ("def waits_for_ever(): ctypes.PyDLL(None).sleep(25)\nwaits_for_ever()", 1),
+    ],
+)
+def test_a_process_that_hangs_ends_and_leaves_its_stack(tmp_path, hang, code):
+    returned, stacks = end_of(tmp_path, hang)
+    assert returned == code and "in waits_for_ever" in stacks
+
+
+def test_a_process_that_is_alive_is_left_alone_and_leaves_nothing(tmp_path):
+    assert end_of(tmp_path, "for _ in range(10):\n  time.sleep(0.3); dog.alive()\ndog.close()") == (0, None)
