@@ -46,6 +46,26 @@ def test_one_flipped_bit_is_found(tmp_path_factory, bit, name):
     assert len(checkpoint.faults(found, checkpoint.files_of(found))) == 1
 
 
+def test_every_flipped_bit_of_state_json_is_found_or_changes_nothing(tmp_path):
+    path = write(tmp_path, 1) / "state.json"
+    content = path.read_bytes()
+    state = checkpoint.read_state(path.parent)
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert checkpoint.read_state(path.parent) == state  # white space
+        except ValueError:
+            continue
+
+
+def test_multiples_of_keep_every_stay_for_good(tmp_path):
+    for step in range(1, 10):
+        write(tmp_path, step, keep=2, every=3)
+    assert checkpoint.steps_of(tmp_path) == [3, 6, 8, 9]
+
+
 @pytest.mark.parametrize("name", ["model.pt", "inner/optimizer.pt", "state.json"])
 @pytest.mark.parametrize("how", ["removed", "cut", "emptied"])
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, name, how):
