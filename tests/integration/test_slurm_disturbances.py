@@ -1,0 +1,120 @@
+"""A job that is disturbed comes back by itself, and its losses are those of a job that was left in peace."""
+
+import random
+import time
+
+import pytest
+from cluster import Cluster, Network
+from jobs import Job, needs_slurm
+
+LONG = {"train__steps": 400, "train__checkpoint_every": 50, "model__width": 64}
+TEMPLATE = "pretrain_vitl.sh"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, shards, tmp_path_factory) -> list[tuple[int, float]]:
+    job = Job(cluster, shards, tmp_path_factory.mktemp("peace"), **LONG)
+    job.train(TEMPLATE)
+    assert len(job.losses()) == LONG["train__steps"]
+    return job.losses()
+
+
+def until(condition, seconds, job):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, job.said()[-4000:]
+        found = job.cluster.job(job.id)
+        assert found["JobState"] not in ("COMPLETED", "FAILED"), job.said()[-4000:]
+        job.cluster.hurry(found)
+        time.sleep(0.05)
+
+
+def train_on(job, steps):
+    """Wait until the job has logged so many steps more than it has now."""
+    wanted = len(job.losses()) + steps
+    until(lambda: len(job.losses()) >= wanted, 200, job)
+
+
+def has_left(job):
+    return job.cluster.job(job.id)["JobState"] != "RUNNING"
+
+
+def requeue(job):
+    job.cluster.run("scontrol", "requeue", job.id)
+
+
+def signal(job):
+    job.cluster.run("scancel", "--signal=USR1", job.id)
+
+
+def time_limit(job):
+    """The time limit is near: Slurm signals, as the template asks it to."""
+    job.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=2")
+    until(lambda: has_left(job), 90, job)
+    job.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
+
+
+def lost_node(job):
+    job.cluster.kill_node("n2")
+    until(lambda: has_left(job), 90, job)
+    job.cluster.start_node("n2")
+
+
+def drained_node(job):
+    job.cluster.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=maintenance")
+    requeue(job)
+    until(lambda: has_left(job), 90, job)
+    job.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+
+DISTURBANCES = [requeue, signal, time_limit, lost_node, drained_node]
+
+
+def disturbed(cluster, shards, place, disturbances, chance) -> Job:
+    job = Job(cluster, shards, place, **LONG)
+    job.submit(TEMPLATE, "--time=60")
+    for disturb in disturbances:
+        train_on(job, chance.randrange(5, 30))
+        restarts = int(cluster.job(job.id)["Restarts"])
+        disturb(job)
+        until(lambda before=restarts: int(cluster.job(job.id)["Restarts"]) > before, 90, job)
+    ended = job.wait()
+    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == len(disturbances), job.said()
+    return job
+
+
+def test_a_job_that_is_signalled_and_loses_a_node_continues_by_itself(cluster, shards, tmp_path, undisturbed):
+    job = disturbed(cluster, shards, tmp_path, [signal, lost_node], random.Random(0))
+    assert job.losses() == undisturbed
+    assert "exit code 75 at checkpoint step-" in job.said()
+
+
+@pytest.mark.soak
+def test_ten_random_disturbances(cluster, shards, tmp_path, undisturbed):
+    chance = random.Random(1)
+    order = 2 * DISTURBANCES
+    chance.shuffle(order)
+    assert disturbed(cluster, shards, tmp_path, order, chance).losses() == undisturbed
+
+
+def test_a_cut_link_ends_all_ranks_and_the_job_continues_when_it_is_back(shards, tmp_path, undisturbed):
+    needs_slurm()
+    network = Network()
+    try:
+        cluster = Cluster(tmp_path / "cluster", network)
+        try:
+            job = Job(cluster, shards, tmp_path, **LONG, engine__timeout_minutes=0.5)
+            job.submit(TEMPLATE, "--time=60")
+            train_on(job, 10)
+            ranks = cluster.processes("n1", "pretrain") + cluster.processes("n2", "pretrain")
+            network.plug("n2", connected=False)
+            cut = time.monotonic()
+            until(lambda: not any(rank.exists() for rank in ranks), 90, job)
+            assert len(ranks) >= 2 and time.monotonic() - cut < 60
+            network.plug("n2", connected=True)
+            assert job.wait()["JobState"] == "COMPLETED"
+            assert job.losses() == undisturbed
+        finally:
+            cluster.close()
+    finally:
+        network.close()
