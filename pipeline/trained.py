@@ -1,7 +1,7 @@
 """A trained method, out of a run directory.
 
 Invariant: the weights are those of the newest whole checkpoint, whatever ZeRO stage, precision and number of
-ranks it was trained with; the fp32 masters, but for ZeRO 0 in 16 bits, where they are the 16-bit weights.
+ranks it was trained with: the fp32 masters.
 """
 
 from pathlib import Path

@@ -4,8 +4,10 @@ Invariant: the losses in metrics.jsonl do not depend on interruptions. Lines aft
 continues from are taken back, and what was collected towards the next line is part of the checkpoint.
 """
 
+import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -65,6 +67,7 @@ class Log:
         self.path = run / "metrics.jsonl"
         _take_back(self.path, step, returns)
         self.file = open(self.path, "a")  # noqa: SIM115 (closed in `close`)
+        threading.excepthook = _quiet_where_the_disk_is_full
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.bar = Progress(step, total_steps)
 
@@ -98,6 +101,12 @@ class Log:
         self.bar.close()
         self.file.close()
         self.board.close()
+
+
+def _quiet_where_the_disk_is_full(what: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes from a thread of its own; what it meets, the main thread meets too, and says."""
+    if getattr(what.exc_value, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        threading.__excepthook__(what)
 
 
 def _take_back(path: Path, step: int, returns: list[dict]) -> None:

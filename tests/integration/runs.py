@@ -71,15 +71,35 @@ class Run:
     def losses(self) -> list[tuple[int, float]]:
         return [(line["step"], line["loss"]) for line in self.metrics()]
 
-    def kill_when(self, process: subprocess.Popen, condition) -> None:
-        """SIGKILL the launcher and all ranks as soon as the condition holds; it must before they end."""
+    def wait_for(self, process: subprocess.Popen, condition) -> None:
+        """Wait until the condition holds; it must before the run ends."""
         deadline = time.monotonic() + 300
         while not condition():
             assert process.poll() is None, self.output.read_text()[-4000:]
             assert time.monotonic() < deadline
             time.sleep(0.005)
+
+    def kill_when(self, process: subprocess.Popen, condition) -> None:
+        """SIGKILL the launcher and all ranks as soon as the condition holds."""
+        self.wait_for(process, condition)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
+
+    def ranks(self, process: subprocess.Popen) -> dict[int, int]:
+        """The process ids of the ranks that DeepSpeed's launcher has started, by rank."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if os.getpgid(int(entry.name)) != process.pid:
+                    continue
+                words = (entry / "environ").read_text().split("\0")
+                command = (entry / "cmdline").read_text().split("\0")
+            except (OSError, ProcessLookupError):
+                continue  # it has just ended
+            environment = dict(word.split("=", 1) for word in words if "=" in word)
+            if "pretrain" in command and "CROSS_SIZE" in environment:
+                found[int(environment["RANK"])] = int(entry.name)
+        return found
 
 
 class FaultyRun(Run):

@@ -12,33 +12,6 @@ from pipeline.train import checkpoint
 STEPS = 40
 
 
-def ranks_of(process) -> dict[int, int]:
-    """The processes of a run, by rank."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            if os.getpgid(int(entry.name)) != process.pid:
-                continue
-            environment = dict(
-                item.split("=", 1) for item in (entry / "environ").read_text().split("\0") if "=" in item
-            )
-            command = (entry / "cmdline").read_text().split("\0")
-        except (OSError, ProcessLookupError):
-            continue
-        if "pretrain" in command and "CROSS_SIZE" in environment:
-            found[int(environment["RANK"])] = int(entry.name)
-    return found
-
-
-def wait_for(process, run, condition) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline, run.output.read_text()[-4000:]
-        time.sleep(0.005)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
     from runs import Run
@@ -53,9 +26,9 @@ SETTINGS = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__log_
 
 def test_sigusr1_to_one_rank_saves_and_stops_within_a_step_and_the_run_continues_exactly(run, undisturbed):
     process = run.start(2, **SETTINGS)
-    wait_for(process, run, lambda: len(run.metrics()) >= 2)
+    run.wait_for(process, lambda: len(run.metrics()) >= 2)
     before = run.metrics()[-1]["step"]
-    os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    os.kill(run.ranks(process)[1], signal.SIGUSR1)
     assert process.wait(60) == 75, run.output.read_text()[-4000:]
     output = run.output.read_text()
     assert "stopped early by SIGUSR1, everything is saved at step" in output and "Traceback" not in output
@@ -69,8 +42,8 @@ def test_sigterm_while_a_checkpoint_is_written_leaves_it_whole(run):
     settings = {"train__steps": STEPS, "train__checkpoint_every": 4}
     checkpoints = run.directory / "checkpoints"
     process = run.start(2, **settings)
-    wait_for(process, run, lambda: any(checkpoints.glob("*.partial/*")))
-    os.kill(ranks_of(process)[0], signal.SIGTERM)
+    run.wait_for(process, lambda: any(checkpoints.glob("*.partial/*")))
+    os.kill(run.ranks(process)[0], signal.SIGTERM)
     assert process.wait(60) == 75, run.output.read_text()[-4000:]
     newest = checkpoint.newest_whole(checkpoints)
     assert newest.name == (checkpoints / "latest").read_text()
@@ -79,7 +52,7 @@ def test_sigterm_while_a_checkpoint_is_written_leaves_it_whole(run):
 
 def test_a_second_signal_ends_the_run_at_once_and_the_last_checkpoint_is_whole(run):
     process = run.start(1, train__steps=10000, train__checkpoint_every=4)
-    wait_for(process, run, lambda: (run.directory / "checkpoints" / "latest").exists())
+    run.wait_for(process, lambda: (run.directory / "checkpoints" / "latest").exists())
     os.kill(process.pid, signal.SIGSTOP)  # both arrive while it does something else
     os.kill(process.pid, signal.SIGTERM)
     os.kill(process.pid, signal.SIGUSR1)
@@ -90,7 +63,7 @@ def test_a_second_signal_ends_the_run_at_once_and_the_last_checkpoint_is_whole(r
 
 def test_a_signal_while_starting_up_stops_before_the_first_step(run):
     process = run.start(1, train__steps=STEPS)
-    wait_for(process, run, lambda: "connecting" in run.output.read_text())
+    run.wait_for(process, lambda: "connecting" in run.output.read_text())
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 75, run.output.read_text()[-4000:]
     assert run.metrics() == []
@@ -99,8 +72,8 @@ def test_a_signal_while_starting_up_stops_before_the_first_step(run):
 @pytest.mark.parametrize("victim", ["deepspeed", "launch.py"])
 def test_ranks_whose_launcher_was_killed_save_and_end(run, victim):
     process = run.start(2, train__steps=10000, train__checkpoint_every=10000)
-    wait_for(process, run, lambda: len(run.metrics()) >= 2)
-    ranks = ranks_of(process)
+    run.wait_for(process, lambda: len(run.metrics()) >= 2)
+    ranks = run.ranks(process)
     launcher = int(Path(f"/proc/{ranks[0]}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(process.pid if victim == "deepspeed" else launcher, signal.SIGKILL)
     process.wait(30)

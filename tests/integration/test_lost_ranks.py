@@ -1,0 +1,30 @@
+"""A rank that is lost, or stands still, ends the whole run within a bound; the same command continues it."""
+
+import os
+import signal
+import time
+
+import pytest
+
+STEPS = 60
+PATIENCE = 0.3  # minutes
+SETTINGS = {"train__steps": STEPS, "train__checkpoint_every": 20, "engine__timeout_minutes": PATIENCE}
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_stands_still_or_dies_ends_the_run_and_it_continues(run, number):
+    process = run.start(2, **SETTINGS)
+    run.wait_for(process, lambda: len(run.metrics()) >= 22)
+    ranks = run.ranks(process)
+    os.kill(ranks[1], number)
+    began = time.monotonic()
+    assert process.wait(120) not in (0, None)
+    assert time.monotonic() - began < 60 * PATIENCE + 30
+    if number == signal.SIGSTOP:
+        stack = (run.directory / "stacks" / "rank-0.txt").read_text()
+        assert "Thread" in stack and "loop.py" in stack
+        assert "some rank hangs" in run.output.read_text()
+        os.kill(ranks[1], signal.SIGKILL)  # its launcher is gone, and it hears nothing
+    lines = run.train(2, **SETTINGS)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert not (run.directory / "stacks" / "rank-0.txt").exists()
