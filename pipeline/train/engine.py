@@ -73,6 +73,13 @@ def connect(timeout_minutes: float) -> None:
         print("connecting; DeepSpeed's CPU operations are compiled once, for about a minute", file=sys.stderr)
     timeout = timedelta(minutes=max(10.0, 2 * timeout_minutes))
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    if get_accelerator().device_name() == "cpu":
+        dist.barrier()  # now every rank has opened every other's buffer, and the names are not needed
+        name = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(
+            os.getuid(), **os.environ
+        )
+        # DeepSpeed leaves them, 66 MiB of memory a rank and run, for as long as the machine is up.
+        Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def build_engine(recipe: Recipe, method: nn.Module, world: World) -> Engine:

@@ -11,7 +11,7 @@ class TorchRun(Run):
 
     def command(self, ranks: int, settings: dict) -> list[str]:
         python, _, *module = super().command(1, settings)
-        options = ["--standalone", "--nproc-per-node", str(ranks), "-m"]
+        options = ["--standalone", "--nproc-per-node", str(ranks), "-m", "--"]
         return [str(Path(python).with_name("torchrun")), *options, *module]
 
 
