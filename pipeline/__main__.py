@@ -20,7 +20,7 @@ examples:
   python -m pipeline reconstruct runs/l16 --images photos/ --out reconstruction.png
 """
 PRETRAIN = """\
-Pre-train a recipe on a shard set. The same command under `deepspeed --module pipeline`, `torchrun -m
+Pre-train a recipe on a shard set. The same command under `deepspeed --module pipeline`, `torchrun -m --
 pipeline` or `srun python -m pipeline` trains on many GPUs. Started again on a run directory that holds a
 checkpoint, it continues there: nothing is lost, read twice or trained twice.
 """
@@ -68,8 +68,8 @@ def exit_code_of(command: Callable[[], None]) -> int:
         print(f"pipeline: error: {error}; make room, and start the same command again", file=sys.stderr)
         return 2
     except Diverged as error:
-        _let_rank_0_speak()
-        print(f"pipeline: stopped: {error}", file=sys.stderr, flush=True)
+        if not _rank():
+            print(f"pipeline: stopped: {error}", file=sys.stderr, flush=True)
         return 4
     except KeyboardInterrupt:
         print("pipeline: interrupted; the same command continues from the last checkpoint", file=sys.stderr)

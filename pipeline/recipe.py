@@ -284,6 +284,8 @@ class Recipe(Section):
             raise UserError(
                 f"--data {given[0]}, data.sources: both name shard sets; leave one of the two out"
             )
+        if not all(given):
+            raise UserError("--data: is empty; give a shard set's directory or URL")
         if len(set(given)) < len(given):
             raise UserError(f"--data {max(given, key=given.count)}: stands there twice")
         sources = self.data.sources or tuple(Source(path=path) for path in given)

@@ -47,7 +47,7 @@ setup() {
   local first
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   MASTER_ADDR=${MASTER_ADDR:-$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')}
-  export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
+  export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12768))}
 }
 
 # ranks COMMAND...: one task a GPU. The ranks end together by themselves; who has not after a minute is ended.
@@ -60,12 +60,13 @@ ranks() {
 alone() { srun --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" "${INSIDE[@]}" "$PYTHON" "$@"; }
 
 pretrain() {
-  need DATA "a shard set that python -m data_prep made"
+  # A recipe of your own may name its shard sets itself, by data.sources.
+  [ -f "$RECIPE" ] || need DATA "a shard set that python -m data_prep made"
   need RUN "the run directory, on storage that all nodes see"
   setup
   local overrides=() pair code=0
   for pair in ${SETS:-}; do overrides+=(--set "$pair"); done
-  set -- "$RECIPE" --data "$DATA" --run "$RUN" "${overrides[@]}"
+  set -- "$RECIPE" ${DATA:+--data "$DATA"} --run "$RUN" "${overrides[@]}"
   say "$RECIPE on ${SLURM_JOB_NUM_NODES} nodes, $SLURM_NTASKS tasks, start $((${SLURM_RESTART_COUNT:-0} + 1))"
   ranks preflight "$@" || code=$?
   [ $code -ne 0 ] || ranks pretrain "$@" || code=$?

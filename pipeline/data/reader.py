@@ -80,6 +80,7 @@ class ShardReader:
         self._cache = self._open_cache()
         self.sets = [self._open_set(source.path) for source in sources]
         self._check_cache()
+        self._check_different()
         self._shards = [(place, shard) for place in self.sets for shard in place.manifest.shards]
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._indexes_kept = 4 + 2 * self.data.window_shards * len(self.sets)
@@ -217,6 +218,10 @@ class ShardReader:
         """Ends what is being read: whoever waits for it gets `patience.Stopped`."""
         self._closed.set()
 
+    def reopen(self) -> None:
+        """Read on, after `close`, when nobody reads any more."""
+        self._closed.clear()
+
     def _open_set(self, path: str) -> ShardSet:
         store = open_store(path)
         try:
@@ -232,6 +237,18 @@ class ShardReader:
         except ShardSetError as error:
             raise UserError(str(error)) from None
         return ShardSet(store, manifest)
+
+    def _check_different(self) -> None:
+        """UserError where two sources are the same set, by content, however their paths are spelt."""
+        places: dict[tuple[str, ...], str] = {}
+        for shard_set in self.sets:
+            content = tuple(shard.sha256 for shard in shard_set.manifest.shards)
+            place = str(shard_set.store.place)
+            if content in places:
+                raise UserError(
+                    f"{places[content]} and {place} are the same shard set; leave one of them out"
+                )
+            places[content] = place
 
     def _open_cache(self) -> Cache | None:
         data = self.data

@@ -120,11 +120,14 @@ class UrlStore:
     def __init__(self, url: str):
         import fsspec  # heavy, and most runs never need it
 
-        self.place = re.sub(r"//[^/@]*@", "//", url.rstrip("/"))  # without a password
+        self.place = re.sub(r"//[^/@]*@", "//", url.partition("?")[0].rstrip("/"))  # without a password
+        if "?" in url:
+            raise UserError(f"{self.place}: a URL with a query (?...) cannot name a directory; leave it out")
         try:
             self._files, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{self.place}: cannot be opened: {' '.join(str(error).split())}") from None
+        except Exception as error:  # some file systems connect here, and each has its own kinds
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.place}: cannot be opened: {reason or type(error).__name__}") from None
 
     def read(self, name: str, spans: Sequence[Span], alive: Alive) -> list[bytes]:
         parts = []

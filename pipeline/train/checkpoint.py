@@ -27,7 +27,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pipeline.errors import UserError
+from pipeline.errors import AgreedError
 from pipeline.recipe import TrainSection
 from pipeline.train import engine
 from pipeline.train.distributed import World, from_rank_0, gathered
@@ -62,7 +62,7 @@ def save(
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         gibibytes = shutil.disk_usage(directory).free / 2**30
-        raise UserError(
+        raise AgreedError(
             f"{directory}: the checkpoint of step {step} cannot be written: {failures[0]} "
             f"({gibibytes:.1f} GiB are free). The one before is whole: make room and start again"
         )
@@ -89,7 +89,7 @@ def newest_whole(directory: Path, rank: int = 0, world_size: int = 1) -> Path | 
         try:
             files = sorted(read_state(checkpoint)["files"])
             found = faults(checkpoint, files[rank::world_size])
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             found = [str(error)]
         found = [fault for part in gathered(found) for fault in part]
         if not found:
@@ -99,7 +99,7 @@ def newest_whole(directory: Path, rank: int = 0, world_size: int = 1) -> Path | 
                 f"warning: {checkpoint.name} is damaged ({found[0]}); trying the one before", file=sys.stderr
             )
     if steps:
-        raise UserError(
+        raise AgreedError(
             f"{directory}: every checkpoint is damaged; mend one, or remove them all to begin anew"
         )
     return None

@@ -9,15 +9,17 @@ import os
 import platform
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import UserError
+from pipeline.errors import AgreedError, UserError
 
+T = TypeVar("T")
 PORTS = range(20000, 32768)  # below the usual range of ephemeral ports
 
 
@@ -29,18 +31,14 @@ class World(NamedTuple):
     local_rank: int
     local_size: int
     device: torch.device
-
-    @property
-    def cores(self) -> int:
-        """This rank's share of the node's cores: Slurm's word where it has one, else an even share."""
-        if "SLURM_CPUS_PER_TASK" in os.environ:
-            return _number("SLURM_CPUS_PER_TASK")
-        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+    cores: int
+    """This rank's share of the node's cores: srun's word where it has one, else an even share."""
 
 
 def find_world() -> World:
     """Read the launcher's environment, complete it for DeepSpeed, choose the device and its CPU threads."""
     env = os.environ
+    cores = None
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, size = _number("RANK"), _number("WORLD_SIZE")
         local_rank = _number("LOCAL_RANK", rank)
@@ -50,6 +48,8 @@ def find_world() -> World:
         rank, size = _number("SLURM_PROCID"), _number("SLURM_STEP_NUM_TASKS")
         local_rank = _number("SLURM_LOCALID")
         local_size = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0])
+        if "SLURM_CPUS_PER_TASK" in env:
+            cores = _number("SLURM_CPUS_PER_TASK")
         if "MASTER_ADDR" not in env:
             env["MASTER_ADDR"] = _address_of_first(env["SLURM_STEP_NODELIST"])
         env.setdefault("MASTER_PORT", str(PORTS[_number("SLURM_JOB_ID") % len(PORTS)]))
@@ -75,7 +75,8 @@ def find_world() -> World:
             )
         device = torch.device("cpu")
         env["DS_ACCELERATOR"] = "cpu"
-    world = World(rank, size, local_rank, local_size, device)
+    cores = cores or max(1, len(os.sched_getaffinity(0)) // local_size)
+    world = World(rank, size, local_rank, local_size, device, cores)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
         torch.set_num_threads(world.cores)
     return world
@@ -110,6 +111,19 @@ def gathered(value: object) -> list[object]:
     boxes = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, value)
     return boxes
+
+
+def agreed(what: Callable[[], T]) -> T:
+    """This rank's result of what needs no other rank. AgreedError on all where one raises UserError."""
+    done, fault = None, None
+    try:
+        done = what()
+    except UserError as error:
+        fault = str(error)
+    faults = dict.fromkeys(text for text in gathered(fault) if text)
+    if faults:
+        raise AgreedError("; ".join(faults))
+    return done
 
 
 def _number(name: str, default: int | None = None) -> int:

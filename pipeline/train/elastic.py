@@ -133,6 +133,7 @@ def load(model, paths: list[Path], numbers: dict) -> None:
     for flat in flats(model):
         saved.fill(flat, WEIGHT, flat.tensor.data)
         state = optimizer.state[flat.tensor]
+        state.clear()
         for kind in sorted({kind for name in flat.names for kind in saved.kinds(name)} - {WEIGHT}):
             if kind not in state:
                 state[kind] = torch.zeros_like(flat.tensor.data)

@@ -157,7 +157,7 @@ def save(engine: Engine, path: Path) -> None:
 
 def complete(engine: Engine, path: Path) -> None:
     """Add what one rank alone writes, when all have saved: the numbers, and the weights in fp32."""
-    writers = sum((path / _part(rank)).is_file() for rank in range(dist.get_world_size()))
+    writers = dist.get_world_size() if engine.zero_optimization_stage() else 1
     numbers = {**elastic.numbers(engine), "writers": writers}
     (path / NUMBERS).write_text(json.dumps(numbers, indent=1))
     saved = elastic.Saved([path / _part(writer) for writer in range(writers)])

@@ -192,7 +192,7 @@ def _farewell(trouble: Trouble, why: str) -> str:
     return (
         f"steps {trouble.first} to {trouble.last} cannot be trained ({trouble.reason}), and {why}. Look at "
         "the learning rate (optim.base_lr, optim.warmup_epochs, optim.clip_grad), at engine.precision (bf16 "
-        "or fp32, not fp16), and at the images of those steps, in the run directory's offending-samples.txt"
+        "or fp32, not fp16) in a new --run, and at those steps' images, in this one's offending-samples.txt"
     )
 
 

@@ -21,7 +21,7 @@ from pipeline.methods import Method, build_method
 from pipeline.plan import forward_flops
 from pipeline.recipe import Recipe
 from pipeline.train import checkpoint, engine, run_directory
-from pipeline.train.distributed import find_world, gathered
+from pipeline.train.distributed import agreed, find_world, gathered
 from pipeline.train.guard import Guard
 from pipeline.train.hardware import device_name, memory_gib, peak_flops
 from pipeline.train.metrics import Log, Window
@@ -54,20 +54,16 @@ def pretrain(
     num_samples = reader.num_samples
     total_steps = recipe.total_steps(num_samples)
     warmup_steps = recipe.warmup_steps(num_samples)
-    unchecked = reader.check_bytes(world.rank, world.size)
 
     # ---- The model and its engine
     torch.manual_seed(recipe.seed)
     method = build(recipe)
     step_flops = 3 * forward_flops(recipe)  # per image; a backward pass costs two forward ones
     engine.connect(recipe.engine.timeout_minutes)
-    stopping.connect()
-    gathered("ready")  # nothing is written before every rank has found everything in order
-    engine.check_precision(recipe)
-    lock = None
-    if world.rank == 0:
-        lock = run_directory.lock(run)
-        run_directory.check(run, recipe)  # again: the lock's last holder may have begun another recipe
+    stopping.connect(recipe.engine.timeout_minutes)
+    unchecked = agreed(lambda: reader.check_bytes(world.rank, world.size))
+    agreed(lambda: engine.check_precision(recipe))
+    lock = agreed(lambda: run_directory.begin(run, recipe) if world.rank == 0 else None)
     model = engine.build_engine(recipe, method, world)
 
     # ---- Continue where the run directory stands
@@ -110,7 +106,7 @@ def pretrain(
         if unchecked:
             log.note(unchecked)
 
-    shown = first_of_set(reader, SHOWN, recipe.data).to(world.device)
+    shown = agreed(lambda: first_of_set(reader, SHOWN, recipe.data)).to(world.device)
     pictures = run / "reconstructions"
     pictures.mkdir(exist_ok=True)
 
@@ -176,14 +172,17 @@ def pretrain(
             for skip in guard.skips[known:]:
                 log.note(skip.sentence())
         if trouble:
+            loader.close()
+            reader.reopen()
             if log:
                 write_samples(run, trouble, loader, guard.offset, recipe.data.global_batch)
                 log.stop(trouble.last, trouble.reason)
                 log.close()
-            loader.close()
             if trace:
                 trace.close()
-            found = retreat(run, trouble, guard, recipe.data.global_batch, world)
+            found = retreat(
+                run, trouble, guard, recipe.data.global_batch, recipe.train.checkpoint_every, world
+            )
             step, window, guard, log, trace, loader = stand(found)
             saved_step = step
             began, waited, logged_step = time.perf_counter(), loader.waited, step

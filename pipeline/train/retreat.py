@@ -18,10 +18,12 @@ from pipeline.train.guard import Guard, Trouble
 SAMPLES = "offending-samples.txt"
 
 
-def retreat(run: Path, trouble: Trouble, guard: Guard, global_batch: int, world: World) -> Path:
+def retreat(run: Path, trouble: Trouble, guard: Guard, global_batch: int, every: int, world: World) -> Path:
     """The checkpoint to continue from, amended; every rank calls it. Raises Diverged where there is none."""
     checkpoints = run / "checkpoints"
-    saved = from_rank_0([step for step in checkpoint.steps_of(checkpoints) if step < trouble.first])
+    # Those that a signal made don't count: where to go back must not depend on interruptions.
+    scheduled = [step for step in checkpoint.steps_of(checkpoints) if step % every == 0]
+    saved = from_rank_0([step for step in scheduled if step < trouble.first])
     back, in_a_row = guard.way_back(trouble, saved)
     if world.rank == 0:
         print(

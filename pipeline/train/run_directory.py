@@ -78,6 +78,18 @@ def check_continuation(checkpoint: Path, state: dict, identity: dict) -> None:
         )
 
 
+def begin(run: Path, recipe: Recipe) -> int:
+    """Hold the directory, and write there at once what it is, so that a run killed from here on continues.
+
+    Returns the lock's file descriptor, to be kept. UserError as `lock` and `check`.
+    """
+    descriptor = lock(run)
+    check(run, recipe)  # again: the lock's last holder may have begun another recipe
+    if not (run / "recipe.yaml").exists():
+        _replace(run / "recipe.yaml", recipe.to_yaml())
+    return descriptor
+
+
 def lock(run: Path) -> int:
     """Hold the directory until the process ends; returns the lock's file descriptor, to be kept."""
     try:
@@ -152,5 +164,8 @@ def _commit() -> str | None:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text)
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)

@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,6 +28,8 @@ LAUNCHER_GONE = 128
 FAILED = 256
 """More than any signal: some rank could not read its data."""
 POLL = 1.0  # seconds between two looks at the launcher
+SAME = 1.0
+"""Seconds within which the same signal again is the first one, come to a process and to its group."""
 
 
 class Stopping:
@@ -38,7 +42,7 @@ class Stopping:
         self._heard = 0
         self._failure: Exception | None = None
         self._group = None
-        self._said = False
+        self._first, self._heard_at = 0, 0.0
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         for number in SIGNALS:
@@ -48,9 +52,9 @@ class Stopping:
         if depth := _launcher_depth():
             threading.Thread(target=self._watch_launcher, args=(depth,), daemon=True).start()
 
-    def connect(self) -> None:
-        """Every rank calls it, after they have joined."""
-        self._group = dist.new_group(backend="gloo")
+    def connect(self, timeout_minutes: float) -> None:
+        """Every rank calls it, after they have joined. It waits longer than the watchdog's time-out."""
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10 + 2 * timeout_minutes))
 
     def next(self, loader) -> object | None:
         """The loader's next micro batch, or None on all ranks where one of them was told to stop or cannot
@@ -85,10 +89,12 @@ class Stopping:
             number = os.read(reading, 1)[0]
             if number not in SIGNALS:
                 continue
-            if self._said:
+            if number == self._first and time.monotonic() - self._heard_at < SAME:
+                continue
+            if self._first:
                 _say(f"{_name(number)} again: stopping at once; the last checkpoint is whole")
                 os._exit(128 + number)
-            self._said = True
+            self._first, self._heard_at = number, time.monotonic()
             self._heard = max(self._heard, number)
             _say(f"{_name(number)}: saving and stopping after this step; once more stops at once")
 

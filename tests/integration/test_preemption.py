@@ -50,6 +50,14 @@ def test_sigterm_while_a_checkpoint_is_written_leaves_it_whole(run):
     assert not any(checkpoints.glob("*.partial"))
 
 
+def test_the_same_signal_twice_at_once_is_one_signal(run):
+    process = run.start(1, train__steps=10000, train__checkpoint_every=1000)
+    run.wait_for(process, lambda: len(run.metrics()) >= 2)
+    os.kill(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as GNU timeout does
+    assert process.wait(60) == 75, run.output.read_text()[-4000:]
+
+
 def test_a_second_signal_ends_the_run_at_once_and_the_last_checkpoint_is_whole(run):
     process = run.start(1, train__steps=10000, train__checkpoint_every=4)
     run.wait_for(process, lambda: (run.directory / "checkpoints" / "latest").exists())
