@@ -172,11 +172,20 @@ class Cluster:
     def wait(self, job: str, seconds: float, output: Path | None = None) -> dict[str, str]:
         """Wait for a job's end. Slurm lets a requeued job wait for two minutes; here it starts at once."""
         deadline = time.monotonic() + seconds
-        while (found := self.job(job))["JobState"] not in ENDED:
+        while not self.has_ended(job):
+            found = self.job(job)
             assert time.monotonic() < deadline, (found, output and output.read_text()[-4000:], self._logs())
             self.hurry(found)
             time.sleep(0.3)
-        return found
+        return self.job(job)
+
+    def has_ended(self, job: str) -> bool:
+        """Whether a job is over for good: one that is being put back passes through FAILED for a moment."""
+        for _ in range(8):
+            if self.job(job)["JobState"] not in ENDED:
+                return False
+            time.sleep(0.3)
+        return True
 
     def wait_for_all(self, seconds: float) -> None:
         """Wait until no job is left."""

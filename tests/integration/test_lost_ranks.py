@@ -19,7 +19,8 @@ def test_a_rank_that_stands_still_or_dies_ends_the_run_and_it_continues(run, num
     os.kill(ranks[1], number)
     began = time.monotonic()
     assert process.wait(120) not in (0, None)
-    assert time.monotonic() - began < 60 * PATIENCE + 30
+    launchers = 30  # seconds that DeepSpeed's launcher gives the other ranks to end
+    assert time.monotonic() - began < 60 * PATIENCE + launchers + 15
     if number == signal.SIGSTOP:
         stack = (run.directory / "stacks" / "rank-0.txt").read_text()
         assert "Thread" in stack and "loop.py" in stack

@@ -23,9 +23,8 @@ def until(condition, seconds, job):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, job.said()[-4000:]
-        found = job.cluster.job(job.id)
-        assert found["JobState"] not in ("COMPLETED", "FAILED"), job.said()[-4000:]
-        job.cluster.hurry(found)
+        assert not job.cluster.has_ended(job.id), job.said()[-4000:]
+        job.cluster.hurry(job.cluster.job(job.id))
         time.sleep(0.05)
 
 
