@@ -90,6 +90,7 @@ class Cluster:
         self.directory, self.network = directory, network
         self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen] = {}
+        self.waiting: dict[tuple[str, str], float] = {}
         (directory / "state").mkdir(parents=True)
         key = directory / "munge.key"
         key.touch(mode=0o600)
@@ -195,7 +196,13 @@ class Cluster:
             time.sleep(0.3)
 
     def hurry(self, found: dict[str, str]) -> None:
-        if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
+        """Let a job that was put back start, but not in the second in which its nodes gave it up: they would
+        refuse it."""
+        waiting = found["JobState"] == "PENDING" and found["Reason"] == "BeginTime"
+        since = (
+            self.waiting.setdefault((found["JobId"], found["Restarts"]), time.monotonic()) if waiting else 0
+        )
+        if waiting and time.monotonic() - since > 4:
             self.run("scontrol", "update", f"JobId={found['JobId']}", "StartTime=now", check=False)
 
     def close(self) -> None:
