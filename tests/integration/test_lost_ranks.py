@@ -25,7 +25,6 @@ def test_a_rank_that_stands_still_or_dies_ends_the_run_and_it_continues(run, num
         stack = (run.directory / "stacks" / "rank-0.txt").read_text()
         assert "Thread" in stack and "loop.py" in stack
         assert "some rank hangs" in run.output.read_text()
-        os.kill(ranks[1], signal.SIGKILL)  # its launcher is gone, and it hears nothing
     lines = run.train(2, **SETTINGS)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert not (run.directory / "stacks" / "rank-0.txt").exists()
