@@ -22,6 +22,7 @@ CORE = [
     "scipy>=1.10",
     "simplejpeg>=1.7",
     "tensorboard>=2.16",
+    "threadpoolctl>=3.1",
     "timm>=1.0.26",
     "torch>=2.5",
     "torchvision>=0.20",

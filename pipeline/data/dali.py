@@ -23,7 +23,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 
 from pipeline.data.background import Background
-from pipeline.data.pixels import normalize, resize
+from pipeline.data.pixels import normalize, one_thread, resize
 from pipeline.recipe import DataSection
 
 
@@ -76,7 +76,7 @@ class Decoder(Generic[T]):
         self._finished: Background | None = None
         if graph.finish:
             self._threads = threads
-            self._pool = ThreadPoolExecutor(threads)
+            self._pool = ThreadPoolExecutor(threads, initializer=one_thread)
             self._finished = Background(self._finish(), prefetch)
         atexit.register(self.close)  # a thread that still runs DALI when the interpreter ends would abort it
 

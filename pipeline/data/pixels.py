@@ -1,14 +1,21 @@
 """Pixels on the CPU: Pillow's resize, and what follows it.
 
 torch's resize of uint8 images is Pillow's arithmetic (bicubic, antialiased, rounded to a level), vectorised.
-It and numpy let other threads run, and start none here: a pool calls them for many images.
+It and numpy let other threads run. A pool calls them for many images, each of its threads `one_thread` first.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 
 from pipeline.recipe import DataSection
+
+
+def one_thread() -> None:
+    """Keep what torch computes in this thread to it; torch.set_num_threads would reach every thread's MKL."""
+    torch.get_num_threads()  # where torch settles how many this thread would start, so that it does not later
+    threadpool_limits(limits=1, user_api="openmp")
 
 
 def resize(image: torch.Tensor, size: list[int]) -> torch.Tensor:
