@@ -24,7 +24,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from pipeline.data.background import Background
 from pipeline.data.pixels import normalize, one_thread, resize
-from pipeline.recipe import DataSection
+from pipeline.sections import DataSection
 
 
 class Feed(Protocol):

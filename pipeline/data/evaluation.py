@@ -19,7 +19,7 @@ from pipeline.data.loader import prefetch_of
 from pipeline.data.order import Located
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.recipe import DataSection
+from pipeline.sections import DataSection
 
 
 class EvaluationBatch(NamedTuple):

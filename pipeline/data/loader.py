@@ -27,7 +27,8 @@ from pipeline.data.order import Located, rank_positions
 from pipeline.data.random import Purpose, uniform
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
-from pipeline.recipe import DataSection, Recipe
+from pipeline.recipe import Recipe
+from pipeline.sections import DataSection
 
 CROP = 40
 """The bit above a sample's identity at which the number of its crop begins in what random numbers are for."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 
-from pipeline.recipe import DataSection
+from pipeline.sections import DataSection
 
 
 def one_thread() -> None:

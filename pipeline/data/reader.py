@@ -46,7 +46,7 @@ from pipeline.data.patience import Patience, patiently
 from pipeline.data.store import LocalStore, Span, Store, coalesced, open_store
 from pipeline.data.subset import Part, in_part
 from pipeline.errors import UserError
-from pipeline.recipe import DataSection, Source
+from pipeline.sections import DataSection, Source
 
 HEADER = 512
 CHECKED_BYTES = 4 * 2**30  # some seconds of reading

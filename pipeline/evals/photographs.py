@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.recipe import DataSection
+from pipeline.sections import DataSection
 
 
 def load_photographs(folder: Path, count: int, data: DataSection, size: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from pipeline.errors import AgreedError
-from pipeline.recipe import TrainSection
+from pipeline.sections import TrainSection
 from pipeline.train import engine
 from pipeline.train.distributed import World, from_rank_0, gathered
 

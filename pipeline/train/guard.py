@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.errors import Diverged
-from pipeline.recipe import GuardSection
+from pipeline.sections import GuardSection
 from pipeline.train.distributed import all_ranks_mean
 
 REASONS = (

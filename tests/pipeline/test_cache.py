@@ -15,12 +15,12 @@ from http_store import serve
 from pipeline.data.cache import Cache, Original
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.recipe import DataSection
+from pipeline.sections import DataSection
 
 EPOCH = """
 import sys, hashlib
 from pipeline.data.reader import ShardReader
-from pipeline.recipe import DataSection
+from pipeline.sections import DataSection
 url, directory, gigabytes = sys.argv[1:]
 reader = ShardReader(url, DataSection(cache_dir=directory, cache_gb=float(gigabytes), window_shards=1))
 digest = hashlib.sha256()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.recipe import TrainSection
+from pipeline.sections import TrainSection
 from pipeline.train import checkpoint
 
 

@@ -12,7 +12,7 @@ from data_prep.shard_set import read_index, read_manifest, tar_path
 from pipeline.data.evaluation import EvaluationLoader, resized_and_cropped
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.recipe import DataSection
+from pipeline.sections import DataSection
 
 CPU = torch.device("cpu")
 PLAIN = DataSection(mean=(0, 0, 0), std=(1, 1, 1))

@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe, load_recipe, shipped_recipes
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe_file import shipped_recipes
 
 
 def complaint(*overrides, name="demo_emae"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.methods import build_method
-from pipeline.recipe import SHIPPED, load_recipe, shipped_recipes
+from pipeline.recipe import load_recipe
+from pipeline.recipe_file import SHIPPED, shipped_recipes
 
 MODELS = {
     "vitb16": ("vit_base", 16, (768, 12, 12)),

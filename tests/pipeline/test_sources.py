@@ -7,7 +7,8 @@ from pipeline.data.mixture import Mixture
 from pipeline.data.order import Stream
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.recipe import DataSection, Source, load_recipe
+from pipeline.recipe import load_recipe
+from pipeline.sections import DataSection, Source
 
 
 def reader_of(shards, other, weights=(None, None), part="training", **settings):

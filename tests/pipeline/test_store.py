@@ -22,7 +22,7 @@ from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
 from pipeline.data.store import LARGEST_READ, coalesced
 from pipeline.errors import UserError
-from pipeline.recipe import DataSection
+from pipeline.sections import DataSection
 
 SLACK = 3.0  # seconds of a busy machine
 

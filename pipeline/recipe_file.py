@@ -1,0 +1,183 @@
+"""Recipe files: YAML read strictly, overridden by --set, checked by a typed model.
+
+Invariant: what cannot be read as the wanted kind of recipe is one `UserError` that names file and key.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipeline.errors import UserError
+from pipeline.method_options import Section
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class RecipeFile(Section):
+    """What every kind of recipe can do: be written out whole, and be compared."""
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included; `load` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def differences(self, other: "RecipeFile") -> dict[str, tuple[Any, Any]]:
+        """Keys whose values differ, as "a.b.c": (value here, value there)."""
+        mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RecipeFile)
+
+
+def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """The `kind` of recipe that a file or a shipped recipe of this name holds, "a.b=c" overrides applied.
+
+    Raises UserError, one line: the file, the key's path, what is wrong.
+    """
+    path = _find(name_or_path)
+    try:
+        tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
+    where = str(path)
+    if overrides:
+        _override(tree, overrides)
+        where += " with --set " + " ".join(overrides)
+    try:
+        # Python mode is strict about tuples and YAML has lists only, so validation goes through JSON's rules.
+        return kind.model_validate_json(_as_json(tree))
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_complaint(kind, e) for e in _causes(error))) from None
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, with two of its traps closed: a key given twice, and `1e-4` read as a string."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {line}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _find(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"{path}: no such recipe file")
+        return path
+    shipped = SHIPPED / f"{name_or_path}.yaml"
+    if not shipped.is_file():
+        names = shipped_recipes()
+        raise UserError(
+            f"recipe {str(name_or_path)!r}: neither a file nor a shipped recipe"
+            f"{_nearest(str(name_or_path), names)}; shipped are {', '.join(names)}"
+        )
+    return shipped
+
+
+RIVALS = {  # of each pair at most one is given: an override of one takes the other out
+    ("train", "steps"): ("train", "epochs"),
+    ("train", "epochs"): ("train", "steps"),
+    ("optim", "warmup_steps"): ("optim", "warmup_epochs"),
+    ("optim", "warmup_epochs"): ("optim", "warmup_steps"),
+}
+
+
+def _override(tree: dict, overrides: Sequence[str]) -> None:
+    given = {tuple(override.partition("=")[0].strip().split(".")) for override in overrides}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        keys = tuple(key.strip().split("."))
+        if not equals or not all(keys):
+            raise UserError(f"--set {override}: expected KEY.KEY=VALUE, for example --set optim.base_lr=1e-4")
+        try:
+            value = yaml.load(text, Loader=_UniqueKeys)
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: the value is not YAML") from None
+        section = tree
+        for name in keys[:-1]:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise UserError(f"--set {override}: {name!r} is a value in this recipe, not a section")
+        section[keys[-1]] = value
+        rival = RIVALS.get(keys)
+        if rival and rival not in given and isinstance(tree.get(rival[0]), dict):
+            tree[rival[0]].pop(rival[1], None)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _as_json(tree: dict) -> str:
+    # YAML also knows dates and binary data; no recipe key takes one, so as strings they fail, key named.
+    return json.dumps(tree, default=str)
+
+
+def _causes(error: ValidationError) -> list[Any]:
+    """The errors without their echo: a list whose only item is wrong is also said to be too short."""
+    errors = error.errors()
+    wrong = [e["loc"] for e in errors if e["type"] != "too_short"]
+    return [e for e in errors if e["type"] != "too_short" or not any(_below(loc, e["loc"]) for loc in wrong)]
+
+
+def _below(location: tuple, section: tuple) -> bool:
+    return location[: len(section)] == section and len(location) > len(section)
+
+
+def _complaint(kind: type[BaseModel], error: Any) -> str:
+    location = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{location}: unknown key{_nearest(str(error['loc'][-1]), _keys_at(kind, error['loc'][:-1]))}"
+    if error["type"] == "missing":
+        return f"{location}: missing"
+    if error["type"] == "value_error":  # our own message names its keys
+        return str(error["ctx"]["error"])
+    return f"{location}: {error['msg'].lower()}, got {error['input']!r}"
+
+
+def _keys_at(kind: type[BaseModel], location: tuple) -> list[str]:
+    section: Any = kind
+    for name in location:
+        section = _section_in(section if isinstance(name, int) else section.model_fields[name].annotation)
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section that a key's type holds: itself, or that of its items."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
