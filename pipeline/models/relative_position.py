@@ -48,7 +48,8 @@ def bucket_ids(window: int) -> torch.Tensor:
 class ContextualProduct(nn.Module):
     """What a query adds to its attention to each key because of where the two stand.
 
-    The encodings start at zero, as in the iRPE code, so attention starts without positions.
+    The encodings start at zero, as in the iRPE code, so attention starts without positions. They are of
+    offsets, so they serve any square of patches: `window` is the one whose buckets are kept at hand.
     """
 
     def __init__(self, head_width: int, window: int) -> None:
@@ -57,10 +58,14 @@ class ContextualProduct(nn.Module):
         self.register_buffer("buckets", bucket_ids(window), persistent=False)
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
-        """query (N, heads, T, d) -> (N, heads, T, T), T = 1 + window^2."""
+        """query (N, heads, T, d) of a class token and a square of patches -> (N, heads, T, T)."""
+        tokens = query.shape[2]
+        buckets = self.buckets
+        if tokens != len(buckets):
+            buckets = bucket_ids(math.isqrt(tokens - 1)).to(query.device)
         # A dense product per query position costs what the product with all buckets would (window 7: 50 keys,
         # 50 buckets), and needs no gather per sample, whose backward is slow.
-        encoding = self.lookup_table_weight[0][:, self.buckets]  # (d, T, T)
+        encoding = self.lookup_table_weight[0][:, buckets]  # (d, T, T)
         return torch.einsum("nhid,dij->nhij", query, encoding)
 
 

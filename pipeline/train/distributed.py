@@ -9,6 +9,7 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -85,6 +86,12 @@ def find_world() -> World:
 def node_name() -> str:
     """This machine, in Slurm's words where Slurm started it."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def say(text: str) -> None:
+    """A sentence for whoever watches, from rank 0, on stderr."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def all_ranks_mean(values: torch.Tensor) -> torch.Tensor:

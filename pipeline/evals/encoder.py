@@ -1,0 +1,221 @@
+"""The encoder that is evaluated or fine-tuned, from whatever holds one, as timm's VisionTransformer.
+
+Invariant: every weight comes from where the user said, or the file is refused with the keys named. Only
+positions may differ: at another image size they are interpolated, which is said.
+
+Understood are a run directory, weights exported for timm (.safetensors), checkpoints of the official MAE code
+(.pth), and `random:RECIPE` or `random:RUN`: the weights that such a run begins with. LoMaR's encoder has
+positions of offsets alone, so it takes the whole image as one large window.
+"""
+
+import math
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.methods import build_method
+from pipeline.models.block import LAYER_NORM_EPS
+from pipeline.models.relative_position import RelativeAttention
+from pipeline.models.sizes import SIZES
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.sections import DataSection
+from pipeline.train.distributed import say
+from pipeline.trained import load_run
+
+RANDOM = "random:"
+NOT_THE_ENCODERS = ("decoder", "mask_token", "head.")  # of the official checkpoints
+
+
+class Saved(NamedTuple):
+    """An encoder's weights before they are a module."""
+
+    name: str
+    """What they are, in words."""
+    weights: dict[str, torch.Tensor]
+    """Under timm's names."""
+    heads: int
+    image_size: int | None
+    """Trained on; None: as many positions as there are say so."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    recipe: Recipe | None
+
+
+class ImageEncoder(nn.Module):
+    """Whole images to tokens. `vit` is timm's, so everything that timm does with one can be done with it."""
+
+    def __init__(self, vit: VisionTransformer, saved: Saved, image_size: int) -> None:
+        super().__init__()
+        self.vit = vit
+        self.name, self.recipe = saved.name, saved.recipe
+        self.image_size, self.patch_size = image_size, vit.patch_embed.patch_size[0]
+        self.mean, self.std = saved.mean, saved.std
+        self.width = vit.embed_dim
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, S, S), normalised by mean and std -> tokens (B, 1 + L, D), class token first."""
+        return self.vit.forward_features(images)
+
+
+def load_encoder(weights: str | Path, image_size: int | None = None, drop_path: float = 0.0) -> ImageEncoder:
+    """The encoder that `weights` names (see above), in fp32 on the CPU, in eval mode.
+
+    image_size: of the images it will see; None: the one it was trained on. drop_path: stochastic depth's rate
+    at the last block, for fine-tuning. UserError where there are no such weights or they are no encoder's.
+    """
+    saved = _find(str(weights))
+    shape = saved.weights["patch_embed.proj.weight"].shape
+    width, patch = shape[0], shape[-1]
+    trained_on = saved.image_size or _grid(saved) * patch
+    size = image_size or trained_on
+    if size % patch:
+        raise UserError(f"{weights}: patches of {patch} px, and {size} px images are no multiple of that")
+    positions = saved.weights.get("pos_embed")
+    vit = VisionTransformer(
+        img_size=size,
+        patch_size=patch,
+        embed_dim=width,
+        depth=_depth(saved.weights),
+        num_heads=saved.heads,
+        num_classes=0,
+        norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+        pos_embed="none" if positions is None else "learn",
+        drop_path_rate=drop_path,
+    )
+    if positions is None:
+        for block in vit.blocks:
+            block.attn = RelativeAttention(width, saved.heads, size // patch)
+    elif size != trained_on:
+        say(f"{weights}: trained on {trained_on} px; its positions are interpolated to {size} px (bicubic)")
+        # Without antialiasing, as in the official MAE code.
+        grid = [size // patch] * 2
+        saved.weights["pos_embed"] = resample_abs_pos_embed(positions, grid, antialias=False)
+    _fill(vit, saved.weights, str(weights))
+    return ImageEncoder(vit, saved, size).eval()
+
+
+def _find(weights: str) -> Saved:
+    if weights.startswith(RANDOM):
+        recipe = _recipe_of(weights.removeprefix(RANDOM))
+        torch.manual_seed(recipe.seed)
+        return _of_method(f"{_words(recipe)}, random weights", build_method(recipe), recipe)
+    path = Path(weights)
+    if path.is_dir():
+        run = load_run(path)
+        return _of_method(f"{_words(run.recipe)}, step {run.step}", run.method, run.recipe)
+    if not path.is_file():
+        raise UserError(
+            f"--weights {weights}: no such run directory or file; random:RECIPE gives random weights"
+        )
+    if path.suffix == ".safetensors":
+        return _exported(path)
+    if path.suffix in (".pth", ".pt"):
+        return _official(path)
+    raise UserError(f"--weights {weights}: give a run directory, a .safetensors or a .pth file")
+
+
+def _recipe_of(name: str) -> Recipe:
+    begun = Path(name) / "recipe.yaml"
+    return load_recipe(begun if begun.is_file() else name)
+
+
+def _words(recipe: Recipe) -> str:
+    return f"{recipe.method.name} on {recipe.model.name}"
+
+
+def _of_method(name: str, method: nn.Module, recipe: Recipe) -> Saved:
+    encoder = method.encoder
+    weights = dict(encoder.named_parameters())
+    if hasattr(encoder, "pos_embed"):
+        weights["pos_embed"] = encoder.pos_embed
+    weights.pop("mask_token", None)  # LoMaR's, for what it does not see; here it sees everything
+    data = recipe.data
+    return Saved(
+        name,
+        {key: tensor.detach().clone() for key, tensor in weights.items()},
+        recipe.model.size.heads,
+        data.image_size,
+        data.mean,
+        data.std,
+        recipe,
+    )
+
+
+def _exported(path: Path) -> Saved:
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"--weights {path}: cannot be read: {error}") from None
+    return _of_file(path, weights, int(about["heads"]) if "heads" in about else None)
+
+
+def _official(path: Path) -> Saved:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"--weights {path}: holds more than tensors, which could run code when it is read; save its "
+            "weights alone: torch.save({'model': checkpoint['model']}, 'weights.pth')"
+        ) from None
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(f"--weights {path}: cannot be read: {str(error).splitlines()[0]}") from None
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    weights = {
+        key: tensor.float()
+        for key, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and not key.startswith(NOT_THE_ENCODERS)
+    }
+    return _of_file(path, weights, None)
+
+
+def _of_file(path: Path, weights: dict[str, torch.Tensor], heads: int | None) -> Saved:
+    """Weights under timm's names, of which nothing else is known. UserError where they are no encoder's."""
+    needed = ("patch_embed.proj.weight", "pos_embed", "cls_token")
+    missing = [key for key in needed if key not in weights]
+    if missing or weights[needed[0]].ndim != 4 or weights[needed[1]].ndim != 3:
+        what = f"no {missing[0]} in it" if missing else "its tensors have other shapes"
+        raise UserError(f"--weights {path}: no vision transformer of timm's or the official MAE's: {what}")
+    width = weights["patch_embed.proj.weight"].shape[0]
+    heads = heads or next((size.heads for size in SIZES.values() if size.width == width), None)
+    if heads is None:
+        raise UserError(
+            f"--weights {path}: nothing says how many heads a model of width {width} has; "
+            "give the run directory"
+        )
+    plain = DataSection()
+    return Saved(path.name, weights, heads, None, plain.mean, plain.std, None)
+
+
+def _grid(saved: Saved) -> int:
+    return math.isqrt(saved.weights["pos_embed"].shape[1] - 1)
+
+
+def _depth(weights: dict[str, torch.Tensor]) -> int:
+    return len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+
+
+def _fill(vit: VisionTransformer, weights: dict[str, torch.Tensor], source: str) -> None:
+    own = vit.state_dict()
+    wrong = [f"{key} is missing" for key in own.keys() - weights.keys()]
+    wrong += [f"{key} is unknown" for key in weights.keys() - own.keys()]
+    wrong += [
+        f"{key} is {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own.keys() & weights.keys()
+        if own[key].shape != weights[key].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"--weights {source}: do not fit a vision transformer: {'; '.join(sorted(wrong)[:3])}{more}"
+        )
+    vit.load_state_dict(weights)
