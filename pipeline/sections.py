@@ -58,6 +58,8 @@ class DataSection(Section):
     once an epoch; with weights (all or none) samples are drawn in these proportions."""
     subset: float = Field(1.0, gt=0.0, le=1.0)
     """Train on this share of the samples, chosen by a hash of their keys."""
+    subset_by_class: bool = False
+    """Take that share of every class, at least one sample each, instead of all samples: few labels."""
     holdout: float = Field(0.0, ge=0.0, lt=1.0)
     """Keep this share of the samples, chosen likewise, out of training, for validation."""
     image_size: int = Field(224, ge=1)

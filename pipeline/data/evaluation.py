@@ -1,7 +1,8 @@
 """Images as evaluation sees them: shorter side resized, centre cropped, each sample exactly once.
 
 Invariant: the samples come in the order of the shard set, and the ranks have consecutive, disjoint parts of
-it that differ by at most one sample; no sample is repeated to fill a batch. The pixels are torchvision's, of
+it that differ by at most one batch; no sample is repeated to fill one. Which samples share a batch does not
+depend on the number of ranks, so neither does what a model makes of them. The pixels are torchvision's, of
 Resize (bicubic, antialiased) and CenterCrop on a Pillow image, to less than half a level of 255 on average.
 Nothing stands in for an image that cannot be decoded: a figure is of all samples or there is none.
 """
@@ -70,7 +71,10 @@ class EvaluationLoader:
         self.classes = reader.manifest.classes
         self.reader, self.data, self.batch, self.device = reader, data, batch, device
         self.threads, self.resize = threads, resize
-        self.first, self.end = (reader.num_samples * part // world_size for part in (rank, rank + 1))
+        batches = -(-reader.num_samples // batch)
+        self.first, self.end = (
+            min(reader.num_samples, batch * (batches * part // world_size)) for part in (rank, rank + 1)
+        )
 
     def __len__(self) -> int:
         """Samples of this rank."""

@@ -116,7 +116,8 @@ class ShardReader:
         if weights or self._chosen is not None:
             shards = [len(place.manifest.shards) for place in self.sets]
             shares = [str(weight / sum(weights)) for weight in weights]
-            content += json.dumps([shards, shares, self.part, self.data.subset, self.data.holdout])
+            chosen = [self.part, self.data.subset, self.data.holdout]
+            content += json.dumps([shards, shares, *chosen, *["by class"] * self.data.subset_by_class])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def stream(self, seed: int) -> Stream | Mixture:
@@ -284,6 +285,33 @@ class ShardReader:
         return self._cache.read(original, spans)
 
     def _choose(self) -> None:
+        if self.data.subset_by_class:
+            self._choose_by_class()
+        else:
+            self._choose_by_key()
+        self.shard_sizes[:] = [int.from_bytes(chosen.tobytes()).bit_count() for chosen in self._chosen]
+        key = "holdout" if self.part == "held_out" else "subset"
+        empty = [
+            place for place, sizes in zip(self.places, self._sizes_by_set(), strict=True) if not sizes.sum()
+        ]
+        if empty and (self._weights() or not self.num_samples):
+            raise UserError(f"data.{key}: {getattr(self.data, key):g} leaves no sample of {', '.join(empty)}")
+
+    def _choose_by_class(self) -> None:
+        if not self.manifest.classes:
+            raise UserError(
+                f"data.subset_by_class: {self.places[0]} has no labels; build it from class folders"
+            )
+        with ThreadPoolExecutor(self.data.readers) as pool:
+            shards = range(len(self._shards))
+            keys = list(pool.map(lambda shard: self._whole_index(shard).keys, shards))
+            labels = np.concatenate(list(pool.map(self.labels, shards)))
+        flat = [key for of_shard in keys for key in of_shard]
+        chosen = in_part(flat, self.part, self.data.subset, self.data.holdout, labels)
+        ends = np.cumsum([len(of_shard) for of_shard in keys])
+        self._chosen = [np.packbits(of_shard) for of_shard in np.split(chosen, ends[:-1])]
+
+    def _choose_by_key(self) -> None:
         def choose(shard: int) -> np.ndarray:
             keys = self._whole_index(shard).keys
             return np.packbits(in_part(keys, self.part, self.data.subset, self.data.holdout))
@@ -293,7 +321,6 @@ class ShardReader:
         with ThreadPoolExecutor(self.data.readers) as pool:
             for shard, chosen in enumerate(pool.map(choose, range(len(self._shards)))):
                 self._chosen.append(chosen)
-                self.shard_sizes[shard] = int.from_bytes(chosen.tobytes()).bit_count()
                 if not told and time.monotonic() - began > SLOW_START:
                     told = True
                     print(
@@ -301,12 +328,6 @@ class ShardReader:
                         f"{shard + 1} done in {SLOW_START:g} s",
                         file=sys.stderr,
                     )
-        key = "holdout" if self.part == "held_out" else "subset"
-        empty = [
-            place for place, sizes in zip(self.places, self._sizes_by_set(), strict=True) if not sizes.sum()
-        ]
-        if empty and (self._weights() or not self.num_samples):
-            raise UserError(f"data.{key}: {getattr(self.data, key):g} leaves no sample of {', '.join(empty)}")
 
     def _sizes_by_set(self) -> list[np.ndarray]:
         ends = np.cumsum([len(place.manifest.shards) for place in self.sets])

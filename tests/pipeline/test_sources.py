@@ -56,6 +56,15 @@ def test_a_sample_is_read_from_the_set_that_it_lies_in(shards, other_shards):
         assert reader.name(shard) == source.name(own)
 
 
+def test_a_share_of_every_class_holds_every_class_and_survives_another_sharding(shards, other_shards):
+    few = DataSection(subset=0.1, subset_by_class=True)
+    readers = [ShardReader(path, few) for path in (shards, other_shards)]
+    assert set(keys(readers[0])[0]) == set(keys(readers[1])[0])
+    labels = [readers[0].labels(shard) for shard in range(len(readers[0].shard_sizes))]
+    assert set(np.concatenate(labels)) == set(range(len(readers[0].manifest.classes)))
+    assert readers[0].fingerprint != ShardReader(shards, DataSection(subset=0.1)).fingerprint
+
+
 def test_a_subset_is_the_same_samples_however_they_are_sharded_and_read(shards, other_shards):
     chosen, elsewhere = (
         keys(ShardReader(path, DataSection(subset=0.5, holdout=0.2)))[0] for path in (shards, other_shards)

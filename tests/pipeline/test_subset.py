@@ -25,6 +25,22 @@ def test_a_smaller_subset_lies_inside_a_larger_one_and_neither_holds_what_is_hel
     assert everything.all()
 
 
+@given(
+    st.lists(st.integers(0, 8), min_size=30, max_size=300),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.floats(0, 0.5),
+)
+def test_a_share_of_every_class_is_that_share_and_smaller_ones_lie_inside(labels, one, other, holdout):
+    labels, keys = np.array(labels), KEYS[: len(labels)]
+    small, large = (in_part(keys, "training", share, holdout, labels) for share in sorted([one, other]))
+    held_out = in_part(keys, "held_out", one, holdout, labels)
+    assert not (small & ~large).any() and not (large & held_out).any()
+    for label in np.unique(labels[~held_out]):
+        of_class = (labels == label) & ~held_out
+        assert (large & of_class).sum() == max(1, round(max(one, other) * of_class.sum()))
+
+
 def test_a_samples_part_does_not_depend_on_its_neighbours():
     shuffled = np.random.default_rng(0).permutation(len(KEYS))
     chosen = in_part(KEYS, "training", 0.3, 0.1)
