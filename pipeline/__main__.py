@@ -247,7 +247,7 @@ def _pretrain(args: argparse.Namespace) -> None:
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    from pipeline.train.loop import pretrain
+    from pipeline.pretraining import pretrain
 
     pretrain(recipe, args.data, args.run)
 

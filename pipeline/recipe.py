@@ -1,4 +1,4 @@
-"""The recipe: everything that decides what is trained, in one typed, checked YAML file.
+"""The recipe of pre-training: everything that decides what is trained, in one typed, checked YAML file.
 
 Invariant: a `Recipe` that exists is possible. A misspelt key, a wrong type or a combination that cannot work
 is one `UserError` that names the file and the key's path; nothing is guessed and nothing is ignored.
@@ -8,48 +8,28 @@ method; only the section that `method.name` names is used, and that of efficient
 borrow its loss.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from pipeline.errors import UserError
 from pipeline.method_options import MethodSection
-from pipeline.recipe_file import RecipeFile, load
-from pipeline.sections import (
-    DataSection,
-    EngineSection,
-    GuardSection,
-    ModelSection,
-    OptimSection,
-    Source,
-    TrainSection,
-)
+from pipeline.recipe_file import load
+from pipeline.sections import ModelSection
+from pipeline.training_recipe import TrainingRecipe
 
 
-class Recipe(RecipeFile):
-    """What is trained, on what, and how. `load_recipe` makes one."""
+class Recipe(TrainingRecipe):
+    """What is pre-trained, on what, and how. `load_recipe` makes one."""
 
-    seed: int = Field(0, ge=0, lt=2**63)
     method: MethodSection
     model: ModelSection
-    data: DataSection = DataSection()
-    engine: EngineSection = EngineSection()
-    optim: OptimSection = OptimSection()
-    guard: GuardSection = GuardSection()
-    train: TrainSection
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
         size, patch = self.data.image_size, self.model.patch_size
         if size % patch:
             raise ValueError(f"data.image_size: {size} is not a multiple of model.patch_size, {patch}")
-        if self.engine.micro_batch % self.data.crops_per_image:
-            raise ValueError(
-                f"data.crops_per_image: {self.data.crops_per_image} does not divide engine.micro_batch, "
-                f"{self.engine.micro_batch}"
-            )
         if self.method.name == "emae" and self.num_patches % self.method.emae.num_parts:
             raise ValueError(
                 f"method.emae.num_parts: {self.method.emae.num_parts} does not divide the {self.num_patches} "
@@ -116,49 +96,6 @@ class Recipe(RecipeFile):
         """Efficient MAE: slots of the decoder."""
         masked, share = self.num_patches - self.num_visible, self.method.efficient_mae.prediction_ratio
         return masked if share is None else max(1, min(masked, round(share * self.num_patches)))
-
-    @property
-    def lr(self) -> float:
-        """Peak learning rate, by MAE's linear scaling rule."""
-        return self.optim.base_lr * self.data.global_batch / 256
-
-    def sources(self, given: Sequence[str]) -> tuple[Source, ...]:
-        """The shard sets of a run: those that --data names, or the recipe's. UserError unless one does."""
-        if given and self.data.sources:
-            raise UserError(
-                f"--data {given[0]}, data.sources: both name shard sets; leave one of the two out"
-            )
-        if not all(given):
-            raise UserError("--data: is empty; give a shard set's directory or URL")
-        if len(set(given)) < len(given):
-            raise UserError(f"--data {max(given, key=given.count)}: stands there twice")
-        sources = self.data.sources or tuple(Source(path=path) for path in given)
-        if not sources:
-            raise UserError("--data, data.sources: name a shard set by one of the two")
-        return sources
-
-    def total_steps(self, num_samples: int) -> int:
-        """Steps of the whole run on a set of `num_samples`. An epoch need not be a whole number of steps."""
-        if self.train.steps is not None:
-            return self.train.steps
-        return math.ceil(self.train.epochs * num_samples / self.data.global_batch)
-
-    def warmup_steps(self, num_samples: int) -> float:
-        """Steps over which the learning rate rises, on a set of `num_samples`."""
-        if self.optim.warmup_epochs is not None:
-            return self.optim.warmup_epochs * num_samples / self.data.global_batch
-        return self.optim.warmup_steps or 0
-
-    def accumulation(self, world_size: int) -> int:
-        """Micro batches that a rank takes for a step. UserError where there is a remainder."""
-        share = world_size * self.engine.micro_batch
-        steps, rest = divmod(self.data.global_batch, share)
-        if rest or not steps:
-            raise UserError(
-                f"data.global_batch: {self.data.global_batch} is no multiple of engine.micro_batch x ranks "
-                f"= {self.engine.micro_batch} x {world_size} = {share}; change one of the three"
-            )
-        return steps
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,4 +1,4 @@
-"""The loader: from the stream's positions to a micro batch of images, noise and names.
+"""The loader: from the stream's positions to a micro batch of images, noise, labels and names.
 
 Invariant: a micro batch is a function of (recipe, data, step, rank, world size): the same samples, crops,
 flips, noise and pixels however often the run was stopped. Stream position n is crop `n mod k` of the stream's
@@ -27,8 +27,8 @@ from pipeline.data.order import Located, rank_positions
 from pipeline.data.random import Purpose, uniform
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
-from pipeline.recipe import Recipe
 from pipeline.sections import DataSection
+from pipeline.training_recipe import TrainingRecipe
 
 CROP = 40
 """The bit above a sample's identity at which the number of its crop begins in what random numbers are for."""
@@ -41,10 +41,18 @@ class Batch(NamedTuple):
     """(B, 3, H, W) float32, normalised."""
     noise: torch.Tensor
     """(B, noise_size) float32 in [0, 1): the method's randomness."""
+    labels: torch.Tensor | None
+    """(B,) int64, positions in the manifest's `classes`, of the samples that were decoded; None where nobody
+    wants them."""
     located: Located
     """Where the samples are that the stream has here."""
     replaced: int
     """Images that another sample stands in for."""
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the method's forward takes."""
+        return (self.images, self.noise) if self.labels is None else (self.images, self.noise, self.labels)
 
 
 class Planned(NamedTuple):
@@ -61,6 +69,8 @@ class Planned(NamedTuple):
     """(n, k)"""
     noise: np.ndarray
     """(n k, noise_size)"""
+    labels: np.ndarray | None
+    """(n,): of the samples in `read`."""
 
     def inputs(self, rows: slice = slice(None)) -> tuple:
         """For `dali.training_graph`."""
@@ -78,8 +88,16 @@ class Planned(NamedTuple):
 class Planner:
     """Cuts samples: pure, but for what it learns about samples that cannot be decoded."""
 
-    def __init__(self, reader: ShardReader, recipe: Recipe, noise_size: int, failures: Failures):
+    def __init__(
+        self,
+        reader: ShardReader,
+        recipe: TrainingRecipe,
+        noise_size: int,
+        failures: Failures,
+        labelled: bool = False,
+    ):
         self.reader, self.recipe, self.noise_size, self.failures = reader, recipe, noise_size, failures
+        self._labels: dict[int, np.ndarray] | None = {} if labelled else None  # of every shard seen so far
 
     def plan(self, located: Located, encoded: list[np.ndarray]) -> Planned:
         """What to do with a micro batch's samples, located and read."""
@@ -92,7 +110,8 @@ class Planner:
         item = located.sample[:, None] + (np.arange(k) << CROP)
         noise = uniform(self.recipe.seed, Purpose.MASK, located.epoch[:, None], item, self.noise_size)
         boxes, mirrored = self._cut(located.epoch, item, sizes)
-        return Planned(located, read, encoded, boxes, mirrored, noise.reshape(n * k, self.noise_size))
+        noise = noise.reshape(n * k, self.noise_size)
+        return Planned(located, read, encoded, boxes, mirrored, noise, self._labels_of(located.shard, read))
 
     def replace(self, planned: Planned, row: int, reason: str) -> Planned:
         """The same, with the next sample that has a sound header in place of one that DALI cannot decode."""
@@ -105,7 +124,16 @@ class Planner:
         read[row] = index
         item = planned.located.sample[row] + (np.arange(boxes.shape[1]) << CROP)
         boxes[row], mirrored[row] = self._cut(planned.located.epoch[row, None], item[None], np.array([size]))
-        return planned._replace(read=read, encoded=encoded, boxes=boxes, flips=mirrored)
+        labels = self._labels_of(planned.located.shard, read)
+        return planned._replace(read=read, encoded=encoded, boxes=boxes, flips=mirrored, labels=labels)
+
+    def _labels_of(self, shards: np.ndarray, indexes: np.ndarray) -> np.ndarray | None:
+        if self._labels is None:
+            return None
+        for shard in set(shards.tolist()) - self._labels.keys():
+            self._labels[shard] = self.reader.labels(shard)
+        pairs = zip(shards.tolist(), indexes.tolist(), strict=True)
+        return np.array([self._labels[shard][index] for shard, index in pairs], np.int64)
 
     def _readable(self, shard: int, index: int, image: np.ndarray) -> tuple[int, np.ndarray, tuple[int, int]]:
         """This sample or the next whose header can be read: its index, its image, its size."""
@@ -133,7 +161,7 @@ class Loader:
     def __init__(
         self,
         reader: ShardReader,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         noise_size: int,
         device: torch.device,
         rank: int = 0,
@@ -142,8 +170,10 @@ class Loader:
         threads: int = 1,
         offset: int = 0,
         failures: Failures | None = None,
+        labelled: bool = False,
     ):
-        """step: the first global step; offset: stream positions that the run has skipped so far."""
+        """step: the first global step; offset: stream positions that the run has skipped so far; labelled:
+        whether batches have labels, which the shard set must hold."""
         self.reader, self.recipe, self.device = reader, recipe, device
         self.rank, self.world_size = rank, world_size
         self.stream, self.step, self.offset = reader.stream(recipe.seed), step, offset
@@ -151,7 +181,7 @@ class Loader:
         """Seconds that `next` has waited so far."""
         data = recipe.data
         failures = failures or Failures(reader, data.max_replaced)
-        planner = Planner(reader, recipe, noise_size, failures)
+        planner = Planner(reader, recipe, noise_size, failures, labelled)
         self._read_ahead = ReadAhead(reader, self._batches(), data.readers, data.read_ahead_mb * 10**6)
         plans = (planner.plan(*read) for read in self._read_ahead)
         self._ahead = Background(plans, prefetch_of(data, device))
@@ -178,8 +208,11 @@ class Loader:
         noise = torch.from_numpy(planned.noise).to(self.device, non_blocking=True)
         k = self.recipe.data.crops_per_image
         located = Located(*(np.repeat(field, k) for field in planned.located))
+        labels = None
+        if planned.labels is not None:
+            labels = torch.from_numpy(np.repeat(planned.labels, k)).to(self.device, non_blocking=True)
         replaced = k * int((planned.read != planned.located.index).sum())
-        return Batch(images.view(-1, *images.shape[-3:]), noise, located, replaced)
+        return Batch(images.view(-1, *images.shape[-3:]), noise, labels, located, replaced)
 
     @property
     def failure(self) -> Exception | None:

@@ -63,6 +63,15 @@ class Method(nn.Module):
     def set_progress(self, done: float) -> None:
         """Where training stands, from 0 to 1. Called before a step; it does not wait for the device."""
 
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """The trained parameters as an optimiser takes them, each in one group; "lr_scale" multiplies the
+        schedule's rate. As in the official MAE code, biases and norms are not decayed."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+
     def targets(self, patches: torch.Tensor) -> torch.Tensor:
         return normalize_targets(patches) if self.normalize_targets else patches
 

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import Diverged, UserError
-from pipeline.recipe import Recipe
+from pipeline.methods.method import Method
 from pipeline.train import elastic
 from pipeline.train.distributed import World
+from pipeline.training_recipe import TrainingRecipe
 
 Engine = deepspeed.DeepSpeedEngine
 WEIGHTS = "weights.safetensors"
@@ -40,7 +41,7 @@ OF_THE_RECIPE = {
 }
 
 
-def engine_config(recipe: Recipe, world_size: int) -> dict:
+def engine_config(recipe: TrainingRecipe, world_size: int) -> dict:
     """DeepSpeed's configuration: ds_configs/zero<stage>.json and what the recipe decides."""
     path = _config_directory() / f"zero{recipe.engine.zero_stage}.json"
     config = json.loads(path.read_text())
@@ -82,18 +83,10 @@ def connect(timeout_minutes: float) -> None:
         Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def build_engine(recipe: Recipe, method: nn.Module, world: World) -> Engine:
-    """Wrap the method. AdamW without weight decay on biases and norms, as in the official MAE code."""
-    decayed = [p for p in method.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in method.parameters() if p.requires_grad and p.ndim <= 1]
+def build_engine(recipe: TrainingRecipe, method: Method, world: World) -> Engine:
+    """Wrap the method; AdamW on its parameter groups."""
     optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": recipe.optim.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=0.0,
-        betas=recipe.optim.betas,
-        fused=True,
+        method.parameter_groups(recipe.optim.weight_decay), lr=0.0, betas=recipe.optim.betas, fused=True
     )
     engine, *_ = deepspeed.initialize(
         model=method.to(world.device),
@@ -108,7 +101,7 @@ def build_engine(recipe: Recipe, method: nn.Module, world: World) -> Engine:
 
 def set_learning_rate(engine: Engine, rate: float) -> None:
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def at_boundary(engine: Engine) -> bool:
@@ -175,7 +168,7 @@ def load(engine: Engine, directory: Path, name: str) -> None:
     elastic.load(engine, [path / _part(writer) for writer in range(numbers["writers"])], numbers)
 
 
-def check_precision(recipe: Recipe) -> None:
+def check_precision(recipe: TrainingRecipe) -> None:
     """UserError where the device can't compute in the recipe's precision."""
     accelerator = get_accelerator()
     able = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}

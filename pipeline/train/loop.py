@@ -1,4 +1,4 @@
-"""The story of a pre-training run, from top to bottom.
+"""The story of a run, from top to bottom. What is trained is a `Task`: pre-training or fine-tuning.
 
 Invariant: what is trained is a function of recipe and data alone. Killed anywhere and started again with the
 same command, a run ends with the same weights and the same logged losses: to the bit on the same number of
@@ -7,7 +7,7 @@ ranks at the same ZeRO stage, else to what another order of summation leaves.
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +15,6 @@ import torch
 from pipeline.data.failures import Failures
 from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
-from pipeline.evals.photographs import first_of_set
-from pipeline.evals.picture import picture
-from pipeline.methods import Method, build_method
-from pipeline.plan import forward_flops
-from pipeline.recipe import Recipe
 from pipeline.train import checkpoint, engine, run_directory
 from pipeline.train.distributed import agreed, find_world, gathered
 from pipeline.train.guard import Guard
@@ -28,24 +23,20 @@ from pipeline.train.metrics import Log, Window
 from pipeline.train.retreat import retreat, write_samples
 from pipeline.train.schedule import learning_rate
 from pipeline.train.stopping import Stopping
+from pipeline.train.task import Task
 from pipeline.train.trace import Trace, take_back
 from pipeline.train.watchdog import Watchdog
 
-SHOWN = 4
-"""Images of the shard set whose reconstruction is drawn at every checkpoint."""
 
+def train(task: Task, data: Sequence[str], run: Path) -> None:
+    """Train on the shard sets `data`, or the recipe's own where that is empty, in the run directory `run`;
+    continue where it stands.
 
-def pretrain(
-    recipe: Recipe, data: Sequence[str], run: Path, build: Callable[[Recipe], Method] = build_method
-) -> None:
-    """Pre-train `recipe` on the shard sets `data`, or the recipe's own where that is empty, in the run
-    directory `run`; continue where it stands.
-
-    build: makes the method, for experiments with one that no recipe names. Every rank calls it. Raises
-    UserError for what the user can mend, before anything is written; StoppedEarly where a signal ended it
-    before its time; Diverged where the guard gives up.
+    Every rank calls it. Raises UserError for what the user can mend, before anything is written; StoppedEarly
+    where a signal ended it before its time; Diverged where the guard gives up.
     """
     # ---- Who we are, and whether what is asked is possible
+    recipe = task.recipe
     stopping = Stopping()
     world = find_world()
     accumulation = recipe.accumulation(world.size)
@@ -57,8 +48,8 @@ def pretrain(
 
     # ---- The model and its engine
     torch.manual_seed(recipe.seed)
-    method = build(recipe)
-    step_flops = 3 * forward_flops(recipe)  # per image; a backward pass costs two forward ones
+    method = task.build(reader)
+    step_flops = 3 * task.forward_flops()  # per image; a backward pass costs two forward ones
     engine.connect(recipe.engine.timeout_minutes)
     stopping.connect(recipe.engine.timeout_minutes)
     unchecked = agreed(lambda: reader.check_bytes(world.rank, world.size))
@@ -86,7 +77,9 @@ def pretrain(
         gathered("taken back")
         trace = Trace(run, world.rank) if recipe.data.trace else None
         place = world.device, world.rank, world.size, step
-        loader = Loader(reader, recipe, method.noise_size, *place, threads, guard.offset, failures)
+        loader = Loader(
+            reader, recipe, method.noise_size, *place, threads, guard.offset, failures, task.labelled
+        )
         return step, window, guard, log, trace, loader
 
     newest = checkpoint.newest_whole(checkpoints, world.rank, world.size)
@@ -98,7 +91,7 @@ def pretrain(
         checkpoint.sweep(checkpoints, step)
         run_directory.describe(run, recipe, step, world)
         log.note(
-            f"{recipe.method.name} on {recipe.model.name}: {num_samples} images, {total_steps} steps of "
+            f"{task.title}: {num_samples} images, {total_steps} steps of "
             f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch} "
             f"on {device_name(world.device)}, {recipe.engine.precision}"
             + (f", continued after step {step}" if step else "")
@@ -106,14 +99,11 @@ def pretrain(
         if unchecked:
             log.note(unchecked)
 
-    shown = agreed(lambda: first_of_set(reader, SHOWN, recipe.data)).to(world.device)
-    pictures = run / "reconstructions"
-    pictures.mkdir(exist_ok=True)
-
+    task.begin(run, reader, method, world)
     watchdog = Watchdog(run, world.rank, 60 * recipe.engine.timeout_minutes)
 
     def make_sure() -> None:
-        """Draw what the model does at this step, and write a checkpoint."""
+        """Write a checkpoint, and what the task shows of it."""
         state = {
             **identity,
             "stream": guard.offset + step * recipe.data.global_batch,
@@ -122,11 +112,9 @@ def pretrain(
             "recipe": recipe.model_dump(mode="json"),
             "versions": run_directory.versions(),
         }
-        drawn = picture(method, recipe, shown, recipe.seed)  # by all ranks: ZeRO-3 shares the weights
         if log:
             log.flush()
-            drawn.save(pictures / "new.png")
-            (pictures / "new.png").replace(pictures / f"{checkpoint.name_of(step)}.png")
+        task.show(step)
         checkpoint.save(model, checkpoints, step, state, recipe.train, world)
         watchdog.alive()
 
@@ -144,7 +132,7 @@ def pretrain(
             if stopping.reason:
                 break
             replaced += batch.replaced
-            output = model(batch.images, batch.noise)
+            output = model(*batch.inputs)
             model.backward(output.loss)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 parts[name] = parts.get(name, 0.0) + value / accumulation
@@ -162,7 +150,8 @@ def pretrain(
         window.add({**parts, **{k: torch.as_tensor(v, device=world.device) for k, v in counts.items()}})
 
         # ---- Go back, where nothing else helps
-        says = step % recipe.train.log_every == 0 or step == total_steps
+        evaluates = task.evaluates(step, total_steps, num_samples)
+        says = step % recipe.train.log_every == 0 or step == total_steps or evaluates
         saves = step % recipe.train.checkpoint_every == 0 or step == total_steps
         known = len(guard.skips)
         trouble = guard.read(
@@ -193,6 +182,7 @@ def pretrain(
             means = window.close()
             took = time.perf_counter() - began
             images_per_s = (step - logged_step) * recipe.data.global_batch / took
+            figures = task.evaluate(step, watchdog.alive) if evaluates else {}
             if log:
                 log.write(
                     {
@@ -200,6 +190,7 @@ def pretrain(
                         "epoch": (guard.offset + step * recipe.data.global_batch) / num_samples,
                         "samples": step * recipe.data.global_batch,
                         **means,
+                        **figures,
                         **({"skips": [skip._asdict() for skip in guard.skips]} if guard.skips else {}),
                         "lr": rate,
                         "images_per_s": images_per_s,

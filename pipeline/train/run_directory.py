@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe_file import load
 from pipeline.train.distributed import World
 from pipeline.train.hardware import device_name
+from pipeline.training_recipe import TrainingRecipe
 
 PACKAGES = ("shardmae", "torch", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy")
 FREE = {  # keys that may change when a run is continued: they say how it is done, not what is trained
@@ -47,7 +48,7 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
 LOCK_PATIENCE = 60.0  # seconds: a killed predecessor may still be dying
 
 
-def check(run: Path, recipe: Recipe) -> None:
+def check(run: Path, recipe: TrainingRecipe) -> None:
     """UserError where `run` is there and no run of this recipe. Writes nothing."""
     if not run.exists():
         return
@@ -62,7 +63,13 @@ def check(run: Path, recipe: Recipe) -> None:
                 f"--run {run}: holds something that is no run (no recipe.yaml); give a new directory"
             )
         return
-    changed = {k: v for k, v in load_recipe(begun).differences(recipe).items() if k not in FREE}
+    try:
+        before = load(type(recipe), begun)
+    except UserError as error:
+        raise UserError(
+            f"--run {run}: was begun by another command or version ({error}); give a new directory"
+        ) from None
+    changed = {k: v for k, v in before.differences(recipe).items() if k not in FREE}
     if changed:
         listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
         raise UserError(
@@ -78,7 +85,7 @@ def check_continuation(checkpoint: Path, state: dict, identity: dict) -> None:
         )
 
 
-def begin(run: Path, recipe: Recipe) -> int:
+def begin(run: Path, recipe: TrainingRecipe) -> int:
     """Hold the directory, and write there at once what it is, so that a run killed from here on continues.
 
     Returns the lock's file descriptor, to be kept. UserError as `lock` and `check`.
@@ -119,7 +126,7 @@ def lock(run: Path) -> int:
         return descriptor
 
 
-def describe(run: Path, recipe: Recipe, step: int, world: World) -> None:
+def describe(run: Path, recipe: TrainingRecipe, step: int, world: World) -> None:
     """Write recipe.yaml and environment.json; a run that is continued adds to the latter's list of starts."""
     _replace(run / "recipe.yaml", recipe.to_yaml())
     path = run / "environment.json"

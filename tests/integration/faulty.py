@@ -19,8 +19,8 @@ from pipeline.data.order import rank_positions
 from pipeline.data.random import Purpose, uniform
 from pipeline.data.reader import ShardReader
 from pipeline.methods import Method, MethodOutput, build_method
+from pipeline.pretraining import pretrain
 from pipeline.recipe import load_recipe
-from pipeline.train.loop import pretrain
 
 FACTOR = {"loss": float("nan"), "gradient": float("nan"), "spike": 100.0}
 

@@ -1,0 +1,54 @@
+"""Pre-training as the loop's task: a recipe's method, and pictures of what it reconstructs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.data.reader import ShardReader
+from pipeline.evals.photographs import first_of_set
+from pipeline.evals.picture import picture
+from pipeline.methods import Method, build_method
+from pipeline.plan import forward_flops
+from pipeline.recipe import Recipe
+from pipeline.train import checkpoint
+from pipeline.train.distributed import World, agreed
+from pipeline.train.loop import train
+from pipeline.train.task import Task
+
+SHOWN = 4
+"""Images of the shard set whose reconstruction is drawn at every checkpoint."""
+
+
+def pretrain(
+    recipe: Recipe, data: Sequence[str], run: Path, build: Callable[[Recipe], Method] = build_method
+) -> None:
+    """Pre-train `recipe` as `train` says. build: makes the method, for experiments with one that no recipe
+    names."""
+    train(Pretraining(recipe, build), data, run)
+
+
+class Pretraining(Task):
+    def __init__(self, recipe: Recipe, build: Callable[[Recipe], Method] = build_method):
+        self.recipe, self._build = recipe, build
+
+    @property
+    def title(self) -> str:
+        return f"{self.recipe.method.name} on {self.recipe.model.name}"
+
+    def build(self, reader: ShardReader) -> Method:
+        return self._build(self.recipe)
+
+    def forward_flops(self) -> int:
+        return forward_flops(self.recipe)
+
+    def begin(self, run: Path, reader: ShardReader, method: Method, world: World) -> None:
+        self._method, self._writes = method, world.rank == 0
+        self._shown = agreed(lambda: first_of_set(reader, SHOWN, self.recipe.data)).to(world.device)
+        self._pictures = run / "reconstructions"
+        self._pictures.mkdir(exist_ok=True)
+
+    def show(self, step: int) -> None:
+        # Drawn by all ranks: ZeRO-3 shares the weights.
+        drawn = picture(self._method, self.recipe, self._shown, self.recipe.seed)
+        if self._writes:
+            drawn.save(self._pictures / "new.png")
+            (self._pictures / "new.png").replace(self._pictures / f"{checkpoint.name_of(step)}.png")
