@@ -128,6 +128,28 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(
         commands,
+        "knn",
+        _knn,
+        "judge an encoder by nearest neighbours",
+        "Classify a labelled shard set by its nearest neighbours in another, on frozen features: nothing is "
+        "trained and nothing chosen. Under a launcher the ranks share the work.",
+        "examples:\n"
+        "  python -m pipeline knn --weights runs/l16 --data shards/train --val shards/val\n"
+        "  python -m pipeline knn --weights random:vitl16_mae --data shards/train --val shards/val\n"
+        "  python -m pipeline knn --weights pixels:32 --data shards/train --val shards/val --labels 0.1\n",
+    )
+    _encoder_arguments(command)
+    command.add_argument(
+        "--k",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="neighbours that vote (default: 5 10 20 50 100 200, as far as there are)",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = _command(
+        commands,
         "report",
         _report,
         "make a page of a run",
@@ -210,6 +232,43 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _encoder_arguments(command: argparse.ArgumentParser) -> None:
+    """What is judged, on what, and how its features are computed."""
+    command.add_argument(
+        "--weights",
+        required=True,
+        metavar="WEIGHTS",
+        help="run directory, exported .safetensors, the official MAE's .pth, random:RECIPE, or pixels[:SIZE]",
+    )
+    command.add_argument("--data", required=True, metavar="TRAIN", help="labelled shard set to learn from")
+    command.add_argument("--val", required=True, metavar="VAL", help="labelled shard set to be judged on")
+    command.add_argument(
+        "--labels",
+        type=_share,
+        metavar="SHARE",
+        help="learn from this share of the labels only, class-balanced, by hash; for example 0.01",
+    )
+    command.add_argument(
+        "--pool",
+        choices=["class_token", "mean"],
+        default="class_token",
+        help="of the encoder's tokens: its class token, or the mean of its patches (default: class_token)",
+    )
+    command.add_argument("--image-size", type=_positive, metavar="PX", help="default: as trained")
+    command.add_argument(
+        "--resize",
+        type=_positive,
+        metavar="PX",
+        help="shorter side before the centre is cut out (default: 256/224 of the image size, up to 224)",
+    )
+    command.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder (default: fp32)"
+    )
+    command.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep features here (default: RUN/features for a run)"
+    )
+
+
 def _recipe_arguments(command: argparse.ArgumentParser, default: str | None = None) -> None:
     """An argument of its own, or, where there is a default, an option."""
     what = "a YAML file, or the name of a recipe that ships"
@@ -269,6 +328,28 @@ def _reconstruct(args: argparse.Namespace) -> None:
     print(reconstruct(args.run, args.images, args.out, args.count, args.tiles, args.seed))
 
 
+def _knn(args: argparse.Namespace) -> None:
+    import json
+
+    from pipeline.evals.knn import format_knn, knn
+
+    result = knn(args.weights, args.data, args.val, ks=args.k, **_encoder_options(args))
+    if not _rank():
+        print(json.dumps(result, indent=1) if args.json else format_knn(result))
+
+
+def _encoder_options(args: argparse.Namespace) -> dict:
+    is_run = Path(args.weights).is_dir()
+    return {
+        "labels": args.labels,
+        "pool": args.pool,
+        "image_size": args.image_size,
+        "resize": args.resize,
+        "precision": args.precision,
+        "cache": args.cache or (Path(args.weights) / "features" if is_run else None),
+    }
+
+
 def _report(args: argparse.Namespace) -> None:
     from pipeline.report import report
 
@@ -325,6 +406,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share, over 0 and up to 1")
+    return share
 
 
 def _let_rank_0_speak() -> None:

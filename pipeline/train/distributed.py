@@ -120,6 +120,18 @@ def gathered(value: object) -> list[object]:
     return boxes
 
 
+def gathered_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of every rank, (n, ...), in the order of ranks, on every rank; n may differ."""
+    if not dist.is_initialized():
+        return rows
+    counts = gathered(len(rows))
+    padded = rows.new_zeros(max(counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
 def agreed(what: Callable[[], T]) -> T:
     """This rank's result of what needs no other rank. AgreedError on all where one raises UserError."""
     done, fault = None, None

@@ -1,0 +1,144 @@
+"""Features of a shard set: extracted once, by all ranks, and kept.
+
+Invariant: every sample has one feature, in the order of the shard set, and batches are the same whatever the
+number of ranks; so features are, too. A file in the cache is whole, and its name is a digest of all that
+decides what is in it: weights, images, how they are cut and in which precision they are computed.
+"""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.data.evaluation import EvaluationLoader
+from pipeline.data.reader import ShardReader
+from pipeline.evals.representation import Representation
+from pipeline.sections import DataSection
+from pipeline.train.distributed import World, agreed, find_world, gathered, gathered_rows, say
+
+Precision = Literal["fp32", "bf16"]
+BATCH = 128
+INTERVAL = 10.0
+"""Seconds between two lines of progress."""
+
+
+class Features(NamedTuple):
+    values: torch.Tensor
+    """(N, D) float32, on the CPU, in the order of the shard set."""
+    labels: torch.Tensor
+    """(N,) int64."""
+
+
+def join(timeout_minutes: float = 30.0) -> World:
+    """Find the other ranks, where a launcher started some."""
+    world = find_world()
+    if world.size > 1:
+        from pipeline.train import engine
+
+        engine.connect(timeout_minutes)
+    return world
+
+
+def leave(world: World) -> None:
+    if world.size > 1:
+        from pipeline.train import engine
+
+        engine.disconnect()
+
+
+class Extractor:
+    """Takes shard sets through one representation. Every rank has one, and every rank calls it."""
+
+    def __init__(
+        self,
+        model: Representation,
+        world: World,
+        *,
+        resize: int | None = None,
+        precision: Precision = "fp32",
+        batch: int = BATCH,
+        cache: Path | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """resize: the shorter side before the centre is cut out; None: MAE's, 256 / 224 of images up to 224
+        px, larger ones as they are. cache: a directory for features; None: they are not kept."""
+        self.model, self.world = model.to(world.device), world
+        size = model.image_size
+        self.resize = resize or (size * 256 // 224 if size <= 224 else size)
+        self.precision, self.batch, self.cache = precision, batch, cache
+        self.threads = threads or world.cores
+
+    def __call__(self, reader: ShardReader) -> Features:
+        """The features of a labelled set, complete on every rank. UserError, on all ranks, where an image of
+        one cannot be read or decoded."""
+        path = self.cache / f"{self._digest(reader)}.safetensors" if self.cache else None
+        kept = _read(path, reader.num_samples) if path else None
+        if all(gathered(kept is not None)):
+            return kept
+        values, labels = agreed(lambda: self._part(reader))
+        device = self.world.device
+        found = Features(*(gathered_rows(rows.to(device)).cpu() for rows in (values, labels)))
+        if path and self.world.rank == 0:
+            _write(path, found)
+        return found
+
+    def batch_of(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, S, S) on the device -> (B, D) float32 on the device."""
+        device = self.world.device.type
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, self.precision == "bf16"):
+            return self.model(images).float()
+
+    def loader(self, reader: ShardReader) -> EvaluationLoader:
+        """Of this rank's part."""
+        model, world = self.model, self.world
+        data = DataSection(image_size=model.image_size, mean=model.mean, std=model.std)
+        place = world.device, world.rank, world.size, self.threads
+        return EvaluationLoader(reader, data, self.batch, *place, max(self.resize, model.image_size))
+
+    def _part(self, reader: ShardReader) -> tuple[torch.Tensor, torch.Tensor]:
+        loader = self.loader(reader)
+        values, labels = (
+            torch.empty(len(loader), self.model.width),
+            torch.empty(len(loader), dtype=torch.int64),
+        )
+        done, began, said = 0, time.monotonic(), time.monotonic()
+        for batch in loader:
+            end = done + len(batch.images)
+            values[done:end] = self.batch_of(batch.images)
+            labels[done:end] = batch.labels
+            done = end
+            if time.monotonic() - said > INTERVAL:
+                said = time.monotonic()
+                rate = done / (said - began) * self.world.size
+                say(f"features: {done / len(loader):.0%} of {reader.num_samples} images, {rate:.0f} images/s")
+        return values, labels
+
+    def _digest(self, reader: ShardReader) -> str:
+        how = (self.resize, self.precision, self.batch, self.world.device.type)
+        content = json.dumps([self.model.digest, reader.fingerprint, how])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _read(path: Path, samples: int) -> Features | None:
+    """None where there is no such file, or none that can be read."""
+    try:
+        content = load_file(path)
+        found = Features(content["values"], content["labels"])
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return found if len(found.values) == len(found.labels) == samples else None
+
+
+def _write(path: Path, features: Features) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    save_file(features._asdict(), temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

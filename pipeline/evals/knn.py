@@ -1,0 +1,143 @@
+"""`python -m pipeline knn`: weighted nearest neighbours on frozen features, the protocol of DINO.
+
+Features are normalised to length one; the k training images of the largest cosine vote for their class, each
+with weight exp(cosine / 0.07) (Wu et al. 2018, Caron et al. 2021). Nothing is trained and nothing is chosen.
+Invariant: blocks of queries are the same whatever the number of ranks, so the result is, to the last sample.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.errors import UserError
+from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
+from pipeline.evals.features import Extractor, Features, join, leave
+from pipeline.evals.labelled import open_labelled
+from pipeline.evals.representation import Pool, representation
+from pipeline.sections import DataSection
+from pipeline.train.distributed import World, gathered
+
+KS = (5, 10, 20, 50, 100, 200)
+TEMPERATURE = 0.07
+QUERIES, NEIGHBOURS = 512, 1 << 16
+"""Cosines of so many queries and training images are held at once."""
+
+
+def knn(
+    weights: str,
+    train: str,
+    val: str,
+    *,
+    ks: Sequence[int] | None = None,
+    labels: float | None = None,
+    image_size: int | None = None,
+    pool: Pool = "class_token",
+    **extraction,
+) -> dict:
+    """Judge `weights` on the shard set `val` by their neighbours in `train`; every rank calls it.
+
+    ks: neighbours that vote; None: those of KS that the training set has. labels: use only this share of the
+    training set's labels, class-balanced. extraction: options of `Extractor`. Returns what is printed, for
+    JSON. UserError for what the user can mend.
+    """
+    world = join()
+    model = representation(weights, image_size, pool)
+    few = {"subset": labels, "subset_by_class": True} if labels else {}
+    sets = open_labelled(train, val, DataSection(**few))
+    ks = _possible(ks, sets.train.num_samples)
+    extract = Extractor(model, world, **extraction)
+    features, queries = extract(sets.train), extract(sets.val)
+    found = classify(features, queries, ks, sets.classes, world)
+    leave(world)
+    return {
+        "weights": weights,
+        "features": model.name,
+        "image_size": model.image_size,
+        "resize": extract.resize,
+        "train": {"data": train, "samples": len(features.labels), "labels": labels or 1.0},
+        "val": {"data": val, "samples": len(queries.labels)},
+        "classes": sets.classes,
+        "temperature": TEMPERATURE,
+        "knn": [{"k": k, **{name: a.as_json() for name, a in found[k].items()}} for k in ks],
+    }
+
+
+def classify(
+    train: Features, val: Features, ks: Sequence[int], classes: int, world: World
+) -> dict[int, dict[str, Accuracy]]:
+    """For each k the accuracy on `val`, the same on every rank."""
+    blocks = -(-len(val.labels) // QUERIES)
+    first, end = (QUERIES * (blocks * part // world.size) for part in (world.rank, world.rank + 1))
+    similarity, voters = nearest(train, val.values[first:end], max(ks), world.device)
+    truth = val.labels[first:end].to(world.device)
+    counted = {k: (0, 0) for k in ks}
+    for start in range(0, len(truth), QUERIES):
+        part = slice(start, start + QUERIES)
+        for k in ks:
+            scores = votes(similarity[part, :k], voters[part, :k], classes)
+            counted[k] = tuple(map(sum, zip(counted[k], hits(scores, truth[part]), strict=True)))
+    counts = gathered(counted)
+    total = len(val.labels)
+    return {k: top_1_and_5(*map(sum, zip(*(c[k] for c in counts), strict=True)), total, classes) for k in ks}
+
+
+def nearest(
+    train: Features, queries: torch.Tensor, k: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and class of the k nearest training images of each query (Q, D): (Q, k) both, nearest first."""
+    queries = F.normalize(queries.to(device), dim=1)
+    similarity = queries.new_empty(len(queries), 0)
+    classes = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    for start in range(0, len(train.values), NEIGHBOURS):
+        block = F.normalize(train.values[start : start + NEIGHBOURS].to(device), dim=1)
+        labels = train.labels[start : start + NEIGHBOURS].to(device)
+        merged = [
+            _best(similarity[part], classes[part], queries[part] @ block.T, labels, k)
+            for part in (slice(at, at + QUERIES) for at in range(0, len(queries), QUERIES))
+        ]
+        if merged:
+            similarity, classes = (torch.cat(parts) for parts in zip(*merged, strict=True))
+    return similarity, classes
+
+
+def votes(similarity: torch.Tensor, classes: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Score of every class, float64 (Q, C), by neighbours (Q, k); minus infinity where none votes for it."""
+    weight = (similarity.double() / TEMPERATURE).exp()
+    scores = weight.new_zeros(len(weight), num_classes).scatter_add_(1, classes, weight)
+    return scores.masked_fill(scores == 0, -torch.inf)
+
+
+def format_knn(result: dict) -> str:
+    """A table for people."""
+    train, val = result["train"], result["val"]
+    share = "" if train["labels"] == 1 else f" ({train['labels']:g} of the labels, class-balanced)"
+    lines = [
+        f"{result['features']}: {train['samples']} training images{share}, {val['samples']} to be judged, "
+        f"{result['classes']} classes",
+        "    k   top-1 [95 % interval]" + "     top-5" * ("top5" in result["knn"][0]),
+    ]
+    for row in result["knn"]:
+        cells = [
+            Accuracy(row[name]["correct"], row[name]["total"]) for name in ("top1", "top5") if name in row
+        ]
+        lines.append(f"{row['k']:5d}  " + "   ".join(map(str, cells)))
+    return "\n".join(lines)
+
+
+def _possible(ks: Sequence[int] | None, samples: int) -> list[int]:
+    if ks is None:
+        return [k for k in KS if k <= samples] or [samples]
+    if max(ks) > samples:
+        raise UserError(f"--k {max(ks)}: there are {samples} training images")
+    return sorted(set(ks))
+
+
+def _best(
+    similarity: torch.Tensor, classes: torch.Tensor, more: torch.Tensor, labels: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of those found and of `more` (Q, T), whose classes are `labels` (T,)."""
+    both = torch.cat([similarity, more], dim=1)
+    best, where = both.topk(min(k, both.shape[1]), dim=1)
+    of_all = torch.cat([classes, labels.expand(len(more), -1)], dim=1)
+    return best, of_all.gather(1, where)

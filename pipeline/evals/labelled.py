@@ -1,0 +1,65 @@
+"""The labelled shard sets of an evaluation: one to learn from, one to be judged on.
+
+Invariant: both name the same classes in the same order, and they are not the same images.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.sections import DataSection
+
+
+class Labelled(NamedTuple):
+    train: ShardReader
+    val: ShardReader
+
+    @property
+    def classes(self) -> int:
+        return len(self.train.manifest.classes)
+
+
+def open_labelled(train: str | Path, val: str | Path, data: DataSection) -> Labelled:
+    """The sets in two directories or URLs; `data.subset` and `data.holdout` are of the training set.
+
+    UserError where one has no labels, their classes differ, or they are the same set.
+    """
+    whole = data.model_copy(update={"subset": 1.0, "subset_by_class": False, "holdout": 0.0})
+    found = Labelled(ShardReader(train, data), ShardReader(val, whole))
+    for option, path, reader in (("--data", train, found.train), ("--val", val, found.val)):
+        if not reader.manifest.classes:
+            raise UserError(
+                f"{option} {path}: its samples have no labels; build it from a folder of class folders, or "
+                "from a source with labels"
+            )
+    theirs, ours = found.val.manifest.classes, found.train.manifest.classes
+    if theirs != ours:
+        raise UserError(
+            f"--val {val}: its classes are not those of --data {train}: {_difference(ours, theirs)}"
+        )
+    digests = [{shard.sha256 for shard in reader.manifest.shards} for reader in found]
+    if digests[0] & digests[1]:
+        raise UserError(f"--val {val}: holds shards of --data {train}; judge on images that were not learned")
+    return found
+
+
+def labels_of(reader: ShardReader) -> np.ndarray:
+    """The class of every sample, int64 (N,), in the order of the shard set."""
+    return np.concatenate([reader.labels(shard) for shard in range(len(reader.shard_sizes))])
+
+
+def _difference(train: list[str], val: list[str]) -> str:
+    missing, more = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} are missing, {_some(missing)}")
+    if more:
+        parts.append(f"{len(more)} are not there, {_some(more)}")
+    return "; ".join(parts) or "the same names in another order"
+
+
+def _some(names: list[str], at_most: int = 3) -> str:
+    return ", ".join(map(repr, names[:at_most])) + (", ..." if len(names) > at_most else "")

@@ -1,0 +1,75 @@
+"""What is judged: a map from images to one vector each.
+
+a run directory, .safetensors, .pth, random:RECIPE     an encoder's class token, or its patches' mean
+pixels, pixels:SIZE                                    the image itself, 32 px or SIZE: the baseline
+"""
+
+import hashlib
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.evals.encoder import ImageEncoder, load_encoder
+from pipeline.sections import DataSection
+
+Pool = Literal["class_token", "mean"]
+PIXELS = "pixels"
+PIXELS_SIZE = 32
+
+
+class Representation(nn.Module):
+    """`name`: for people. `width`: D. `image_size`, `mean` and `std`: of the images it takes."""
+
+    name: str
+    width: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides what comes out."""
+        digest = hashlib.sha256(repr((self.name, self.image_size, self.mean, self.std)).encode())
+        for key, tensor in sorted(self.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class PooledTokens(Representation):
+    """MAE's own choice for the probe is the class token."""
+
+    def __init__(self, encoder: ImageEncoder, pool: Pool) -> None:
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+        self.name = f"{encoder.name}, {pool.replace('_', ' ')}"
+        self.width = encoder.width
+        self.image_size, self.mean, self.std = encoder.image_size, encoder.mean, encoder.std
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, S, S) -> (B, D)."""
+        tokens = self.encoder(images)
+        return tokens[:, 0] if self.pool == "class_token" else tokens[:, 1:].mean(dim=1)
+
+
+class Pixels(Representation):
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.name, self.image_size = f"pixels of {image_size} px", image_size
+        self.width = 3 * image_size**2
+        self.mean, self.std = DataSection().mean, DataSection().std
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+def representation(weights: str, image_size: int | None, pool: Pool) -> Representation:
+    """What `weights` names (see above), frozen, on the CPU. UserError as `load_encoder`."""
+    if weights.partition(":")[0] == PIXELS:
+        size = weights.removeprefix(PIXELS).removeprefix(":") or str(image_size or PIXELS_SIZE)
+        if not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--weights {weights}: expected pixels:SIZE, for example pixels:32")
+        return Pixels(int(size))
+    return PooledTokens(load_encoder(weights, image_size), pool).requires_grad_(False).eval()
