@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from PIL import Image
 
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no fault of the code
 hypothesis.settings.load_profile("suite")
@@ -50,3 +51,23 @@ def shards(photographs, tmp_path_factory) -> Path:
 def other_shards(photographs, tmp_path_factory) -> Path:
     """The same photographs in another order."""
     return build(photographs, tmp_path_factory.mktemp("shards") / "other", "--seed", "5")
+
+
+@pytest.fixture(scope="session")
+def labelled_sets(photographs, tmp_path_factory) -> tuple[Path, Path]:
+    """Two shard sets of small crops of six photographs, each its own class: 60 to learn from, 42 to be judged
+    on."""
+    folder = tmp_path_factory.mktemp("labelled")
+    chosen = [sorted(path.iterdir())[0] for path in sorted(photographs.iterdir())[:6]]
+    for path in chosen:
+        with Image.open(path) as image:
+            square = image.convert("RGB").resize((96, 96))
+        for number in range(17):
+            left, top = 4 * (number % 5), 7 * (number % 4)
+            part = "val" if number % 5 > 2 or number == 16 else "train"
+            target = folder / part / path.parent.name / f"{path.parent.name}_{number}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            square.crop((left, top, left + 72, top + 72)).save(target, quality=90)
+    return tuple(
+        build(folder / part, folder / f"{part}-set", "--shard-size", "25") for part in ("train", "val")
+    )

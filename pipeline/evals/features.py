@@ -20,7 +20,7 @@ from pipeline.data.evaluation import EvaluationLoader
 from pipeline.data.reader import ShardReader
 from pipeline.evals.representation import Representation
 from pipeline.sections import DataSection
-from pipeline.train.distributed import World, agreed, find_world, gathered, gathered_rows, say
+from pipeline.train.distributed import World, agreed, gathered, gathered_rows, say
 
 Precision = Literal["fp32", "bf16"]
 BATCH = 128
@@ -33,23 +33,6 @@ class Features(NamedTuple):
     """(N, D) float32, on the CPU, in the order of the shard set."""
     labels: torch.Tensor
     """(N,) int64."""
-
-
-def join(timeout_minutes: float = 30.0) -> World:
-    """Find the other ranks, where a launcher started some."""
-    world = find_world()
-    if world.size > 1:
-        from pipeline.train import engine
-
-        engine.connect(timeout_minutes)
-    return world
-
-
-def leave(world: World) -> None:
-    if world.size > 1:
-        from pipeline.train import engine
-
-        engine.disconnect()
 
 
 class Extractor:

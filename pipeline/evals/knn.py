@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from pipeline.errors import UserError
 from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
-from pipeline.evals.features import Extractor, Features, join, leave
+from pipeline.evals.features import Extractor, Features
 from pipeline.evals.labelled import open_labelled
 from pipeline.evals.representation import Pool, representation
 from pipeline.sections import DataSection
-from pipeline.train.distributed import World, gathered
+from pipeline.train.distributed import World, gathered, join, leave
 
 KS = (5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
@@ -49,7 +49,7 @@ def knn(
     extract = Extractor(model, world, **extraction)
     features, queries = extract(sets.train), extract(sets.val)
     found = classify(features, queries, ks, sets.classes, world)
-    leave(world)
+    leave()
     return {
         "weights": weights,
         "features": model.name,

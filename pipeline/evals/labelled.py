@@ -29,21 +29,29 @@ def open_labelled(train: str | Path, val: str | Path, data: DataSection) -> Labe
     """
     whole = data.model_copy(update={"subset": 1.0, "subset_by_class": False, "holdout": 0.0})
     found = Labelled(ShardReader(train, data), ShardReader(val, whole))
-    for option, path, reader in (("--data", train, found.train), ("--val", val, found.val)):
+    check_labelled(*found)
+    return found
+
+
+def check_labelled(train: ShardReader, val: ShardReader) -> None:
+    """UserError where one has no labels, their classes differ, or they are the same set."""
+    for option, reader in (("--data", train), ("--val", val)):
         if not reader.manifest.classes:
             raise UserError(
-                f"{option} {path}: its samples have no labels; build it from a folder of class folders, or "
-                "from a source with labels"
+                f"{option} {reader.places[0]}: its samples have no labels; build it from a folder of class "
+                "folders, or from a source with labels"
             )
-    theirs, ours = found.val.manifest.classes, found.train.manifest.classes
+    where = f"--val {val.places[0]}"
+    theirs, ours = val.manifest.classes, train.manifest.classes
     if theirs != ours:
         raise UserError(
-            f"--val {val}: its classes are not those of --data {train}: {_difference(ours, theirs)}"
+            f"{where}: its classes are not those of --data {train.places[0]}: {_difference(ours, theirs)}"
         )
-    digests = [{shard.sha256 for shard in reader.manifest.shards} for reader in found]
+    digests = [{shard.sha256 for shard in reader.manifest.shards} for reader in (train, val)]
     if digests[0] & digests[1]:
-        raise UserError(f"--val {val}: holds shards of --data {train}; judge on images that were not learned")
-    return found
+        raise UserError(
+            f"{where}: holds shards of --data {train.places[0]}; judge on images that were not learned"
+        )
 
 
 def labels_of(reader: ShardReader) -> np.ndarray:

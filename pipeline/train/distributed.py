@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -81,6 +82,20 @@ def find_world() -> World:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
         torch.set_num_threads(world.cores)
     return world
+
+
+def join(timeout_minutes: float = 30.0) -> World:
+    """Find the other ranks without DeepSpeed, for what trains no large model; `leave` undoes it."""
+    world = find_world()
+    if world.size > 1:
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return world
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def node_name() -> str:

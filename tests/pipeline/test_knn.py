@@ -1,0 +1,110 @@
+"""k-NN on frozen features: scikit-learn's answers, every sample once, a cache that can be trusted."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+from pipeline.__main__ import main
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.evals import knn as module
+from pipeline.evals.features import Extractor, Features
+from pipeline.evals.knn import KS, TEMPERATURE, classify, knn, nearest, votes
+from pipeline.evals.representation import representation
+from pipeline.train.distributed import World
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), 1)
+CLASSES = 12
+
+
+def clouds(samples: int, seed: int) -> Features:
+    """Overlapping clouds of points, one a class."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(CLASSES, 24, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, CLASSES, (samples,), generator=generator)
+    return Features(centres[labels] + 1.5 * torch.randn(samples, 24, generator=generator), labels)
+
+
+@pytest.mark.parametrize("block", [64, 1 << 16])
+def test_every_answer_is_scikit_learns(monkeypatch, block):
+    monkeypatch.setattr(module, "NEIGHBOURS", block)
+    train, val = clouds(900, 1), clouds(300, 2)
+    found = classify(train, val, KS, CLASSES, ALONE)
+    similarity, voters = nearest(train, val.values, max(KS), ALONE.device)
+    for k in KS:
+        theirs = KNeighborsClassifier(
+            k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / TEMPERATURE)
+        ).fit(train.values.double().numpy(), train.labels.numpy())
+        wanted = theirs.predict_proba(val.values.double().numpy())
+        scores = votes(similarity[:, :k], voters[:, :k], CLASSES)
+        ours = torch.where(scores.isfinite(), scores, 0.0)
+        ours = (ours / ours.sum(1, keepdim=True)).numpy()
+        assert np.abs(ours - wanted).max() < 1e-4
+        assert found[k]["top1"].correct == (wanted.argmax(1) == val.labels.numpy()).sum()
+        assert found[k]["top1"].total == 300
+
+
+def test_a_class_that_nobody_votes_for_is_not_among_the_first_five():
+    train = Features(torch.eye(6)[:2], torch.tensor([3, 4]))
+    val = Features(torch.eye(6)[:2], torch.tensor([0, 4]))
+    found = classify(train, val, [2], 6, ALONE)[2]
+    assert (found["top1"].correct, found["top5"].correct) == (1, 1)
+
+
+def test_features_are_extracted_once_and_are_those_of_the_images(labelled_sets, tmp_path):
+    model = representation("pixels:16", None, "class_token")
+    reader = ShardReader(labelled_sets[0])
+    extract = Extractor(model, ALONE, resize=16, batch=7, cache=tmp_path / "cache")
+    features = extract(reader)
+    images = [batch for batch in extract.loader(reader)]
+    assert torch.equal(features.values, torch.cat([batch.images.flatten(1) for batch in images]))
+    assert torch.equal(features.labels, torch.cat([batch.labels for batch in images]))
+    (kept,) = (tmp_path / "cache").iterdir()
+    written = kept.stat().st_mtime_ns
+    again = extract(reader)
+    assert torch.equal(again.values, features.values) and kept.stat().st_mtime_ns == written
+    extract(ShardReader(labelled_sets[1]))
+    Extractor(model, ALONE, resize=20, batch=7, cache=tmp_path / "cache")(reader)
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # other images, or cut otherwise: others
+    kept.write_bytes(kept.read_bytes()[:-100])
+    assert torch.equal(extract(reader).values, features.values) and len(kept.read_bytes()) > 100
+
+
+def test_the_command_prints_what_it_found(labelled_sets, capsys):
+    train, val = map(str, labelled_sets)
+    command = [
+        "knn",
+        "--weights",
+        "pixels:24",
+        "--resize",
+        "24",
+        "--data",
+        train,
+        "--val",
+        val,
+        "--k",
+        "5",
+        "1",
+    ]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["k"] for row in result["knn"]] == [1, 5]
+    assert result["train"]["samples"] == 60 and result["val"]["samples"] == 42 and result["classes"] == 6
+    best = result["knn"][0]["top1"]
+    assert best["total"] == 42 and 0.9 < best["low"] < best["accuracy"] == best["correct"] / 42
+    assert main(command) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert "42 to be judged, 6 classes" in table[0] and f"{best['accuracy']:.2%}" in table[2]
+
+
+def test_few_labels_are_a_share_of_every_class(labelled_sets):
+    result = knn("pixels:24", *map(str, labelled_sets), labels=0.2, resize=24, ks=[1])
+    assert result["train"]["samples"] == 12 and result["val"]["samples"] == 42
+
+
+def test_more_neighbours_than_there_are(labelled_sets):
+    with pytest.raises(UserError, match="--k 61: there are 60 training images"):
+        knn("pixels:24", *map(str, labelled_sets), ks=[61])
