@@ -33,6 +33,7 @@ CORE = [
 DALI_CUDA13 = ["nvidia-dali-cuda130>=2.0"]
 DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
 HTTP = ["aiohttp>=3.9"]  # shard sets behind http(s)://; for s3:// install s3fs, for gs:// gcsfs
+WANDB = ["wandb>=0.17"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
 BENCH = ["lightly>=1.6", "transformers>=5"]
 DEV = [
@@ -64,7 +65,8 @@ setup(
         "cuda12": DALI_CUDA12,
         "http": HTTP,
         "demo": DEMO,
-        "dev": DEV + DEMO + HTTP,
+        "wandb": WANDB,
+        "dev": DEV + DEMO + HTTP + WANDB,
         "bench": BENCH,
     },
     entry_points={

@@ -180,9 +180,17 @@ class TrainSection(Section):
     """So many of the newest checkpoints stay."""
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints of steps that are multiples of this stay for good; null: none does."""
+    wandb: str | None = Field(None, min_length=1)
+    """The Weights & Biases project that the metrics also go to; null: they don't."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last of the steps that torch.profiler traces on rank 0; null: none."""
 
     @model_validator(mode="after")
     def _possible(self) -> "TrainSection":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("train.steps, train.epochs: give one of the two")
+        if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError(
+                f"train.profile_steps: {list(self.profile_steps)} are no first and last step, counted from 1"
+            )
         return self

@@ -117,6 +117,16 @@ def all_ranks_mean(values: torch.Tensor) -> torch.Tensor:
     return values.div_(dist.get_world_size())
 
 
+def all_ranks(value: float, world: World) -> list[float]:
+    """Every rank's number, in the order of ranks, on every rank."""
+    own = torch.tensor([value], dtype=torch.float64, device=world.device)
+    if not dist.is_initialized():
+        return own.tolist()
+    everyone = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(everyone, own)
+    return torch.cat(everyone).tolist()
+
+
 def from_rank_0(value: object) -> object:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():

@@ -10,6 +10,7 @@ reads of it a step later, by `read`, and so does not wait for the device.
 """
 
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -140,6 +141,7 @@ class Guard:
         event = {
             "step": step,
             "event": "return",
+            "time": round(time.time(), 3),
             "from_step": trouble.last,
             "trouble": [trouble.first, trouble.last],
             "reason": trouble.reason,

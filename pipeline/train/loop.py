@@ -15,11 +15,13 @@ import torch
 from pipeline.data.failures import Failures
 from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
-from pipeline.train import checkpoint, engine, run_directory
-from pipeline.train.distributed import agreed, find_world, gathered
+from pipeline.train import checkpoint, engine, run_directory, wandb_run
+from pipeline.train.distributed import agreed, find_world
 from pipeline.train.guard import Guard
-from pipeline.train.hardware import device_name, memory_gib, peak_flops
+from pipeline.train.hardware import device_name
 from pipeline.train.metrics import Log, Window
+from pipeline.train.pace import Pace
+from pipeline.train.profiler import Profiler
 from pipeline.train.retreat import retreat, write_samples
 from pipeline.train.schedule import learning_rate
 from pipeline.train.stopping import Stopping
@@ -40,6 +42,7 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
     stopping = Stopping()
     world = find_world()
     accumulation = recipe.accumulation(world.size)
+    wandb_run.check(recipe)
     run_directory.check(run, recipe)
     reader = ShardReader(recipe.sources(data), recipe.data)
     num_samples = reader.num_samples
@@ -49,7 +52,6 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
     # ---- The model and its engine
     torch.manual_seed(recipe.seed)
     method = task.build(reader)
-    step_flops = 3 * task.forward_flops()  # per image; a backward pass costs two forward ones
     engine.connect(recipe.engine.timeout_minutes)
     stopping.connect(recipe.engine.timeout_minutes)
     unchecked = agreed(lambda: reader.check_bytes(world.rank, world.size))
@@ -63,6 +65,10 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
     threads = recipe.data.threads or world.cores
     failures = Failures(reader, recipe.data.max_replaced, run / "replaced", world.rank)
 
+    def open_log(step: int, guard: Guard) -> Log:
+        take_back(run, step)
+        return Log(run, recipe, step, total_steps, guard.returns)
+
     def stand(found: Path | None) -> tuple[int, Window, Guard, Log | None, Trace | None, Loader]:
         """Everything as it was when the checkpoint was written; None: as it is at the beginning."""
         state = checkpoint.read_state(found) if found else {"step": 0, "window": None, "guard": None}
@@ -70,11 +76,7 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
         guard = Guard(recipe.guard, recipe.engine.precision, world.device, state["guard"])
         if found:
             engine.load(model, checkpoints, found.name)
-        log = None
-        if world.rank == 0:
-            take_back(run, step)
-            log = Log(run, step, total_steps, guard.returns)
-        gathered("taken back")
+        log = agreed(lambda: open_log(step, guard) if world.rank == 0 else None)
         trace = Trace(run, world.rank) if recipe.data.trace else None
         place = world.device, world.rank, world.size, step
         loader = Loader(
@@ -89,7 +91,7 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
     saved_step = step
     if log:
         checkpoint.sweep(checkpoints, step)
-        run_directory.describe(run, recipe, step, world)
+        run_directory.describe(run, recipe, step, log.found, world)
         log.note(
             f"{task.title}: {num_samples} images, {total_steps} steps of "
             f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch} "
@@ -119,20 +121,26 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
         watchdog.alive()
 
     # ---- Train
-    peak = peak_flops(world.device, recipe.engine.precision)
-    began, waited, logged_step = time.perf_counter(), loader.waited, step
+    pace, profiler = Pace(recipe, task.forward_flops(), world), None
+    if recipe.train.profile_steps and world.rank == 0:
+        first, last = recipe.train.profile_steps
+        profiler = Profiler(run, first, min(last, total_steps), world.device)
+    pace.start(step, loader)
     while step < total_steps:
         rate = learning_rate(step, total_steps, warmup_steps, recipe.lr, recipe.optim.min_lr)
         engine.set_learning_rate(model, rate)
         method.set_progress(step / total_steps)
         parts: dict[str, torch.Tensor] = {}
         replaced = 0
+        if profiler:
+            profiler.begin(step + 1)
         for _ in range(accumulation):
             batch = stopping.next(loader)
             if stopping.reason:
                 break
             replaced += batch.replaced
-            output = model(*batch.inputs)
+            with pace.alone():
+                output = model(*batch.inputs)
             model.backward(output.loss)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 parts[name] = parts.get(name, 0.0) + value / accumulation
@@ -145,6 +153,8 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
         if stopping.reason:
             break
         step += 1
+        if profiler and (traced := profiler.end(step)):
+            log.note(f"profile: {traced}")
         # The ranks' mean is taken.
         counts = {"grad_norm": norm, "skipped": guard.close(step, norm), "replaced": replaced * world.size}
         window.add({**parts, **{k: torch.as_tensor(v, device=world.device) for k, v in counts.items()}})
@@ -174,43 +184,38 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
             )
             step, window, guard, log, trace, loader = stand(found)
             saved_step = step
-            began, waited, logged_step = time.perf_counter(), loader.waited, step
+            pace.start(step, loader)
             continue
 
         # ---- Say how it goes
         if says:
-            means = window.close()
-            took = time.perf_counter() - began
-            images_per_s = (step - logged_step) * recipe.data.global_batch / took
+            means, speed = window.close(), pace.close(step)
             figures = task.evaluate(step, watchdog.alive) if evaluates else {}
             if log:
                 log.write(
                     {
                         "step": step,
+                        "time": round(time.time(), 3),
                         "epoch": (guard.offset + step * recipe.data.global_batch) / num_samples,
                         "samples": step * recipe.data.global_batch,
                         **means,
                         **figures,
                         **({"skips": [skip._asdict() for skip in guard.skips]} if guard.skips else {}),
                         "lr": rate,
-                        "images_per_s": images_per_s,
-                        "data_wait": (loader.waited - waited) / took,
-                        "mfu": step_flops * images_per_s / (peak * world.size) if peak else None,
-                        "memory": memory_gib(world.device),
+                        **speed,
                     }
                 )
             guard.skips.clear()
-            began, waited, logged_step = time.perf_counter(), loader.waited, step
+            pace.start(step, loader)
         if log:
             log.advance(step)
 
         # ---- Make sure of it
         if saves:
             window.collect()  # waits for the device, so before the clock stops
-            paused = time.perf_counter()
-            make_sure()
+            with pace.paused():
+                make_sure()
             saved_step = step
-            began += time.perf_counter() - paused  # the rate is the rate of training
 
     if step > saved_step and not guard.read(step):  # stopped early, and not in trouble
         make_sure()

@@ -1,4 +1,4 @@
-"""What a run says of itself, in numbers: metrics.jsonl and TensorBoard.
+"""What a run says of itself, in numbers: metrics.jsonl and TensorBoard, and Weights & Biases where asked for.
 
 Invariant: the losses in metrics.jsonl do not depend on interruptions. Lines after the checkpoint that a run
 continues from are taken back, and what was collected towards the next line is part of the checkpoint.
@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +16,22 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.train.distributed import all_ranks_mean
 from pipeline.train.progress import Progress
+from pipeline.train.wandb_run import WandbRun
+from pipeline.training_recipe import TrainingRecipe
+
+OF_THE_MOMENT = {
+    "time",
+    "images_per_s",
+    "images_per_s_rank",
+    "data_wait",
+    "mfu",
+    "memory",
+    "rank_time",
+    "slowest_time",
+    "slowest_rank",
+    "slowest_host",
+}
+"""Columns that say how fast it went, and when; the others are functions of recipe and data."""
 
 
 class Window:
@@ -63,26 +80,34 @@ class Log:
     returns: the guard's, which the file must hold, each once, and no others.
     """
 
-    def __init__(self, run: Path, step: int, total_steps: int, returns: list[dict]):
+    def __init__(self, run: Path, recipe: TrainingRecipe, step: int, total_steps: int, returns: list[dict]):
         self.path = run / "metrics.jsonl"
-        _take_back(self.path, step, returns)
+        self.found = _take_back(self.path, step, returns)
+        """The last line of the run that this one continues: {"step", "time"}; None at the beginning."""
+        self.wandb = WandbRun(run, recipe) if recipe.train.wandb else None
         self.file = open(self.path, "a")  # noqa: SIM115 (closed in `close`)
         threading.excepthook = _quiet_where_the_disk_is_full
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.bar = Progress(step, total_steps)
+        if self.wandb:
+            self.note(self.wandb.said)
 
     def write(self, line: dict) -> None:
-        """Append one line; numbers also go to TensorBoard under their names, the bar shows the main ones."""
+        """Append one line; numbers also go to TensorBoard and Weights & Biases, the main ones to the bar."""
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
+        numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        for name, value in numbers.items():
+            if name not in ("step", "time"):
                 self.board.add_scalar(name, value, line["step"])
+        if self.wandb:
+            self.wandb.write(numbers)
         self.bar.show(line)
 
     def stop(self, step: int, reason: str) -> None:
         """Append the event that no step after `step` can be trained; a return takes it back."""
-        self.file.write(json.dumps({"step": step, "event": "stop", "reason": reason}) + "\n")
+        event = {"step": step, "event": "stop", "time": round(time.time(), 3), "reason": reason}
+        self.file.write(json.dumps(event) + "\n")
         self.flush()
 
     def advance(self, step: int) -> None:
@@ -101,6 +126,8 @@ class Log:
         self.bar.close()
         self.file.close()
         self.board.close()
+        if self.wandb:
+            self.wandb.close()
 
 
 def _quiet_where_the_disk_is_full(what: threading.ExceptHookArgs) -> None:
@@ -109,15 +136,18 @@ def _quiet_where_the_disk_is_full(what: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(what)
 
 
-def _take_back(path: Path, step: int, returns: list[dict]) -> None:
-    """Remove the lines after `step`, events other than `returns`, and a last line that a kill cut short."""
-    kept, missing = [], list(returns)
+def _take_back(path: Path, step: int, returns: list[dict]) -> dict | None:
+    """Remove the lines after `step`, events other than `returns`, and a last line that a kill cut short.
+
+    Returns the step and time of the last line that was there."""
+    kept, missing, last = [], list(returns), None
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
             at = entry["step"]
         except (ValueError, KeyError, TypeError):
             break
+        last = {"step": at, "time": entry.get("time")}
         if missing and entry == missing[0]:
             kept.append(missing.pop(0))
         elif at <= step and "event" not in entry:
@@ -125,3 +155,4 @@ def _take_back(path: Path, step: int, returns: list[dict]) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept + missing))
     os.replace(temporary, path)
+    return last

@@ -11,6 +11,8 @@ class Progress:
 
     INTERVAL = 10.0
     """Seconds between two plain lines."""
+    SLOW = 1.25
+    """A rank that takes so many times the others' median is named."""
 
     def __init__(self, step: int, total_steps: int):
         self.start, self.total, self.began, self.said = step, total_steps, time.monotonic(), 0.0
@@ -27,6 +29,11 @@ class Progress:
     def show(self, line: dict) -> None:
         loss = "every step skipped" if line["loss"] is None else f"loss {line['loss']:.4f}"
         text = f"{loss}, {line['images_per_s']:.0f} images/s, data wait {line['data_wait']:.1%}"
+        if line["slowest_time"] > self.SLOW * line["rank_time"]:
+            text += (
+                f", slowest is rank {line['slowest_rank']} on {line['slowest_host']} "
+                f"({line['slowest_time'] / line['rank_time']:.1f} x the median)"
+            )
         if self.bar:
             self.bar.set_postfix_str(text)
             return

@@ -44,6 +44,8 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "train.wandb",
+    "train.profile_steps",
 }
 LOCK_PATIENCE = 60.0  # seconds: a killed predecessor may still be dying
 
@@ -126,8 +128,11 @@ def lock(run: Path) -> int:
         return descriptor
 
 
-def describe(run: Path, recipe: TrainingRecipe, step: int, world: World) -> None:
-    """Write recipe.yaml and environment.json; a run that is continued adds to the latter's list of starts."""
+def describe(run: Path, recipe: TrainingRecipe, step: int, before: dict | None, world: World) -> None:
+    """Write recipe.yaml and environment.json; a run that is continued adds to the latter's list of starts.
+
+    before: the last logged step and its time of the run so far, which may have got further than `step`.
+    """
     _replace(run / "recipe.yaml", recipe.to_yaml())
     path = run / "environment.json"
     try:
@@ -137,6 +142,7 @@ def describe(run: Path, recipe: TrainingRecipe, step: int, world: World) -> None
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
+        "before": before,
         "command": sys.argv,
         "world_size": world.size,
         "zero_stage": recipe.engine.zero_stage,

@@ -3,12 +3,15 @@
     python -m faulty FAULTS --data DIR --run DIR --set KEY=VALUE...
 
 FAULTS is JSON: a list of {"kind": "loss" | "gradient" | "spike", and "steps": [...], numbers as in
-metrics.jsonl, or "data_of_steps": [...]: whenever a sample comes by that those steps would read}.
+metrics.jsonl, or "data_of_steps": [...]: whenever a sample comes by that those steps would read}; and of
+{"kind": "slow", "rank": R, "seconds": S}: that rank's forward pass takes so much longer.
 """
 
 import argparse
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,9 @@ class Faulty(Method):
         output = self.method(images, noise)
         loss = output.loss
         for fault in self.faults:
+            if fault["kind"] == "slow":
+                time.sleep(fault["seconds"] * (fault["rank"] == int(os.environ["RANK"])))
+                continue
             now = torch.tensor(self.step in fault.get("steps", []))
             if "noise" in fault:
                 now = now | (noise[:, 0, None] == fault["noise"]).any()

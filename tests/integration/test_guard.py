@@ -20,7 +20,8 @@ def trained(lines):
 
 
 def events(lines):
-    return [line for line in lines if "event" in line]
+    """All of them, but for when they happened."""
+    return [{k: v for k, v in line.items() if k != "time"} for line in lines if "event" in line]
 
 
 def test_a_skipped_step_moves_no_bit_of_weights_moments_and_counters():
@@ -39,6 +40,7 @@ def test_bad_losses_gradients_and_spikes_are_skipped_counted_and_said(shards, tm
         {"kind": "loss", "steps": [3]},
         {"kind": "gradient", "steps": [6]},
         {"kind": "spike", "steps": [4, 12]},  # at 4 nobody knows yet what a loss should be
+        {"kind": "slow", "rank": 1, "seconds": 0.3},
     ]
     run = FaultyRun(shards, tmp_path / "run", faults)
     lines = run.train(2, train__steps=13, guard__window=8, train__log_every=3, engine__zero_stage=2)
@@ -50,6 +52,8 @@ def test_bad_losses_gradients_and_spikes_are_skipped_counted_and_said(shards, tm
         (12, "the loss is a spike"),
     ]
     assert all(line["loss"] < 100 for line in lines if line["step"] != 6)
+    assert {line["slowest_rank"] for line in lines} == {1}
+    assert all(line["slowest_time"] > 0.6 > line["data_wait"] for line in lines)  # in two micro batches
     output = run.output.read_text()
     assert all(output.count(f"step {step} is skipped: ") == 1 for step in (3, 6, 12))
     assert run.directory.joinpath("checkpoints", "step-00000013").is_dir()

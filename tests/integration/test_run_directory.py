@@ -10,12 +10,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.recipe import load_recipe
+from pipeline.train.metrics import OF_THE_MOMENT
 from pipeline.trained import load_run
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photographs, tmp_path):
-    lines = run.train(2, train__steps=4, engine__zero_stage=stage, data__trace=True)
+def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photographs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told = {"train__wandb": "tests", "train__profile_steps": "[2,9]", "data__trace": True}
+    lines = run.train(2, train__steps=4, engine__zero_stage=stage, **told)
     directory = run.directory
 
     assert load_recipe(directory / "recipe.yaml").engine.zero_stage == stage
@@ -25,11 +28,14 @@ def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photogr
     )
 
     expected = {"step", "epoch", "samples", "loss", "reconstruction", "consistency", "lr", "grad_norm"}
-    assert expected | {"skipped", "replaced", "images_per_s", "data_wait", "mfu", "memory"} == lines[0].keys()
+    assert expected | {"skipped", "replaced"} | OF_THE_MOMENT == lines[0].keys()
     assert [line["samples"] for line in lines] == [16, 32, 48, 64]
     board = EventAccumulator(str(directory / "tensorboard"))
     board.Reload()
     assert [event.value for event in board.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+
+    assert [path.name for path in (directory / "profile").iterdir()] == ["steps-00000002-00000004.json.gz"]
+    assert len(list((directory / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 
     traced = [(directory / "samples" / f"rank-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     for step in range(4):

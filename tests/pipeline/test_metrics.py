@@ -1,0 +1,121 @@
+"""Where a run's numbers go, in the real libraries: Weights & Biases offline, torch's profiler."""
+
+import gzip
+import json
+import struct
+import sys
+
+import pytest
+import torch
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
+
+from pipeline.errors import UserError
+from pipeline.recipe import load_recipe
+from pipeline.train import wandb_run
+from pipeline.train.metrics import Log
+from pipeline.train.profiler import Profiler
+
+LINE = {
+    "step": 1, "time": 0.0, "loss": 2.0, "images_per_s": 5.0, "data_wait": 0.1, "rank_time": 1.0,
+    "slowest_time": 3.0, "slowest_rank": 7, "slowest_host": "node-9",
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe():
+    return load_recipe("demo_emae", ["train.wandb=tests", "train.profile_steps=[3,5]"])
+
+
+@pytest.fixture(autouse=True)
+def a_library_that_reads_the_environment_anew():
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
+def logged_in_nowhere(monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def records(folder):
+    """What wandb wrote: a log in LevelDB's format, of one block of 32 KiB, behind a header of 7 bytes."""
+    (path,) = folder.glob("*.wandb")
+    data, at = path.read_bytes(), 7
+    assert len(data) < 2**15
+    while at < len(data):
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        assert kind == 1  # a whole record
+        yield Record.FromString(data[at + 7 : at + 7 + length])
+        at += 7 + length
+
+
+def test_a_continued_run_is_the_same_wandb_run_and_goes_on_there(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (1, 2):
+        log = Log(tmp_path, recipe, step - 1, 4, [])
+        log.write({**LINE, "step": step})
+        log.close()
+    found = [list(records(folder)) for folder in (tmp_path / "wandb").glob("offline-run-*")]
+    assert {r.run.run_id for part in found for r in part if r.HasField("run")} == {
+        (tmp_path / "wandb" / "id").read_text()
+    }
+    lines = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in r.history.item}
+        for part in found
+        for r in part
+        if r.HasField("history")
+    ]
+    assert sorted((line["step"], line["loss"]) for line in lines) == [(1, 2.0), (2, 2.0)]
+
+
+def test_without_the_package_wandb_one_line_says_so(recipe, monkeypatch):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
+    monkeypatch.delitem(sys.modules, "wandb")
+    with pytest.raises(UserError, match=r"train\.wandb: the package wandb is not installed; pip install"):
+        wandb_run.check(recipe)
+    wandb_run.check(load_recipe("demo_emae"))
+
+
+def test_who_is_not_logged_in_is_told_so(recipe, tmp_path, logged_in_nowhere):
+    with pytest.raises(UserError, match=r"train\.wandb: .*wandb login"):
+        wandb_run.WandbRun(tmp_path, recipe)
+
+
+def test_a_server_out_of_reach_stops_no_training(recipe, tmp_path, logged_in_nowhere, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    found = wandb_run.WandbRun(tmp_path, recipe)
+    found.close()
+    assert found.run.offline and "cannot be reached" in found.said and "wandb sync" in found.said
+
+
+def test_a_rank_that_holds_up_the_others_is_named_to_who_watches(recipe, tmp_path, capsys):
+    log = Log(tmp_path, load_recipe("demo_emae"), 0, 4, [])
+    log.write(LINE)
+    log.close()
+    assert "slowest is rank 7 on node-9 (3.0 x the median)" in capsys.readouterr().err
+
+
+def test_the_profiler_traces_the_chosen_steps_alone(tmp_path):
+    profiler = Profiler(tmp_path, 3, 4, torch.device("cpu"))
+    written = []
+    for step in range(1, 7):
+        profiler.begin(step)
+        torch.full((step,), 1.0).cumsum(0)
+        written.append(profiler.end(step))
+    assert [path and path.name for path in written] == [
+        None, None, None, "steps-00000003-00000004.json.gz", None, None,
+    ]  # fmt: skip
+    with gzip.open(written[3]) as file:
+        events = json.load(file)["traceEvents"]
+    assert sum(event.get("name") == "aten::cumsum" for event in events) == 2
+
+
+@pytest.mark.parametrize("steps", ["[0,2]", "[5,3]"])
+def test_profile_steps_that_are_no_span_are_an_error(steps):
+    with pytest.raises(UserError, match=r"train\.profile_steps: .* no first and last step"):
+        load_recipe("demo_emae", [f"train.profile_steps={steps}"])
