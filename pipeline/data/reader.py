@@ -120,6 +120,20 @@ class ShardReader:
             content += json.dumps([shards, shares, *chosen, *["by class"] * self.data.subset_by_class])
         return hashlib.sha256(content.encode()).hexdigest()
 
+    def described(self) -> list[dict]:
+        """What each set is, for the record: where it lies, whose images it has, and how many of all are
+        read."""
+        return [
+            {
+                "path": place.store.place,
+                "source": place.manifest.source,
+                "split": place.manifest.split,
+                "samples": int(sizes.sum()),
+                "of": place.manifest.num_samples,
+            }
+            for place, sizes in zip(self.sets, self._sizes_by_set(), strict=True)
+        ]
+
     def stream(self, seed: int) -> Stream | Mixture:
         """The order in which these samples are read."""
         window = self.data.window_shards

@@ -91,7 +91,7 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
     saved_step = step
     if log:
         checkpoint.sweep(checkpoints, step)
-        run_directory.describe(run, recipe, step, log.found, world)
+        run_directory.describe(run, recipe, step, log.found, world, reader.described())
         log.note(
             f"{task.title}: {num_samples} images, {total_steps} steps of "
             f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch} "

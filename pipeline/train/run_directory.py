@@ -128,10 +128,13 @@ def lock(run: Path) -> int:
         return descriptor
 
 
-def describe(run: Path, recipe: TrainingRecipe, step: int, before: dict | None, world: World) -> None:
+def describe(
+    run: Path, recipe: TrainingRecipe, step: int, before: dict | None, world: World, data: list[dict]
+) -> None:
     """Write recipe.yaml and environment.json; a run that is continued adds to the latter's list of starts.
 
     before: the last logged step and its time of the run so far, which may have got further than `step`.
+    data: what the shard sets are.
     """
     _replace(run / "recipe.yaml", recipe.to_yaml())
     path = run / "environment.json"
@@ -152,7 +155,7 @@ def describe(run: Path, recipe: TrainingRecipe, step: int, before: dict | None, 
         "versions": versions(),
         "commit": _commit(),
     }
-    _replace(path, json.dumps({**start, "starts": [*starts, start]}, indent=1) + "\n")
+    _replace(path, json.dumps({**start, "data": data, "starts": [*starts, start]}, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Weights for others: the official MAE checkpoint's keys, and timm's.
+"""A method's weights under the names of others: the official MAE checkpoint's, timm's and transformers'.
 
 Invariant: nothing is left out and nothing is guessed. A state dict that does not fit is refused with the keys
 named.
@@ -50,6 +50,49 @@ def timm_state_dict(method: Method) -> dict[str, torch.Tensor]:
         for name, tensor in _tensors(method).items()
         if name.startswith("encoder.")
     }
+
+
+def transformers_state_dict(state: dict[str, torch.Tensor], decoder: bool) -> dict[str, torch.Tensor]:
+    """Official keys to those of the checkpoints on the Hugging Face hub, such as facebook/vit-mae-base.
+
+    state: `official_state_dict`'s for ViTMAEForPreTraining (`decoder`), `timm_state_dict`'s for ViTModel.
+    Query, key and value, one matrix there, are three here.
+    """
+    renamed = {}
+    for key, tensor in state.items():
+        names = _transformers_keys(key, decoder)
+        renamed |= dict(zip(names, tensor.chunk(len(names)), strict=True))
+    return {key: tensor.contiguous() for key, tensor in renamed.items()}
+
+
+_IN_A_BLOCK = {
+    "norm1": ["layernorm_before"],
+    "attn.qkv": ["attention.attention.query", "attention.attention.key", "attention.attention.value"],
+    "attn.proj": ["attention.output.dense"],
+    "norm2": ["layernorm_after"],
+    "mlp.fc1": ["intermediate.dense"],
+    "mlp.fc2": ["output.dense"],
+}
+_OF_THE_ENCODER = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "norm": "layernorm",
+}
+
+
+def _transformers_keys(key: str, decoder: bool) -> list[str]:
+    layer, _, kind = key.rpartition(".") if key.endswith((".weight", ".bias")) else (key, "", "")
+    end = f".{kind}" if kind else ""
+    root = "vit." if decoder else ""
+    if "blocks." in layer:
+        part, _, number_and_name = layer.partition("blocks.")
+        number, _, name = number_and_name.partition(".")
+        stack = "decoder.decoder_layers" if part == "decoder_" else f"{root}encoder.layer"
+        return [f"{stack}.{number}.{own}{end}" for own in _IN_A_BLOCK[name]]
+    if layer in _OF_THE_ENCODER:
+        return [f"{root}{_OF_THE_ENCODER[layer]}{end}"]
+    return [f"decoder.{layer}{end}"]
 
 
 def _tensors(method: Method) -> dict[str, torch.Tensor]:

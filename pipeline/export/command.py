@@ -1,0 +1,116 @@
+"""`python -m pipeline export`: a run's weights as a folder for another library.
+
+Invariant: OUT is whole and checked, or it is not there. The folder is written and checked under another name,
+and renamed at last; one that fails its check is removed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.export.card import card
+from pipeline.export.official_file import OFFICIAL, OFFICIAL_ENCODER
+from pipeline.export.onnx_file import ONNX
+from pipeline.export.target import Target
+from pipeline.export.timm_folder import TIMM
+from pipeline.export.transformers_folder import HF, HF_MAE
+from pipeline.trained import Trained, load_run
+
+TARGETS = {"timm": TIMM, "hf": HF, "hf-mae": HF_MAE, "official": OFFICIAL, "onnx": ONNX}
+TOLERANCE = 1e-5
+"""Largest relative difference of an export's features from ours, in fp32."""
+ABOUT = "export.json"
+PARTIAL = ".partial"
+
+
+def export(
+    run: Path, out: Path, target: str, encoder_only: bool, overwrite: bool, results: Sequence[Path] = ()
+) -> str:
+    """Write the newest checkpoint of `run` to the folder `out`; returns a sentence about it.
+
+    target: one of TARGETS. encoder_only: without the decoder, which only `official` can leave out. overwrite:
+    replace an earlier export. results: files of JSON for the model card. UserError where the format cannot
+    hold the method, or the check fails.
+    """
+    if encoder_only and target == "hf-mae":
+        raise UserError("--encoder-only: hf-mae is the format with the decoder; the encoder alone is hf")
+    chosen = OFFICIAL_ENCODER if encoder_only and target == "official" else TARGETS[target]
+    _check_out(out, overwrite)
+    trained = load_run(run)
+    _check_method(trained, target)
+    partial = out.with_name(out.name + PARTIAL)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+        partial.mkdir()
+        difference = _write(trained, chosen, target, partial)
+        text = card(run, trained, chosen, difference, results)
+        (partial / "README.md").write_text(text)
+        _publish(partial, out)
+    except PermissionError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}; give another place") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return (
+        f"{out}: {trained.recipe.method.name} after step {trained.step} for {target}, loaded again, features "
+        f"within {difference:.1e} of ours; its README.md has a line to fill in"
+    )
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not os.path.lexists(out):
+        return
+    if not (out / ABOUT).is_file():
+        raise UserError(f"{out}: is there and is no export; give the name of a new folder")
+    if not overwrite:
+        raise UserError(f"{out}: holds an export; give another folder, or --overwrite to replace it")
+
+
+def _check_method(trained: Trained, target: str) -> None:
+    if trained.recipe.method.name == "lomar":
+        raise UserError(
+            f"--format {target}: LoMaR's encoder has relative positions (iRPE), which {target} cannot hold; "
+            "the run's own weights.safetensors has everything"
+        )
+
+
+def _write(trained: Trained, chosen: Target, name: str, folder: Path) -> float:
+    chosen.write(trained, folder)
+    try:
+        difference = chosen.difference(trained, folder)
+    except (UserError, RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--format {name}: it does not load again ({reason}); removed") from error
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"--format {name}: loaded again, its features differ from ours by {difference:.1e} of the "
+            f"largest, and {TOLERANCE:.0e} is allowed; removed"
+        )
+    about = {
+        "format": name,
+        "method": trained.recipe.method.name,
+        "step": trained.step,
+        "files": sorted(path.name for path in folder.iterdir()),
+        "difference": difference,
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    return difference
+
+
+def _publish(partial: Path, out: Path) -> None:
+    for path in partial.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if out.exists():
+        aside = out.with_name(out.name + ".old" + PARTIAL)
+        shutil.rmtree(aside, ignore_errors=True)
+        out.rename(aside)
+        partial.rename(out)
+        shutil.rmtree(aside)
+    else:
+        partial.rename(out)
