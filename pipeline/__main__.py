@@ -153,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         _export,
         "give a run's weights to another library",
-        "Write the newest checkpoint's weights as a folder for timm, Hugging Face transformers (hf: the encoder, "
-        "hf-mae: with its decoder), the official MAE code or ONNX, with a model card. It is loaded again by the "
+        "Write the newest checkpoint's weights as a folder for timm, Hugging Face transformers (hf: encoder, "
+        "hf-mae: with decoder), the official MAE code or ONNX, with a model card. It is loaded again by the "
         "library it is for, and kept only if the features are the same.",
         "examples:\n  python -m pipeline export runs/l16 exports/l16-timm --format timm\n"
         "  python -m pipeline knn --weights runs/l16 --data D --val V --json > knn.json\n"

@@ -50,7 +50,7 @@ def export(
         text = card(run, trained, chosen, difference, results)
         (partial / "README.md").write_text(text)
         _publish(partial, out)
-    except PermissionError as error:
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}; give another place") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

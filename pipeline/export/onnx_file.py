@@ -74,7 +74,7 @@ def _usage(recipe: Recipe) -> str:
 import onnxruntime
 
 session = onnxruntime.InferenceSession("OUT/{WEIGHTS}", providers=["CPUExecutionProvider"])
-(tokens,) = session.run(["tokens"], {{"images": images}})  # float32 (any, 3, {side}, {side}), normalised
+(tokens,) = session.run(["tokens"], {{"images": images}})  # float32 array (any, 3, {side}, {side})
 """
 
 

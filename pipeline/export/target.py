@@ -19,8 +19,8 @@ from pipeline.recipe import Recipe
 from pipeline.trained import Trained
 
 CHECKED_IMAGES = 2
-RESIZE = 256 / 224
-"""Shorter side of an image over the square that is cut out of it, as ImageNet is evaluated."""
+CROP = 224 / 256
+"""The square that is cut out of an image over its shorter side, as ImageNet is evaluated."""
 
 
 class Target(NamedTuple):

@@ -1,0 +1,55 @@
+"""A run directory as training leaves it, without the training: a small model with weights of its own."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline.methods import build_method
+from pipeline.recipe import load_recipe
+from pipeline.train import checkpoint, engine
+
+SMALL = (
+    "model.name=vit_tiny",
+    "model.patch_size=8",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=4",
+    "model.decoder_width=16",
+    "model.decoder_depth=2",
+    "model.decoder_heads=2",
+    "data.image_size=48",
+)
+DATA = [{"path": "sets/photos", "source": "folder", "split": "train", "samples": 960, "of": 1000}]
+
+
+def small_run(folder: Path, recipe: str = "vitb16_mae", *overrides: str, step: int = 30) -> Path:
+    """Write the run directory `folder`. No weight is at its initial zero or one, so that none can be mixed up
+    with another unseen."""
+    chosen = load_recipe(recipe, [*SMALL, *overrides])
+    torch.manual_seed(0)
+    method = build_method(chosen)
+    state = {
+        key: value + 0.1 * torch.randn_like(value) if value.is_floating_point() else value
+        for key, value in method.state_dict().items()
+    }
+    checkpoints = folder / "checkpoints"
+    partial = checkpoints / (checkpoint.name_of(step) + checkpoint.PARTIAL)
+    partial.mkdir(parents=True)
+    save_file(state, partial / engine.WEIGHTS)
+    files = checkpoint.describe(partial, checkpoint.files_of(partial))
+    checkpoint.publish(checkpoints, step, {"step": step, "files": files}, chosen.train)
+    (folder / "recipe.yaml").write_text(chosen.to_yaml())
+    _write_history(folder)
+    return folder
+
+
+def _write_history(folder: Path) -> None:
+    """Ten steps of 360 images on 2 ranks, a return, and after an interruption 20 on 4, an hour each line."""
+    about = {"device": "A GPU", "versions": {"torch": "2.0"}, "commit": "abc"}
+    starts = [{"step": 0, "world_size": 2, **about}, {"step": 10, "world_size": 4, **about}]
+    (folder / "environment.json").write_text(json.dumps({**starts[-1], "data": DATA, "starts": starts}))
+    lines = [{"step": s, "samples": 360 * s, "images_per_s": 1.0} for s in (10, 20, 30, 40)]
+    lines.insert(1, {"step": 10, "event": "return"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

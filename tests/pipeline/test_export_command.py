@@ -1,0 +1,207 @@
+"""Each format is loaded by its library as its model card says, with our features; nothing else is kept."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from small_run import small_run
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+from pipeline.__main__ import main
+from pipeline.errors import UserError
+from pipeline.export import command, load_official_state_dict
+from pipeline.export.card import spent
+from pipeline.export.target import predictions, tokens
+from pipeline.masking import random_split
+from pipeline.methods import build_method
+from pipeline.trained import load_run
+
+IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module", params=["vitb16_mae", "vitb16_emae", "vitb16_efficient_mae"])
+def run(request, tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("run") / "run", request.param)
+
+
+@pytest.fixture(scope="module")
+def mae(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("run") / "mae")
+
+
+def export(run: Path, out: Path, *options: str) -> dict:
+    """Run the command, then the Python of the model card; returns what that defined."""
+    assert main(["export", str(run), str(out), "--format", *options]) == 0
+    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    images = IMAGES.numpy() if options == ("onnx",) else IMAGES
+    names = {"images": images, "image": photograph}
+    with torch.inference_mode():
+        exec(code.replace("OUT", str(out)), names)
+    return names
+
+
+def assert_same(theirs: torch.Tensor, ours: torch.Tensor) -> None:
+    assert ours.abs().max() > 0.1
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+
+
+def processed(image: Image.Image) -> torch.Tensor:
+    """torchvision's evaluation, on the image that the model cards' Python is given."""
+    pixels = CenterCrop(48)(Resize(int(48 / 224 * 256), InterpolationMode.BICUBIC)(image))
+    pixels = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (pixels - mean) / std
+
+
+def test_timm_loads_its_folder_and_its_file(run, tmp_path):
+    loaded = export(run, tmp_path / "out", "timm")
+    method = load_run(run).method
+    with torch.inference_mode():
+        assert_same(loaded["model"].forward_features(IMAGES), tokens(method, IMAGES))
+        assert_same(loaded["tokens"], tokens(method, processed(loaded["image"])))
+    shape = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+    weights = tmp_path / "out" / "model.safetensors"
+    peer = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(weights), **shape)
+    with torch.inference_mode():
+        assert_same(peer.eval().forward_features(IMAGES), tokens(method, IMAGES))
+
+
+def test_transformers_loads_the_encoder_and_its_preprocessing(run, tmp_path):
+    loaded = export(run, tmp_path / "out", "hf")
+    _, found = transformers.AutoModel.from_pretrained(
+        tmp_path / "out", add_pooling_layer=False, output_loading_info=True
+    )
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    method = load_run(run).method
+    with torch.inference_mode():
+        assert_same(loaded["model"](pixel_values=IMAGES).last_hidden_state, tokens(method, IMAGES))
+    pixels = loaded["processor"](loaded["image"], return_tensors="pt")["pixel_values"]
+    assert (pixels - processed(loaded["image"])).abs().mean() < 0.5 / 255 / 0.225
+
+
+def test_transformers_loads_the_whole_method(run, tmp_path):
+    model = export(run, tmp_path / "out", "hf-mae")["model"]
+    _, found = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    trained = load_run(run)
+    noise = torch.rand(3, 36, generator=torch.Generator().manual_seed(1))
+    visible, masked = random_split(noise, trained.recipe.num_visible)
+    with torch.inference_mode():
+        output = model(pixel_values=IMAGES, noise=noise)
+    assert output.mask.sum() == masked.numel()
+    theirs = output.logits.gather(1, masked[..., None].expand(-1, -1, 192))
+    assert_same(theirs, predictions(trained.method, IMAGES, visible, masked))
+
+
+def test_the_official_checkpoint_has_the_decoder_and_comes_back_bit_by_bit(run, tmp_path):
+    assert main(["export", str(run), str(tmp_path / "out"), "--format", "official"]) == 0
+    state = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["model"]
+    assert {"mask_token", "decoder_pos_embed", "decoder_blocks.1.attn.qkv.weight"} < state.keys()
+    trained = load_run(run)
+    again = build_method(trained.recipe)
+    load_official_state_dict(again, state)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in trained.method.state_dict().items())
+
+
+def test_the_official_encoder_is_timms(mae, tmp_path):
+    loaded = export(mae, tmp_path / "out", "official", "--encoder-only")
+    assert_same(loaded["tokens"], tokens(load_run(mae).method, IMAGES))
+    state = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["model"]
+    assert not any(key.startswith(("decoder", "mask_token")) for key in state)
+
+
+def test_onnxruntime_runs_the_encoder_on_any_batch(run, tmp_path):
+    session = export(run, tmp_path / "out", "onnx")["session"]
+    method = load_run(run).method
+    for batch in (IMAGES, IMAGES[:1], IMAGES.repeat(3, 1, 1, 1)):
+        (theirs,) = session.run(["tokens"], {"images": batch.numpy()})
+        assert_same(torch.from_numpy(theirs), tokens(method, batch))
+    assert session.get_modelmeta().custom_metadata_map["mean"] == "(0.485, 0.456, 0.406)"
+
+
+@pytest.mark.parametrize("target", ["timm", "hf", "hf-mae", "official", "onnx"])
+def test_an_export_of_other_weights_is_refused_and_removed(mae, tmp_path, target, monkeypatch):
+    whole = command.TARGETS[target]
+
+    def write(trained, folder):
+        method = build_method(trained.recipe)
+        method.load_state_dict(trained.method.state_dict())
+        with torch.no_grad():
+            method.encoder.blocks[1].mlp.fc2.bias[3] += 1e-3
+        whole.write(trained._replace(method=method.eval()), folder)
+
+    monkeypatch.setitem(command.TARGETS, target, whole._replace(write=write))
+    with pytest.raises(UserError, match=f"{target}: loaded again, its features differ from ours by"):
+        command.export(mae, tmp_path / "out", target, False, False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["timm", "hf", "hf-mae", "official", "onnx"])
+def test_lomar_is_refused_where_its_positions_cannot_be_held(tmp_path, target, capsys):
+    run = small_run(tmp_path / "run", "vitb16_lomar", "method.lomar.window_size=3")
+    assert main(["export", str(run), str(tmp_path / "out"), "--format", target]) == 2
+    said = capsys.readouterr().err
+    assert f"--format {target}: LoMaR's encoder has relative positions" in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_not_overwritten_without_being_told(mae, tmp_path, capsys):
+    out, arguments = tmp_path / "out", ["export", str(mae), str(tmp_path / "out"), "--format", "timm"]
+    assert main(arguments) == 0
+    (out / "mine.txt").write_text("")
+    assert main(arguments) == 2 and "--overwrite to replace it" in capsys.readouterr().err
+    assert (out / "mine.txt").exists()
+    assert main([*arguments, "--overwrite"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "export.json",
+        "model.safetensors",
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    (out / "export.json").unlink()
+    assert main([*arguments, "--overwrite"]) == 2 and "is no export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["RUN", "OUT", "--format", "hf-mae", "--encoder-only"], "the encoder alone is hf"),
+        (["OUT", "RUN", "--format", "timm"], "is there and is no export"),
+        (["nowhere", "OUT", "--format", "timm"], "nowhere: no run directory"),
+        (["RUN", "OUT", "--format", "timm", "--results", "missing.json"], "missing.json: no JSON"),
+        (["RUN", "RUN/recipe.yaml/x", "--format", "timm"], "cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line(mae, tmp_path, capsys, options, says):
+    paths = {"RUN": str(mae), "OUT": str(tmp_path / "out")}
+    options = [paths.get(option, option.replace("RUN", str(mae))) for option in options]
+    assert main(["export", *options]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_model_card_says_what_the_run_recorded_and_what_nobody_did(mae, tmp_path):
+    results = tmp_path / "knn.json"
+    results.write_text(json.dumps({"knn": [{"k": 20, "top1": 0.5}]}))
+    export(mae, tmp_path / "out", "timm", "--results", str(results))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| photos | folder | train | 960 | not recorded: **to be filled in** |" in card
+    assert "| device hours | 10 (3 h of training steps;" in card  # an hour on 2 ranks, two on 4
+    assert "| images | 10,800 |" in card and "2 x A GPU; then 4 x A GPU" in card
+    assert '"top1": 0.5' in card and "Licence of these weights: **to be filled in**" in card
+    assert "license" not in card.partition("---\n#")[0]  # of the front matter: unknown, so not there
+
+
+def test_compute_of_a_checkpoint_before_the_last_line(mae):
+    lines = [json.loads(line) for line in (mae / "metrics.jsonl").read_text().splitlines()]
+    starts = json.loads((mae / "environment.json").read_text())["starts"]
+    assert spent(lines, starts, 40) == (14400, 4.0, 14.0) and spent(lines, starts, 10) == (3600, 1.0, 2.0)
