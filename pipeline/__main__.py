@@ -37,6 +37,21 @@ exit codes: 0 done; 2 something for you to mend, said in one line; 3 a rank hung
 diverges, and what to look at; 75 stopped early by a signal with everything saved, the same command continues.
 docs/running.md has the rest
 """
+FINETUNE = """\
+Fine-tune an encoder with a head on a labelled shard set, and measure its accuracy on another. Launched,
+stopped and continued like `pretrain`; the accuracy is in RUN/accuracy.json and RUN/metrics.jsonl.
+"""
+FINETUNE_EXAMPLES = """\
+examples:
+  a pre-trained ViT-L, on all GPUs of this machine:
+    deepspeed --module pipeline finetune finetune_vitl16 --weights runs/l16 \
+      --data shards/train --val shards/val --run runs/l16-tuned
+  with 1 % of the labels:
+    python -m pipeline finetune ... --set data.subset=0.01 --set data.subset_by_class=true
+  from scratch, to compare with:
+    python -m pipeline finetune ... --weights random:vitl16_mae
+exit codes as of pretrain
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,6 +107,22 @@ def _parser() -> argparse.ArgumentParser:
         commands, "pretrain", _pretrain, "train a recipe on a shard set", PRETRAIN, PRETRAIN_EXAMPLES
     )
     _run_arguments(command)
+
+    command = _command(
+        commands, "finetune", _finetune, "train a classifier on labels", FINETUNE, FINETUNE_EXAMPLES
+    )
+    _recipe_arguments(command)
+    command.add_argument(
+        "--weights",
+        required=True,
+        metavar="WEIGHTS",
+        help="run directory, exported .safetensors, the official MAE's .pth, or random:RECIPE",
+    )
+    command.add_argument("--data", required=True, metavar="TRAIN", help="labelled shard set to learn from")
+    command.add_argument("--val", required=True, metavar="VAL", help="labelled shard set to be judged on")
+    command.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="run directory: new, or continued"
+    )
 
     command = _command(
         commands,
@@ -334,6 +365,15 @@ def _pretrain(args: argparse.Namespace) -> None:
     from pipeline.pretraining import pretrain
 
     pretrain(recipe, args.data, args.run)
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    from pipeline.finetune.recipe import load_finetune_recipe
+
+    recipe = load_finetune_recipe(args.recipe, args.weights, args.overrides)
+    from pipeline.finetune.task import finetune
+
+    finetune(recipe, args.data, args.val, args.run)
 
 
 def _preflight(args: argparse.Namespace) -> None:

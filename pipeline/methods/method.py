@@ -8,8 +8,8 @@ from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
+from pipeline.learner import Learner
 from pipeline.losses import denormalize, normalize_targets
 from pipeline.masking import as_mask
 
@@ -46,9 +46,7 @@ class Reconstruction(NamedTuple):
     mean and variance."""
 
 
-class Method(nn.Module):
-    noise_size: int
-    """Uniform [0, 1) numbers wanted per image."""
+class Method(Learner):
     patch_size: int
     normalize_targets: bool
 
@@ -59,18 +57,6 @@ class Method(nn.Module):
     @abstractmethod
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """Every patch that a view did not see, predicted. Same arguments as forward; no gradient."""
-
-    def set_progress(self, done: float) -> None:
-        """Where training stands, from 0 to 1. Called before a step; it does not wait for the device."""
-
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """The trained parameters as an optimiser takes them, each in one group; "lr_scale" multiplies the
-        schedule's rate. As in the official MAE code, biases and norms are not decayed."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
 
     def targets(self, patches: torch.Tensor) -> torch.Tensor:
         return normalize_targets(patches) if self.normalize_targets else patches

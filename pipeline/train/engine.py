@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import Diverged, UserError
-from pipeline.methods.method import Method
+from pipeline.learner import Learner
 from pipeline.train import elastic
 from pipeline.train.distributed import World
 from pipeline.training_recipe import TrainingRecipe
@@ -83,13 +83,13 @@ def connect(timeout_minutes: float) -> None:
         Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def build_engine(recipe: TrainingRecipe, method: Method, world: World) -> Engine:
-    """Wrap the method; AdamW on its parameter groups."""
+def build_engine(recipe: TrainingRecipe, learner: Learner, world: World) -> Engine:
+    """Wrap the learner; AdamW on its parameter groups."""
     optimizer = torch.optim.AdamW(
-        method.parameter_groups(recipe.optim.weight_decay), lr=0.0, betas=recipe.optim.betas, fused=True
+        learner.parameter_groups(recipe.optim.weight_decay), lr=0.0, betas=recipe.optim.betas, fused=True
     )
     engine, *_ = deepspeed.initialize(
-        model=method.to(world.device),
+        model=learner.to(world.device),
         optimizer=optimizer,
         config=engine_config(recipe, world.size),
         dist_init_required=False,

@@ -205,6 +205,8 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
                         **speed,
                     }
                 )
+                if figures:
+                    log.note(f"step {step}: {task.sentence(figures)}")
             guard.skips.clear()
             pace.start(step, loader)
         if log:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.data.reader import ShardReader
-from pipeline.methods.method import Method
+from pipeline.learner import Learner
 from pipeline.train.distributed import World
 from pipeline.training_recipe import TrainingRecipe
 
@@ -20,7 +20,7 @@ class Task(Protocol):
 
     recipe: TrainingRecipe
     labelled: bool = False
-    """Whether the model's forward takes labels."""
+    """Whether the learner takes labels."""
 
     @property
     @abstractmethod
@@ -28,7 +28,7 @@ class Task(Protocol):
         """What is trained, in a few words."""
 
     @abstractmethod
-    def build(self, reader: ShardReader) -> Method:
+    def build(self, reader: ShardReader) -> Learner:
         """The module as it is at the beginning, on the CPU in float32. UserError where it can't be trained on
         this data."""
 
@@ -36,8 +36,8 @@ class Task(Protocol):
     def forward_flops(self) -> int:
         """Floating-point operations of one image's forward pass, after `build`."""
 
-    def begin(self, run: Path, reader: ShardReader, method: Method, world: World) -> None:
-        """The run begins or continues in the directory `run`; `method` is on its device."""
+    def begin(self, run: Path, reader: ShardReader, learner: Learner, world: World) -> None:
+        """The run begins or continues in the directory `run`; `learner` is on its device."""
 
     def show(self, step: int) -> None:
         """Write what is to be seen of a checkpoint's weights, just before it is written."""
@@ -49,3 +49,7 @@ class Task(Protocol):
     def evaluate(self, step: int, alive: Callable[[], None]) -> dict:
         """Measure the weights: figures for the line of metrics.jsonl. alive: called now and then."""
         return {}
+
+    def sentence(self, figures: dict) -> str:
+        """The figures for whoever watches."""
+        return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

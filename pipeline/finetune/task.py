@@ -1,0 +1,144 @@
+"""Fine-tuning as the loop's task: an encoder becomes a classifier, which is measured on a set of its own.
+
+    RUN/accuracy.json    the last measurement: top-1 and top-5 with intervals, and what it is of
+
+Invariant: each sample of the validation set counts exactly once, whatever the number of ranks; a figure is of
+all its samples or there is none.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.data.evaluation import EvaluationLoader
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
+from pipeline.evals.encoder import ImageEncoder, load_encoder
+from pipeline.evals.labelled import check_labelled
+from pipeline.finetune.classifier import Classifier
+from pipeline.finetune.recipe import FinetuneRecipe
+from pipeline.models.sizes import SIZES
+from pipeline.train.distributed import World, agreed, gathered
+from pipeline.train.loop import train
+from pipeline.train.task import Task
+
+RESULT = "accuracy.json"
+
+
+def finetune(recipe: FinetuneRecipe, data: str, val: str, run: Path) -> None:
+    """Fine-tune the recipe's weights on the labelled shard set `data`, and judge them on `val`; as `train`
+    says."""
+    train(Finetuning(recipe, val), [data], run)
+
+
+class Finetuning(Task):
+    labelled = True
+
+    def __init__(self, recipe: FinetuneRecipe, val: str):
+        self.recipe, self._place = recipe, val
+
+    @property
+    def title(self) -> str:
+        return f"fine-tuning of {self._name}, {self._classes} classes"
+
+    def build(self, reader: ShardReader) -> Classifier:
+        whole = self.recipe.data.model_copy(
+            update={"sources": None, "subset": 1.0, "subset_by_class": False, "holdout": 0.0}
+        )
+        self._train, self._val = reader, ShardReader(self._place, whole)
+        check_labelled(reader, self._val)
+        encoder = load_encoder(self.recipe.weights, self.recipe.data.image_size)
+        _check_encoder(encoder, self.recipe)
+        self._name, self._classes = encoder.name, len(reader.manifest.classes)
+        self._classifier = Classifier(encoder.vit, self._classes, self.recipe)
+        return self._classifier
+
+    def forward_flops(self) -> int:
+        classifier = self._classifier
+        shapes = {id(p): nn.Parameter(p.to("meta")) for p in classifier.parameters()}
+        size = self.recipe.data.image_size
+        with FlopCounterMode(display=False) as counter:
+            copy.deepcopy(classifier, shapes).to("meta").scores(torch.empty(1, 3, size, size, device="meta"))
+        return counter.get_total_flops()
+
+    def begin(self, run: Path, reader: ShardReader, learner: Classifier, world: World) -> None:
+        self._run, self._world = run, world
+        recipe = self.recipe
+        threads = recipe.data.threads or world.cores
+        place = world.device, world.rank, world.size, threads
+        self._loader = EvaluationLoader(
+            self._val, recipe.data, recipe.engine.micro_batch, *place, recipe.resize
+        )
+
+    def evaluates(self, step: int, total_steps: int, num_samples: int) -> bool:
+        every = self.recipe.evaluation.every_epochs
+        if every is None or step == total_steps:
+            return step == total_steps
+        batch = self.recipe.data.global_batch
+        done, before = (at * batch / num_samples // every for at in (step, step - 1))
+        return done > before
+
+    def evaluate(self, step: int, alive: Callable[[], None]) -> dict:
+        found = self._measured(alive)
+        result = {
+            "step": step,
+            "weights": self.recipe.weights,
+            "encoder": self._name,
+            "seed": self.recipe.seed,
+            "data": {"place": self._train.places[0], "samples": self._train.num_samples},
+            "val": {"place": self._val.places[0], "samples": self._val.num_samples},
+            **{name: accuracy.as_json() for name, accuracy in found.items()},
+        }
+        if self._world.rank == 0:
+            new = self._run / f"{RESULT}.new"
+            new.write_text(json.dumps(result, indent=1) + "\n")
+            new.replace(self._run / RESULT)
+        figures = {}
+        for name, accuracy in found.items():
+            low, high = accuracy.interval
+            figures |= {name: accuracy.share, f"{name}_low": low, f"{name}_high": high}
+        return figures
+
+    def _measured(self, alive: Callable[[], None]) -> dict[str, Accuracy]:
+        """All ranks take as many batches, because ZeRO-3's take part in each other's: an empty one at the
+        end where there is none."""
+        size, device, counts = self.recipe.data.image_size, self._world.device, [0, 0, 0]
+        batches = iter(self._loader)
+        while True:
+            batch = agreed(lambda: next(batches, None))
+            if not any(gathered(batch is not None)):
+                break
+            if batch is None:
+                self._classifier.scores(torch.zeros(1, 3, size, size, device=device))
+            else:
+                scores = self._classifier.scores(batch.images)
+                found = *hits(scores, batch.labels), len(scores)
+                counts = [sum(pair) for pair in zip(counts, found, strict=True)]
+            alive()
+        totals = [sum(column) for column in zip(*gathered(counts), strict=True)]
+        return top_1_and_5(*totals, self._classes)
+
+
+def _check_encoder(encoder: ImageEncoder, recipe: FinetuneRecipe) -> None:
+    """UserError where the recipe's settings are not for these weights."""
+    wanted = recipe.classifier.encoder
+    if wanted and (encoder.width, len(encoder.vit.blocks)) != SIZES[wanted][:2]:
+        width, depth, _ = SIZES[wanted]
+        raise UserError(
+            f"--weights {recipe.weights}: is {encoder.width} wide and {len(encoder.vit.blocks)} blocks deep; "
+            f"these settings are for {wanted}, {width} wide and {depth} deep: take another recipe, or --set "
+            "classifier.encoder=null"
+        )
+    for name in ("mean", "std"):
+        trained, asked = list(getattr(encoder, name)), list(getattr(recipe.data, name))
+        if trained != asked:
+            raise UserError(
+                f"data.{name}: is {asked}, but --weights {recipe.weights} was trained with {trained}; "
+                "set that"
+            )
