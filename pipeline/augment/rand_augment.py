@@ -1,5 +1,6 @@
 """RandAugment (Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search
-space", 2020, https://arxiv.org/abs/1909.13719), as timm's "rand-m9-mstd0.5-inc1" has it, which MAE fine-tunes with.
+space", 2020, https://arxiv.org/abs/1909.13719), as timm's "rand-m9-mstd0.5-inc1" has it, which MAE fine-tunes
+with.
 
 Two layers; in each an image takes one of fifteen operations, and with probability one half it is applied. The
 pixels are Pillow's. All operations are one of three kinds, so a batch goes through each kind once, with every

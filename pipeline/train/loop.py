@@ -206,7 +206,8 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
                     }
                 )
                 if figures:
-                    log.note(f"step {step}: {task.sentence(figures)}")
+                    measured = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                    log.note(f"step {step}: {measured}")
             guard.skips.clear()
             pace.start(step, loader)
         if log:

@@ -49,7 +49,3 @@ class Task(Protocol):
     def evaluate(self, step: int, alive: Callable[[], None]) -> dict:
         """Measure the weights: figures for the line of metrics.jsonl. alive: called now and then."""
         return {}
-
-    def sentence(self, figures: dict) -> str:
-        """The figures for whoever watches."""
-        return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

@@ -38,14 +38,18 @@ class Run:
         sets = [f"--set={key}={value}" for key, value in {**SMALL, **settings}.items()]
         data = ["--data", str(self.shards)] if self.shards else []
         arguments = [*self.PROGRAM[1:], *data, "--run", str(self.directory), *sets]
+        return self.launched(ranks, self.PROGRAM[0], arguments)
+
+    @staticmethod
+    def launched(ranks: int, program: str, arguments: list[str]) -> list[str]:
         if ranks == 1:
-            return [sys.executable, "-m", self.PROGRAM[0], *arguments]
+            return [sys.executable, "-m", program, *arguments]
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         launcher = Path(sys.executable).with_name("deepspeed")
         options = ["--num_accelerators", str(ranks), "--master_port", str(port), "--module"]
-        return [str(launcher), *options, self.PROGRAM[0], *arguments]
+        return [str(launcher), *options, program, *arguments]
 
     def start(self, ranks: int = 1, **settings) -> subprocess.Popen:
         settings = {key.replace("__", "."): value for key, value in settings.items()}
