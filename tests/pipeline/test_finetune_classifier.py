@@ -1,0 +1,168 @@
+"""The classifier: MAE's head, layer-wise rates, and randomness by noise alone."""
+
+import pytest
+import torch
+from pytest import approx
+from timm.models.vision_transformer import VisionTransformer
+
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.evals.encoder import load_encoder
+from pipeline.finetune.classifier import Classifier
+from pipeline.finetune.recipe import FinetuneRecipe, load_finetune_recipe
+from pipeline.finetune.task import Finetuning
+
+CLASSES = 5
+ALL_ON = ["classifier.drop_path=0.4", "classifier.erasing=0.5", "classifier.rand_augment=9"]
+PLAIN = ["classifier.mixup=0", "classifier.cutmix=0", "data.image_size=32"]
+
+
+def recipe(*overrides: str, weights: str = "random:demo_emae") -> FinetuneRecipe:
+    return load_finetune_recipe("finetune_tiny", weights, ["data.image_size=32", *overrides])
+
+
+def classifier(*overrides: str) -> Classifier:
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=0)
+    made = Classifier(vit, CLASSES, recipe(*overrides))
+    torch.nn.init.normal_(made.vit.head.weight)  # as initialised it hardly says anything
+    return made
+
+
+def batch(learner: Classifier, count: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    images = torch.randn(count, 3, 32, 32).clamp(-2, 2)
+    return images, torch.rand(count, learner.noise_size), torch.arange(count) % CLASSES
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts_and_asks_no_generator():
+    learner = classifier(*ALL_ON)
+    inputs = batch(learner)
+    state = torch.get_rng_state()
+    whole = learner(*inputs).loss
+    parts = [learner(*(tensor[at : at + 2] for tensor in inputs)).loss for at in range(0, 8, 2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert whole.item() == approx(sum(part.item() for part in parts) / 4, rel=1e-6)
+    assert learner(inputs[0], inputs[1].roll(2, 0), inputs[2]).loss != whole
+
+
+def test_without_augmentation_it_is_the_cross_entropy_of_a_linear_layer_on_the_mean_patch():
+    learner = classifier(*PLAIN, "classifier.label_smoothing=0.1")
+    images, noise, labels = batch(learner)
+    vit = learner.vit
+    tokens = vit.forward_features(images)
+    assert isinstance(vit.norm, torch.nn.Identity)
+    logits = vit.head(vit.fc_norm(tokens[:, 1:].mean(1)))
+    torch.testing.assert_close(learner.scores(images), logits)
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert learner(images, noise, labels).loss.item() == approx(expected.item(), rel=1e-6)
+
+
+def test_the_head_begins_near_zero():
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=4, num_classes=0)
+    head = Classifier(vit, 1000, recipe()).vit.head
+    assert head.weight.std().item() == approx(2e-5, rel=0.1) and not head.bias.any()
+
+
+def test_layers_learn_at_the_rates_of_maes_code():
+    learner = classifier("classifier.layer_decay=0.5")
+    rate, decay = {}, {}
+    for group in learner.parameter_groups(0.05):
+        for parameter in group["params"]:
+            assert id(parameter) not in rate
+            rate[id(parameter)], decay[id(parameter)] = group["lr_scale"], group["weight_decay"]
+    layers = 3 + 1
+    for name, parameter in learner.vit.named_parameters():  # util/lr_decay.py
+        if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            layer = 0
+        else:
+            layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else layers
+        assert rate[id(parameter)] == 0.5 ** (layers - layer), name
+        plain = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
+        assert decay[id(parameter)] == (0.0 if plain else 0.05), name
+
+
+def test_blocks_are_skipped_more_often_the_deeper_they_are_and_kept_branches_make_up_for_it():
+    learner = classifier("classifier.drop_path=0.4")
+    assert [skip.rate for skip in learner.skips] == approx([0, 0, 0.2, 0.2, 0.4, 0.4])
+    skip = learner.skips[-1]
+    skip.draw(torch.arange(1000) / 1000)
+    kept = skip(torch.ones(1000, 1, 1))
+    assert (kept == 0).sum() == 400 and kept.mean().item() == approx(1)
+
+
+def test_activation_checkpointing_changes_nothing():
+    learners = [classifier(*ALL_ON, f"engine.activation_checkpointing={on}") for on in ("false", "true")]
+    for learner in learners:
+        learner(*batch(learner)).loss.backward()
+    for one, other in zip(*(learner.parameters() for learner in learners), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            ["engine.micro_batch=3"],
+            "engine.micro_batch: 3 is no multiple of 2; mixup and cutmix mix neighbours",
+        ),
+        (["evaluation.resize=16"], "evaluation.resize: 16 px hold no square of data.image_size, 32"),
+        (["classifier.mixup=1.5"], "classifier.mixup: input should be less than or equal to 1, got 1.5"),
+        (["classifier.drop_pth=0"], "classifier.drop_pth: unknown key (did you mean drop_path?)"),
+    ],
+)
+def test_an_impossible_recipe_is_refused(overrides, complaint):
+    with pytest.raises(UserError) as raised:
+        recipe(*overrides)
+    assert complaint in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (["classifier.encoder=vit_base"], "is 128 wide and 4 blocks deep; these settings are for vit_base"),
+        (
+            ["data.mean=[0.5, 0.5, 0.5]"],
+            "data.mean: is [0.5, 0.5, 0.5], but --weights random:demo_emae was trained",
+        ),
+        (["data.image_size=36"], "patches of 8 px, and 36 px images are no multiple"),
+    ],
+)
+def test_weights_that_do_not_fit_the_recipe_are_one_line(labelled_sets, settings, complaint):
+    with pytest.raises(UserError) as raised:
+        build(recipe(*settings), *labelled_sets)
+    assert complaint in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_to_be_judged_on_what_was_learned_is_refused_in_one_line(labelled_sets):
+    train, _ = labelled_sets
+    with pytest.raises(UserError) as raised:
+        build(recipe(), train, train)
+    assert f"--val {train}: holds shards of --data {train}" in str(raised.value)
+
+
+def test_weights_that_are_not_there_are_one_line(labelled_sets, tmp_path):
+    with pytest.raises(UserError, match="no such run directory or file"):
+        build(recipe(weights=str(tmp_path / "none")), *labelled_sets)
+
+
+def test_operations_are_counted_without_computing_or_copying(labelled_sets):
+    task = Finetuning(recipe(), str(labelled_sets[1]))
+    learner = task.build(ShardReader(labelled_sets[0], recipe().data))
+    width, depth, tokens = 128, 4, 17
+    block = tokens * 12 * width**2 + 2 * tokens**2 * width
+    embedding = 16 * 3 * 64 * width
+    assert task.forward_flops() == 2 * (depth * block + embedding + width * 6)
+    assert all(parameter.device.type == "cpu" for parameter in learner.parameters())
+
+
+def test_fine_tuning_begins_with_the_weights_that_it_was_given(labelled_sets):
+    learner = build(recipe(), *labelled_sets)
+    given = load_encoder("random:demo_emae", 32).vit.state_dict()
+    own = learner.vit.state_dict()
+    kept = [key for key in given if not key.startswith("norm.")]
+    assert kept and all(torch.equal(given[key], own[key]) for key in kept)
+
+
+def build(recipe: FinetuneRecipe, train, val) -> Classifier:
+    return Finetuning(recipe, str(val)).build(ShardReader(train, recipe.data))
