@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,9 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 class RecipeFile(Section):
     """What every kind of recipe can do: be written out whole, and be compared."""
+
+    OF_OTHERS: ClassVar[dict[str, str]] = {}
+    """Sections that only other kinds have, and the command that takes these."""
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included; `load` reads it back to an equal one."""
@@ -49,6 +52,8 @@ def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[st
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
+    for section in kind.OF_OTHERS.keys() & tree.keys():
+        raise UserError(f"{path}: is a recipe for `{kind.OF_OTHERS[section]}`: it has a section {section}")
     where = str(path)
     if overrides:
         _override(tree, overrides)

@@ -47,6 +47,8 @@ class EvaluationSection(Section):
 class FinetuneRecipe(TrainingRecipe):
     """What is fine-tuned, on what, and how. `load_finetune_recipe` makes one."""
 
+    OF_OTHERS = {"method": "pretrain"}  # noqa: RUF012 (not a field)
+
     weights: str | None = None
     """Where the encoder begins, as `evals.encoder.load_encoder` understands it; --weights sets it."""
     classifier: ClassifierSection = ClassifierSection()

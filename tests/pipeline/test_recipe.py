@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
+from pipeline.finetune.recipe import FinetuneRecipe, load_finetune_recipe
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe_file import shipped_recipes
 
@@ -94,4 +95,14 @@ def test_differences_name_the_keys_that_differ():
 
 def test_every_shipped_recipe_is_possible():
     for name in shipped_recipes():
-        assert isinstance(load_recipe(name), Recipe)
+        if name.startswith("finetune_"):
+            assert isinstance(load_finetune_recipe(name, "W"), FinetuneRecipe)
+        else:
+            assert isinstance(load_recipe(name), Recipe)
+
+
+def test_a_recipe_of_another_command_is_said_to_be_one():
+    with pytest.raises(UserError, match=r"finetune_tiny\.yaml: is a recipe for `finetune`: it has a section"):
+        load_recipe("finetune_tiny")
+    with pytest.raises(UserError, match=r"demo_emae\.yaml: is a recipe for `pretrain`: it has a section"):
+        load_finetune_recipe("demo_emae", "W")

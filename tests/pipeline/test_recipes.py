@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from pipeline.finetune.recipe import load_finetune_recipe
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 from pipeline.recipe_file import SHIPPED, shipped_recipes
@@ -63,3 +64,21 @@ def test_the_mask_ratios_are_the_papers():
 def test_the_batch_divides_among_the_usual_numbers_of_gpus(gpus):
     for name in NAMES:
         assert load_recipe(name).accumulation(gpus) >= 1
+
+
+@pytest.mark.parametrize(
+    ("model", "rate", "epochs", "decay", "drop"),
+    [("vitb16", 5e-4, 100, 0.65, 0.1), ("vitl16", 1e-3, 50, 0.75, 0.2), ("vith14", 1e-3, 50, 0.75, 0.3)],
+)
+def test_fine_tuning_has_the_settings_of_maes_code(model, rate, epochs, decay, drop):
+    recipe = load_finetune_recipe(f"finetune_{model}", "W")
+    assert (recipe.optim.base_lr, recipe.train.epochs, recipe.data.global_batch) == (rate, epochs, 1024)
+    assert (recipe.optim.warmup_epochs, recipe.optim.min_lr, recipe.optim.betas) == (5, 1e-6, (0.9, 0.999))
+    options = recipe.classifier
+    assert (options.layer_decay, options.drop_path, options.encoder) == (decay, drop, MODELS[model][0])
+    assert (options.mixup, options.cutmix, options.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (options.erasing, options.rand_augment, options.rand_augment_deviation) == (0.25, 9, 0.5)
+    assert recipe.data.crop_scale == (0.08, 1.0) and recipe.resize == 256
+    head = (SHIPPED / f"finetune_{model}.yaml").read_text().partition("seed: 0")[0]
+    assert f"finetune finetune_{model} --weights RUN --data TRAIN --val VAL --run DIR" in head
+    assert "hours on" in head and "has not been trained to the end" in head
