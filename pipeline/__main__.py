@@ -208,11 +208,19 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "report",
         _report,
-        "make a page of a run",
-        "Write RUN/report.html: curves, reconstructions, interruptions, recipe and environment in one file.",
-        "example:\n  python -m pipeline report runs/demo\n",
+        "make a page of one or several runs",
+        "Write one HTML file: curves, speed, interruptions, skipped steps, reconstructions, recipe and\n"
+        "environment; of several runs side by side. The figures also go into a folder beside it, as PNG.",
+        "examples:\n  python -m pipeline report runs/demo\n"
+        "  python -m pipeline report runs/mae runs/emae --out comparison.html\n",
     )
-    command.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="HTML",
+        help="default: RUN/report.html, of several report.html",
+    )
 
     command = _command(
         commands,
@@ -422,9 +430,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from pipeline.report import report
+    from pipeline.report.page import report
 
-    print(report(args.run))
+    print(report(args.runs, args.out))
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -50,6 +50,13 @@ def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> I
     return _grid(pixels, size * per_side, _footnote(recipe, per_side))
 
 
+def columns_of(grid: Image.Image, size: int) -> list[Image.Image]:
+    """The columns of a picture of images of `size` pixels (N = 1), without their titles."""
+    tile = size * max(1, -(-TILE // size))
+    edges = range(GAP, grid.width - tile, tile + GAP)
+    return [grid.crop((x, HEADER, x + tile, grid.height - HEADER - GAP)) for x in edges]
+
+
 def _cut(images: torch.Tensor, per_side: int) -> torch.Tensor:
     """(B, 3, N S, N S) to (B N N, 3, S, S), row by row."""
     batch, channels, side, _ = images.shape

@@ -1,0 +1,1 @@
+"""Runs as a page: what `python -m pipeline report` writes."""

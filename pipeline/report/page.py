@@ -1,0 +1,339 @@
+"""One or several runs as one page, which needs nothing beside it; and its figures as PNG files.
+
+Invariant: nothing that interrupted a run or was skipped in it is left out of the page.
+"""
+
+import base64
+import html
+import io
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pipeline.errors import UserError
+from pipeline.report.figures import (
+    colour,
+    details_figure,
+    loss_figure,
+    reconstruction_strip,
+    time_figure,
+)
+from pipeline.report.history import History, Start, differences, read_history
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>$title</title><style>
+body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; color: #23272e;
+  max-width: 1140px; margin: 0 auto; padding: 2.2em 1.6em 5em; background: #fff }
+h1 { font-size: 1.75em; line-height: 1.2; margin: 0 }
+h2 { font-size: 1.15em; margin: 2.6em 0 .7em; padding-top: .8em; border-top: 1px solid #e3e6eb }
+p.under { color: #5c6470; margin: .35em 0 1.6em }
+p.note { color: #5c6470; font-size: .9em; margin: .3em 0 .8em; max-width: 50em }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(158px, 1fr)); gap: 1px;
+  background: #e3e6eb; border: 1px solid #e3e6eb; border-radius: 8px; overflow: hidden }
+.cards div { background: #fff; padding: .65em .9em }
+.cards b { display: block; font-size: 1.22em; font-weight: 600; font-variant-numeric: tabular-nums }
+.cards span { color: #5c6470; font-size: .82em }
+img { display: block; max-width: 100%; height: auto; margin: .2em 0 }
+table { border-collapse: collapse; font-size: .92em; font-variant-numeric: tabular-nums }
+th { text-align: left; font-weight: 600; color: #5c6470 }
+td, th { padding: .32em 1.5em .32em 0; vertical-align: top; border-bottom: 1px solid #eceff3 }
+tr.trouble td { color: #b3261e }
+i.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em }
+details { margin: .6em 0 } summary { cursor: pointer; color: #1f5a92 }
+pre { background: #f6f7f9; border-radius: 6px; padding: 1em 1.2em; overflow: auto; font-size: 12.5px;
+  line-height: 1.5 }
+@media print { body { padding: 0; max-width: none } details { display: none } }
+</style></head><body>
+<h1>$title</h1><p class="under">$under</p>
+$body
+</body></html>
+""")
+MOST_SKIPS = 40
+"""Rows of the table of skipped steps, a run."""
+
+
+def report(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page of one or several runs and return its path; the figures go beside it, into a folder of its
+    name.
+
+    out: a name that ends in .html; None: RUN/report.html of a single run, report.html here of several.
+    UserError where a run has logged nothing yet.
+    """
+    if out is not None and out.suffix != ".html":
+        raise UserError(f"--out {out}: give a name that ends in .html")
+    histories = [read_history(run) for run in runs]
+    out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    folder = out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "loss": loss_figure(histories),
+        "time": time_figure(histories),
+        "details": details_figure(histories),
+    }
+    shown = {name: _figure(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
+    body = [
+        _cards(histories[0]) if len(histories) == 1 else _comparison(histories),
+        f"<h2>Loss</h2>{_image(shown['loss'], 'loss by step, skipped and repeated steps marked')}",
+        _by_the_clock(shown.get("time")),
+        f"<h2>Learning rate, gradient, speed</h2>{_image(shown['details'], 'six curves by step')}"
+        f"<p class='note'>{OWN_WORK}</p>",
+        _what_happened(histories),
+        _skipped(histories),
+        _reconstructions(histories, folder),
+        _recipes(histories),
+        _environments(histories),
+    ]
+    names = ", ".join(history.name for history in histories)
+    page = PAGE.substitute(
+        title=html.escape(f"Run {names}" if len(histories) == 1 else f"Runs {names}"),
+        under=html.escape(_under(histories)),
+        body="\n".join(body),
+    )
+    partial = out.with_name(out.name + ".new")
+    partial.write_text(page)
+    partial.replace(out)
+    return out
+
+
+OWN_WORK = (
+    "A rank's own work is what it does without waiting for the others: its data and its forward passes. "
+    "A slowest rank far above the median holds all of them up."
+)
+CLOCK = (
+    "Grey: not running, from the last logged line to the next start. Dotted: steps that were lost with an "
+    "interruption and computed again."
+)
+
+
+def _under(histories: list[History]) -> str:
+    made = time.strftime("%d %B %Y, %H:%M")
+    if len(histories) > 1:
+        return f"{len(histories)} runs; page made on {made}"
+    history = histories[0]
+    recipe, facts = history.recipe, history.starts[-1].facts
+    method, model, data = (recipe.get(name) or {} for name in ("method", "model", "data"))
+    ranks = facts["world_size"]
+    return (
+        f"{method.get('name', 'training')} on {model.get('name', 'a model')}, {data.get('image_size')} px, "
+        f"global batch {data.get('global_batch')}; {ranks} rank{'s' if ranks > 1 else ''} on {facts['device']}, "
+        f"ZeRO {facts['zero_stage']}, {recipe['engine']['precision']}; page made on {made}"
+    )
+
+
+def _facts(history: History) -> dict[str, str]:
+    last, wanted = history.lines[-1], history.recipe["train"].get("steps")
+    speed, own = [_median(history, name) for name in ("images_per_s", "images_per_s_rank")]
+    facts = {
+        "steps" if wanted is None else f"of {wanted:,} steps": f"{last['step']:,}",
+        f"images, {last['epoch']:.1f} epochs": f"{last['samples']:,}",
+        "loss, the last": _number(history.column("loss")[1][-1:]),
+        "loss, the lowest": _number([min(history.column("loss")[1], default=None)]),
+        "images/s, median": f"{speed:,.0f}",
+        "images/s a rank": f"{own:,.1f}" if own else "not recorded",
+        "waiting for data, median": f"{_median(history, 'data_wait'):.1%}",
+        "MFU, median": f"{mfu:.1%}" if (mfu := _median(history, "mfu")) else "not known for this device",
+        "memory, the most": f"{max(history.column('memory')[1]):.1f} GiB",
+        "interruptions": f"{len(history.starts) - 1}",
+        "steps skipped": f"{sum(line['skipped'] for line in history.lines)}",
+        "returns of the guard": f"{len(history.returns)}",
+    }
+    if history.timed:
+        facts["from start to last line"] = _duration(last["time"] - history.starts[0].time)
+    return facts
+
+
+def _cards(history: History) -> str:
+    pairs = _facts(history).items()
+    cards = "".join(f"<div><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>" for k, v in pairs)
+    return f"<div class='cards'>{cards}</div>" + (_stop(history) if history.stop else "")
+
+
+def _stop(history: History) -> str:
+    text = f"Stopped by the guard at step {history.stop['step']}: {history.stop['reason']}"
+    return f"<p><b style='color:#b3261e'>{html.escape(text)}</b></p>"
+
+
+def _comparison(histories: list[History]) -> str:
+    facts = [{_plain(name): text for name, text in _facts(history).items()} for history in histories]
+    names = dict.fromkeys(name for known in facts for name in known)
+    rows = [[name, *(known.get(name, "") for known in facts)] for name in names]
+    stops = "".join(_stop(history) for history in histories if history.stop)
+    return _table(["", *_keys(histories)], rows) + stops
+
+
+def _plain(name: str) -> str:
+    """A card's caption without the numbers of its run."""
+    return "steps" if name.endswith(" steps") else "images" if name.startswith("images, ") else name
+
+
+def _by_the_clock(image: bytes | None) -> str:
+    if image is None:
+        return ""
+    return (
+        f"<h2>By the clock</h2>{_image(image, 'steps done and images/s by time, interruptions and returns marked')}"
+        f"<p class='note'>{CLOCK}</p>"
+    )
+
+
+def _what_happened(histories: list[History]) -> str:
+    """Starts, returns and stops, in their order."""
+    parts = []
+    for history in histories:
+        rows = [(start.time, "", _start_row(start, history)) for start in history.starts]
+        for event in [*history.returns, *([history.stop] if history.stop else [])]:
+            rows.append((event.get("time") or 0.0, " class='trouble'", _event_row(event)))
+        rows.sort(key=lambda row: row[0])
+        lines = "".join(
+            f"<tr{style}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+            for _, style, cells in rows
+        )
+        head = "".join(
+            f"<th>{name}</th>" for name in ("time", "step", "what", "ranks", "ZeRO", "device", "host")
+        )
+        parts.append(f"{_heading(history, histories)}<table><tr>{head}</tr>{lines}</table>")
+    return "<h2>What happened</h2>" + "".join(parts)
+
+
+def _start_row(start: Start, history: History) -> list[str]:
+    if start is history.starts[0]:
+        what = "begun"
+    elif start.repeated:
+        what = f"continued; steps {start.step + 1} to {start.before['step']} were lost and computed again"
+    else:
+        what = "continued; nothing was lost"
+    if start.away is not None:
+        what += f", away for {_duration(start.away)}"
+    facts = start.facts
+    return [
+        _clock(start.time), f"{start.step:,}", what, str(facts["world_size"]), str(facts["zero_stage"]),
+        facts["device"], facts["host"],
+    ]  # fmt: skip
+
+
+def _event_row(event: dict) -> list[str]:
+    when = _clock(event["time"]) if "time" in event else ""
+    if event["event"] == "stop":
+        return [when, f"{event['step']:,}", f"the guard stopped the run: {event['reason']}", "", "", "", ""]
+    first, last = event["trouble"]
+    what = (
+        f"the guard went back from step {event['from_step']}: steps {first} to {last} were skipped in a row, "
+        f"{event['reason']}; on behind {event['skipped_samples']:,} samples"
+    )
+    return [when, f"{event['step']:,}", what, "", "", "", ""]
+
+
+def _skipped(histories: list[History]) -> str:
+    parts = []
+    for history in histories:
+        skips = history.skips
+        if skips:
+            rows = [
+                [f"{skip.step:,}", skip.reason, _number([skip.loss]), _number([skip.grad_norm])]
+                for skip in skips[:MOST_SKIPS]
+            ]
+            table = _table(["step", "why", "loss", "gradient norm"], rows)
+            more = f"<p class='note'>and {len(skips) - MOST_SKIPS} more, in metrics.jsonl</p>"
+            parts.append(_heading(history, histories) + table + (more if len(skips) > MOST_SKIPS else ""))
+    return "<h2>Skipped steps</h2>" + ("".join(parts) or "<p class='note'>None.</p>")
+
+
+def _reconstructions(histories: list[History], folder: Path) -> str:
+    parts = []
+    for number, history in enumerate(histories):
+        strip = reconstruction_strip(history)
+        if strip:
+            name = "reconstructions.png" if len(histories) == 1 else f"reconstructions-{number + 1}.png"
+            parts.append(_heading(history, histories) + _image(_picture(strip, folder / name), "over time"))
+            whole = _image(history.pictures[-1].read_bytes(), history.pictures[-1].stem)
+            parts.append(f"<details><summary>Every view at the newest checkpoint</summary>{whole}</details>")
+    return "<h2>Reconstructions over time</h2>" + "".join(parts) if parts else ""
+
+
+def _recipes(histories: list[History]) -> str:
+    parts = []
+    if len(histories) > 1:
+        rows = [[key, *map(_value, values)] for key, values in differences(histories).items()]
+        parts.append(_table(["key", *_keys(histories)], rows) if rows else "<p>The same recipe.</p>")
+    for history in histories:
+        text = f"<pre>{html.escape(history.recipe_text)}</pre>"
+        parts.append(f"<details><summary>{html.escape(history.name)}: recipe.yaml</summary>{text}</details>")
+    return f"<h2>Recipe{', and how they differ' if len(histories) > 1 else ''}</h2>" + "".join(parts)
+
+
+def _environments(histories: list[History]) -> str:
+    """Of each run's newest start."""
+    newest = [history.starts[-1].facts for history in histories]
+    rows = [
+        [name, *(str(facts.get(key)) for facts in newest)]
+        for name, key in {"Python": "python", "commit": "commit", "host": "host", "device": "device"}.items()
+    ]
+    packages = dict.fromkeys(name for facts in newest for name in facts["versions"])
+    rows += [[name, *(facts["versions"].get(name, "") for facts in newest)] for name in packages]
+    rows.append(["command", *(" ".join(facts["command"]) for facts in newest)])
+    return "<h2>Environment</h2>" + _table(["", *_keys(histories)], rows)
+
+
+def _keys(histories: list[History]) -> list[str]:
+    return [history.name for history in histories]
+
+
+def _heading(history: History, histories: list[History]) -> str:
+    if len(histories) == 1:
+        return ""
+    shade = colour(histories.index(history))
+    return f"<h3><i class='key' style='background:{shade}'></i>{html.escape(history.name)}</h3>"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _figure(figure: Figure, path: Path) -> bytes:
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return path.read_bytes()
+
+
+def _picture(picture: Image.Image, path: Path) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def _image(png: bytes, alt: str) -> str:
+    return f"<img alt='{alt}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+
+
+def _median(history: History, name: str) -> float:
+    values = sorted(history.column(name)[1])
+    return values[len(values) // 2] if values else 0.0
+
+
+def _number(values: Sequence[float | None]) -> str:
+    return f"{values[0]:.4g}" if values and values[0] is not None else "not finite"
+
+
+def _value(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _clock(moment: float) -> str:
+    return time.strftime("%d %b %H:%M:%S", time.localtime(moment))
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
