@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.evals.picture import columns_of
@@ -36,6 +37,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
+    "axes.titlepad": 9.0,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
     "axes.grid": True,
@@ -71,13 +73,11 @@ def loss_figure(histories: Sequence[History]) -> Figure:
             _curve(axes, *history.column("loss"), colour(index), history.name if index else None)
             axes.lines[-1].set_label(history.name if len(histories) > 1 else "loss")
             _mark_steps(axes, history, colour(index), alone=len(histories) == 1)
-        axes.set_ylim(
-            *_range([history.column(name)[1] for history in histories for name in _shown(histories)])
-        )
-        axes.set_title(
-            "Loss" if len(histories) > 1 or len(histories[0].losses) == 1 else "Loss and its parts"
-        )
+        names = histories[0].losses if len(histories) == 1 else ["loss"]
+        axes.set_ylim(*_range([history.column(name)[1] for history in histories for name in names]))
+        axes.set_title("Loss" if len(names) == 1 else "Loss and its parts")
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(axes)
         return figure
 
@@ -138,6 +138,7 @@ def time_figure(histories: Sequence[History]) -> Figure | None:
                     color=colour(index),
                     linewidth=1.3,
                 )
+        above.yaxis.set_major_locator(MaxNLocator(integer=True))
         above.set_title("Steps done, by the clock")
         below.set_title("Images/s")
         below.set_ylim(bottom=0)
@@ -163,10 +164,6 @@ def reconstruction_strip(history: History) -> Image.Image | None:
         draw.text((number * (width + gap) + width / 2, header / 2), title, INK, font, anchor="mm")
         strip.paste(pixels, (number * (width + gap), header))
     return strip
-
-
-def _shown(histories: Sequence[History]) -> list[str]:
-    return histories[0].losses if len(histories) == 1 else ["loss"]
 
 
 def _curve(axes: Axes, steps: list[int], values: list[float], shade: str, label: str | None) -> None:

@@ -33,16 +33,17 @@ body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans
 h1 { font-size: 1.75em; line-height: 1.2; margin: 0 }
 h2 { font-size: 1.15em; margin: 2.6em 0 .7em; padding-top: .8em; border-top: 1px solid #e3e6eb }
 p.under { color: #5c6470; margin: .35em 0 1.6em }
-p.note { color: #5c6470; font-size: .9em; margin: .3em 0 .8em; max-width: 50em }
+p.note { color: #5c6470; font-size: .9em; margin: .3em 0 .8em; max-width: 62em }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(158px, 1fr)); gap: 1px;
-  background: #e3e6eb; border: 1px solid #e3e6eb; border-radius: 8px; overflow: hidden }
-.cards div { background: #fff; padding: .65em .9em }
+  padding: 1px }
+.cards div { box-shadow: 0 0 0 1px #e3e6eb; padding: .65em .9em }
 .cards b { display: block; font-size: 1.22em; font-weight: 600; font-variant-numeric: tabular-nums }
 .cards span { color: #5c6470; font-size: .82em }
 img { display: block; max-width: 100%; height: auto; margin: .2em 0 }
 table { border-collapse: collapse; font-size: .92em; font-variant-numeric: tabular-nums }
 th { text-align: left; font-weight: 600; color: #5c6470 }
 td, th { padding: .32em 1.5em .32em 0; vertical-align: top; border-bottom: 1px solid #eceff3 }
+td:first-child { white-space: nowrap }
 tr.trouble td { color: #b3261e }
 i.key { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .5em }
 details { margin: .6em 0 } summary { cursor: pointer; color: #1f5a92 }
@@ -59,8 +60,8 @@ MOST_SKIPS = 40
 
 
 def report(runs: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of one or several runs and return its path; the figures go beside it, into a folder of its
-    name.
+    """Write the page of one or several runs and return its path; the figures go beside it, into a folder of
+    its name.
 
     out: a name that ends in .html; None: RUN/report.html of a single run, report.html here of several.
     UserError where a run has logged nothing yet.
@@ -71,12 +72,9 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "loss": loss_figure(histories),
-        "time": time_figure(histories),
-        "details": details_figure(histories),
-    }
-    shown = {name: _figure(figure, folder / f"{name}.png") for name, figure in figures.items() if figure}
+    figures = {"loss": loss_figure, "time": time_figure, "details": details_figure}
+    drawn = {name: draw(histories) for name, draw in figures.items()}
+    shown = {name: _figure(figure, folder / f"{name}.png") for name, figure in drawn.items() if figure}
     body = [
         _cards(histories[0]) if len(histories) == 1 else _comparison(histories),
         f"<h2>Loss</h2>{_image(shown['loss'], 'loss by step, skipped and repeated steps marked')}",
@@ -118,10 +116,10 @@ def _under(histories: list[History]) -> str:
     history = histories[0]
     recipe, facts = history.recipe, history.starts[-1].facts
     method, model, data = (recipe.get(name) or {} for name in ("method", "model", "data"))
-    ranks = facts["world_size"]
+    ranks = f"{facts['world_size']} rank{'s' if facts['world_size'] > 1 else ''}"
     return (
         f"{method.get('name', 'training')} on {model.get('name', 'a model')}, {data.get('image_size')} px, "
-        f"global batch {data.get('global_batch')}; {ranks} rank{'s' if ranks > 1 else ''} on {facts['device']}, "
+        f"global batch {data.get('global_batch')}; {ranks} on {facts['device']}, "
         f"ZeRO {facts['zero_stage']}, {recipe['engine']['precision']}; page made on {made}"
     )
 
@@ -137,7 +135,7 @@ def _facts(history: History) -> dict[str, str]:
         "images/s, median": f"{speed:,.0f}",
         "images/s a rank": f"{own:,.1f}" if own else "not recorded",
         "waiting for data, median": f"{_median(history, 'data_wait'):.1%}",
-        "MFU, median": f"{mfu:.1%}" if (mfu := _median(history, "mfu")) else "not known for this device",
+        "MFU, median": f"{mfu:.1%}" if (mfu := _median(history, "mfu")) else "unknown",
         "memory, the most": f"{max(history.column('memory')[1]):.1f} GiB",
         "interruptions": f"{len(history.starts) - 1}",
         "steps skipped": f"{sum(line['skipped'] for line in history.lines)}",
@@ -175,10 +173,8 @@ def _plain(name: str) -> str:
 def _by_the_clock(image: bytes | None) -> str:
     if image is None:
         return ""
-    return (
-        f"<h2>By the clock</h2>{_image(image, 'steps done and images/s by time, interruptions and returns marked')}"
-        f"<p class='note'>{CLOCK}</p>"
-    )
+    shown = _image(image, "steps done and images/s by time, interruptions and returns marked")
+    return f"<h2>By the clock</h2>{shown}<p class='note'>{CLOCK}</p>"
 
 
 def _what_happened(histories: list[History]) -> str:
