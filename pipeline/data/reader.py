@@ -53,6 +53,18 @@ CHECKED_BYTES = 4 * 2**30  # some seconds of reading
 SLOW_START = 5.0  # seconds
 
 
+def check_sources(sources: Sequence[Source]) -> None:
+    """UserError where a directory is no finished shard set. Cheap: reads manifests, and nothing behind a
+    URL."""
+    for source in sources:
+        store = open_store(source.path)
+        if isinstance(store, LocalStore):
+            try:
+                read_manifest(store.directory)
+            except ShardSetError as error:
+                raise UserError(str(error)) from None
+
+
 class ShardSet(NamedTuple):
     store: Store
     manifest: Manifest

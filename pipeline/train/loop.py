@@ -91,12 +91,13 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
     saved_step = step
     if log:
         checkpoint.sweep(checkpoints, step)
-        run_directory.describe(run, recipe, step, log.found, world, reader.described())
+        device = device_name(world.device)
+        start = {"step": step, "before": log.found, "world_size": world.size, "device": device}
+        run_directory.describe(run, recipe, reader.described(), **start)
         log.note(
             f"{task.title}: {num_samples} images, {total_steps} steps of "
             f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch} "
-            f"on {device_name(world.device)}, {recipe.engine.precision}"
-            + (f", continued after step {step}" if step else "")
+            f"on {device}, {recipe.engine.precision}" + (f", continued after step {step}" if step else "")
         )
         if unchecked:
             log.note(unchecked)

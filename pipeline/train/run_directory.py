@@ -16,8 +16,6 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.recipe_file import load
-from pipeline.train.distributed import World
-from pipeline.train.hardware import device_name
 from pipeline.training_recipe import TrainingRecipe
 
 PACKAGES = ("shardmae", "torch", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy")
@@ -128,13 +126,11 @@ def lock(run: Path) -> int:
         return descriptor
 
 
-def describe(
-    run: Path, recipe: TrainingRecipe, step: int, before: dict | None, world: World, data: list[dict]
-) -> None:
+def describe(run: Path, recipe: TrainingRecipe, data: list[dict], **start: object) -> None:
     """Write recipe.yaml and environment.json; a run that is continued adds to the latter's list of starts.
 
-    before: the last logged step and its time of the run so far, which may have got further than `step`.
-    data: what the shard sets are.
+    data: what the shard sets are. start: step, world_size, device, and before: the last logged step and its
+    time of the run so far, which may have got further than `step`.
     """
     _replace(run / "recipe.yaml", recipe.to_yaml())
     path = run / "environment.json"
@@ -144,12 +140,9 @@ def describe(
         starts = []
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "step": step,
-        "before": before,
+        **start,
         "command": sys.argv,
-        "world_size": world.size,
         "zero_stage": recipe.engine.zero_stage,
-        "device": device_name(world.device),
         "host": platform.node(),
         "python": platform.python_version(),
         "versions": versions(),

@@ -72,3 +72,22 @@ def test_help_waits_for_no_heavy_import(package):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "pretrain nosuch --data set --run run",
+        "pretrain demo_emae --data set --run run --set model.width=x",
+        "pretrain demo_emae --data nowhere --run run",
+        "pretrain demo_emae --data set --run tests",
+    ],
+)
+def test_a_mistake_in_recipe_data_or_run_waits_for_no_heavy_import(mistake):
+    code = (
+        "import sys, pipeline.__main__\n"
+        f"code = pipeline.__main__.main({mistake.split()!r})\n"
+        "heavy = {'torch', 'deepspeed', 'nvidia', 'timm'} & sys.modules.keys()\n"
+        "assert code == 2 and not heavy, (code, heavy)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
