@@ -1,0 +1,175 @@
+"""What the training loop costs over the bare DeepSpeed engine: a step of a real run beside a bare one.
+
+    python benchmarks/overhead.py                                       ViT-B, float32 on a CPU
+    python benchmarks/overhead.py --model vit_large --batch 64 --turn 20    with a GPU: bfloat16
+
+The run is `pretrain` itself: loader, agreement between ranks, guard, metrics, a line in metrics.jsonl and
+TensorBoard at every step, progress, watchdog. The bare step is forward, backward and step of a second engine
+of the same recipe on a batch that is already there. They take turns in one process, so that a machine that
+slows down slows both; what counts is the median of the ratios of neighbouring turns. Checkpoints are not part
+of it. The images are small (--image pixels): what the loader costs is then not their decoding.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipeline.methods import Method, build_method
+from pipeline.pretraining import pretrain
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.train import engine
+from pipeline.train.distributed import find_world
+
+WARM_UP = 2
+"""Turns that don't count."""
+
+
+class Enough(Exception):
+    """All turns are measured."""
+
+
+class Rival(Method):
+    """A recipe's method. Between two turns of the run that trains it, it gives a bare engine its turn."""
+
+    def __init__(self, recipe: Recipe, rounds: int, turn: int):
+        super().__init__()
+        self.method, self.recipe, self.rounds, self.turn = build_method(recipe), recipe, rounds, turn
+        self.noise_size, self.patch_size = self.method.noise_size, self.method.patch_size
+        self.normalize_targets, self.encoder = self.method.normalize_targets, self.method.encoder
+        self.step, self.began = 0, 0.0
+        self.loop_times: list[float] = []
+        self.bare_times: list[float] = []
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor):
+        return self.method(images, noise)
+
+    def reconstruct(self, images: torch.Tensor, noise: torch.Tensor):
+        return self.method.reconstruct(images, noise)
+
+    def set_progress(self, done: float) -> None:
+        """The loop calls it before every step."""
+        if self.step % self.turn == 0:
+            if self.step:
+                self.loop_times.append(self._since(self.began))
+            self._bare_turn()
+            if len(self.bare_times) > WARM_UP + self.rounds:
+                raise Enough
+            self.began = self._since(0.0)
+        self.step += 1
+
+    def _bare_turn(self) -> None:
+        if not self.bare_times:
+            self.world = find_world()
+            self.bare = [engine.build_engine(self.recipe, build_method(self.recipe), self.world)]
+            engine.set_learning_rate(self.bare[0], 1e-5)
+            size, micro = self.recipe.data.image_size, self.recipe.engine.micro_batch
+            self.images = torch.randn(micro, 3, size, size, device=self.world.device)
+            self.noise = torch.rand(micro, self.noise_size, device=self.world.device)
+        (bare,), began = self.bare, self._since(0.0)
+        for _ in range(self.turn * self.recipe.accumulation(self.world.size)):
+            bare.backward(bare(self.images, self.noise).loss)
+            bare.step()
+        self.bare_times.append(self._since(began))
+
+    def _since(self, moment: float) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - moment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="vit_base")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each")
+    parser.add_argument("--turn", type=int, default=1, help="steps a turn")
+    parser.add_argument("--image", type=int, default=64, help="pixels of the images' sides")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    recipe = load_recipe(
+        "vitb16_mae",
+        [
+            f"model.name={args.model}",
+            f"data.global_batch={args.batch}",
+            f"engine.micro_batch={args.batch}",
+            f"engine.precision={'bf16' if on_gpu else 'fp32'}",
+            f"train.steps={10**6}",
+            "train.log_every=1",
+            f"train.checkpoint_every={10**6}",
+            *args.overrides,
+        ],
+    )
+    rivals: list[Rival] = []
+
+    def build(recipe: Recipe) -> Rival:
+        rivals.append(Rival(recipe, args.rounds, args.turn))
+        return rivals[0]
+
+    with tempfile.TemporaryDirectory() as folder:
+        shards = small_set(Path(folder), args.image)
+        try:
+            pretrain(recipe, [str(shards)], Path(folder) / "run", build)
+        except Enough:
+            report(rivals[0], args)
+        sys.stdout.flush()
+        os.chdir("/")
+    os._exit(0)  # the run was left in the middle
+
+
+def small_set(folder: Path, size: int) -> Path:
+    """A shard set of 256 smooth images."""
+    images, generator = folder / "images", np.random.default_rng(0)
+    images.mkdir()
+    for number in range(256):
+        rough = Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8))
+        rough.resize((size, size), Image.Resampling.BICUBIC).save(images / f"{number:03d}.jpg")
+    command = [sys.executable, "-m", "data_prep", "folder", str(images), str(folder / "shards")]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder / "shards"
+
+
+def report(rival: Rival, args: argparse.Namespace) -> None:
+    # A turn of the loop stands between two bare ones: their mean is what it is held against.
+    bare, loop = rival.bare_times[WARM_UP:], rival.loop_times[WARM_UP:]
+    beside = [(before + after) / 2 for before, after in zip(bare, bare[1:], strict=False)]
+    ratios = [a / b - 1 for a, b in zip(loop, beside, strict=False)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    row = {
+        "bare_s": statistics.median(bare) / args.turn,
+        "loop_s": statistics.median(loop) / args.turn,
+        "overhead": middle,
+        "quartiles": [low, high],
+        "rounds": len(ratios),
+    }
+    if args.json:
+        print(json.dumps({"arguments": vars(args), **row}))
+        return
+    device = rival.world.device
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    )
+    print(
+        f"{args.model}, batch {args.batch}, {where}, torch {torch.__version__}; {len(ratios)} turns of "
+        f"{args.turn}, every step logged\n"
+        f"bare engine  {row['bare_s']:.3f} s/step\n"
+        f"training run {row['loop_s']:.3f} s/step\n"
+        f"overhead     {middle:+.2%} (median of neighbouring turns; quartiles {low:+.2%} and {high:+.2%})"
+    )
+
+
+if __name__ == "__main__":
+    main()
