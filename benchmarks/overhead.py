@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def small_set(folder: Path, size: int) -> Path:
 def report(rival: Rival, args: argparse.Namespace) -> None:
     # A turn of the loop stands between two bare ones: their mean is what it is held against.
     bare, loop = rival.bare_times[WARM_UP:], rival.loop_times[WARM_UP:]
-    beside = [(before + after) / 2 for before, after in zip(bare, bare[1:], strict=False)]
+    beside = [(before + after) / 2 for before, after in pairwise(bare)]
     ratios = [a / b - 1 for a, b in zip(loop, beside, strict=False)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     row = {
