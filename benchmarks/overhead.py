@@ -6,8 +6,9 @@
 The run is `pretrain` itself: loader, agreement between ranks, guard, metrics, a line in metrics.jsonl and
 TensorBoard at every step, progress, watchdog. The bare step is forward, backward and step of a second engine
 of the same recipe on a batch that is already there. They take turns in one process, so that a machine that
-slows down slows both; what counts is the median of the ratios of neighbouring turns. Checkpoints are not part
-of it. The images are small (--image pixels): what the loader costs is then not their decoding.
+slows down slows both; what counts is the median of the ratios of neighbouring turns, by the wall clock and by
+the process's CPU time. Checkpoints are not part of it. The images are small (--image pixels): what the loader
+costs is then not their decoding.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +41,24 @@ class Enough(Exception):
     """All turns are measured."""
 
 
+class Moment(NamedTuple):
+    """Seconds on two clocks."""
+
+    wall: float
+    cpu: float
+    """Of all threads of this process: other programs disturb it less."""
+
+    def __sub__(self, other: "Moment") -> "Moment":
+        return Moment(self.wall - other.wall, self.cpu - other.cpu)
+
+
+def now() -> Moment:
+    """When everything asked of the device is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return Moment(time.perf_counter(), time.process_time())
+
+
 class Rival(Method):
     """A recipe's method. Between two turns of the run that trains it, it gives a bare engine its turn."""
 
@@ -47,9 +67,9 @@ class Rival(Method):
         self.method, self.recipe, self.rounds, self.turn = build_method(recipe), recipe, rounds, turn
         self.noise_size, self.patch_size = self.method.noise_size, self.method.patch_size
         self.normalize_targets, self.encoder = self.method.normalize_targets, self.method.encoder
-        self.step, self.began = 0, 0.0
-        self.loop_times: list[float] = []
-        self.bare_times: list[float] = []
+        self.step, self.began = 0, Moment(0.0, 0.0)
+        self.loop_times: list[Moment] = []
+        self.bare_times: list[Moment] = []
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor):
         return self.method(images, noise)
@@ -61,11 +81,11 @@ class Rival(Method):
         """The loop calls it before every step."""
         if self.step % self.turn == 0:
             if self.step:
-                self.loop_times.append(self._since(self.began))
+                self.loop_times.append(now() - self.began)
             self._bare_turn()
             if len(self.bare_times) > WARM_UP + self.rounds:
                 raise Enough
-            self.began = self._since(0.0)
+            self.began = now()
         self.step += 1
 
     def _bare_turn(self) -> None:
@@ -76,16 +96,11 @@ class Rival(Method):
             size, micro = self.recipe.data.image_size, self.recipe.engine.micro_batch
             self.images = torch.randn(micro, 3, size, size, device=self.world.device)
             self.noise = torch.rand(micro, self.noise_size, device=self.world.device)
-        (bare,), began = self.bare, self._since(0.0)
+        (bare,), began = self.bare, now()
         for _ in range(self.turn * self.recipe.accumulation(self.world.size)):
             bare.backward(bare(self.images, self.noise).loss)
             bare.step()
-        self.bare_times.append(self._since(began))
-
-    def _since(self, moment: float) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - moment
+        self.bare_times.append(now() - began)
 
 
 def main() -> None:
@@ -144,32 +159,37 @@ def small_set(folder: Path, size: int) -> Path:
 
 
 def report(rival: Rival, args: argparse.Namespace) -> None:
-    # A turn of the loop stands between two bare ones: their mean is what it is held against.
     bare, loop = rival.bare_times[WARM_UP:], rival.loop_times[WARM_UP:]
-    beside = [(before + after) / 2 for before, after in pairwise(bare)]
-    ratios = [a / b - 1 for a, b in zip(loop, beside, strict=False)]
+    rows = {clock: compared(bare, loop, clock, args.turn) for clock in Moment._fields}
+    if args.json:
+        print(json.dumps({"arguments": vars(args), **rows}))
+        return
+    threads = f"{torch.get_num_threads()} CPU threads"
+    where = torch.cuda.get_device_name() if rival.world.device.type == "cuda" else threads
+    print(
+        f"{args.model}, batch {args.batch}, {where}, torch {torch.__version__}; {len(loop)} turns of "
+        f"{args.turn}, every step logged"
+    )
+    for clock, row in rows.items():
+        low, high = row["quartiles"]
+        print(
+            f"{clock:5}bare engine {row['bare']:.3f} s/step, training run {row['loop']:.3f} s/step, overhead "
+            f"{row['overhead']:+.2%} (quartiles {low:+.2%} and {high:+.2%})"
+        )
+
+
+def compared(bare: list[Moment], loop: list[Moment], clock: str, turn: int) -> dict:
+    """Medians. A turn of the loop stands between two bare ones: it is held against their mean."""
+    alone = [getattr(moment, clock) for moment in bare]
+    whole = [getattr(moment, clock) for moment in loop]
+    ratios = [a / ((b + c) / 2) - 1 for a, (b, c) in zip(whole, pairwise(alone), strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    row = {
-        "bare_s": statistics.median(bare) / args.turn,
-        "loop_s": statistics.median(loop) / args.turn,
+    return {
+        "bare": statistics.median(alone) / turn,
+        "loop": statistics.median(whole) / turn,
         "overhead": middle,
         "quartiles": [low, high],
-        "rounds": len(ratios),
     }
-    if args.json:
-        print(json.dumps({"arguments": vars(args), **row}))
-        return
-    device = rival.world.device
-    where = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    )
-    print(
-        f"{args.model}, batch {args.batch}, {where}, torch {torch.__version__}; {len(ratios)} turns of "
-        f"{args.turn}, every step logged\n"
-        f"bare engine  {row['bare_s']:.3f} s/step\n"
-        f"training run {row['loop_s']:.3f} s/step\n"
-        f"overhead     {middle:+.2%} (median of neighbouring turns; quartiles {low:+.2%} and {high:+.2%})"
-    )
 
 
 if __name__ == "__main__":

@@ -55,4 +55,5 @@ def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photogr
         assert subprocess.run(command, capture_output=True).returncode == 0
     assert Image.open(out).format == "PNG"
     page = (directory / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == 5 and "http" not in page
+    assert "<h2>By the clock</h2>" in page and "<h2>Reconstructions over time</h2>" in page
