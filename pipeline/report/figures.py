@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.evals.picture import columns_of
@@ -90,7 +90,12 @@ def details_figure(histories: Sequence[History]) -> Figure:
         ("Gradient norm", ["grad_norm"], 1.0, "log"),
         ("Images/s", ["images_per_s"], 1.0, "linear"),
         ("Data wait, % of the time", ["data_wait"], 100.0, "linear"),
-        ("A rank's own work, s a step", ["rank_time", "slowest_time"], 1.0, "linear"),
+        (
+            "A rank's own work, s a step\n(dotted: the slowest rank)",
+            ["rank_time", "slowest_time"],
+            1.0,
+            "linear",
+        ),
         ("MFU, %", ["mfu"], 100.0, "linear") if knows_mfu else ("Memory, GiB", ["memory"], 1.0, "linear"),
     ]
     with plt.rc_context(STYLE):
@@ -107,9 +112,9 @@ def details_figure(histories: Sequence[History]) -> Figure:
             axes.set_yscale(scale)
             if scale == "linear":
                 axes.set_ylim(bottom=0)
-        grid[1, 1].plot([], [], color=INK, label="median of the ranks")
-        grid[1, 1].plot([], [], color=INK, linestyle=":", label="slowest rank")
-        grid[1, 1].legend(loc="lower left", fontsize=8)
+            else:
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         for axes in grid[1]:
             axes.set_xlabel("step")
         return figure
