@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.evals.picture import columns_of
@@ -85,6 +85,7 @@ def loss_figure(histories: Sequence[History]) -> Figure:
 def details_figure(histories: Sequence[History]) -> Figure:
     """Learning rate, gradient norm, throughput, data wait, the ranks' own time, memory or MFU, by step."""
     knows_mfu = any(line["mfu"] for history in histories for line in history.lines)
+    own = "A rank's own work, s a step\n(dotted: the slowest rank)"
     panels = [
         ("Learning rate", ["lr"], 1.0, "linear"),
         ("Gradient norm", ["grad_norm"], 1.0, "log"),
@@ -111,10 +112,11 @@ def details_figure(histories: Sequence[History]) -> Figure:
             axes.set_title(title)
             axes.set_yscale(scale)
             if scale == "linear":
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
             else:
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+                axes.yaxis.set_minor_formatter(NullFormatter())
         for axes in grid[1]:
             axes.set_xlabel("step")
         return figure

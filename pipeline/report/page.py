@@ -134,7 +134,7 @@ def _facts(history: History) -> dict[str, str]:
         "loss, the lowest": _number([min(history.column("loss")[1], default=None)]),
         "images/s, median": f"{speed:,.0f}",
         "images/s a rank": f"{own:,.1f}" if own else "not recorded",
-        "waiting for data, median": f"{_median(history, 'data_wait'):.1%}",
+        "data wait, median": f"{_median(history, 'data_wait'):.1%}",
         "MFU, median": f"{mfu:.1%}" if (mfu := _median(history, "mfu")) else "unknown",
         "memory, the most": f"{max(history.column('memory')[1]):.1f} GiB",
         "interruptions": f"{len(history.starts) - 1}",
