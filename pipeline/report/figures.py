@@ -91,12 +91,7 @@ def details_figure(histories: Sequence[History]) -> Figure:
         ("Gradient norm", ["grad_norm"], 1.0, "log"),
         ("Images/s", ["images_per_s"], 1.0, "linear"),
         ("Data wait, % of the time", ["data_wait"], 100.0, "linear"),
-        (
-            "A rank's own work, s a step\n(dotted: the slowest rank)",
-            ["rank_time", "slowest_time"],
-            1.0,
-            "linear",
-        ),
+        (own, ["rank_time", "slowest_time"], 1.0, "linear"),
         ("MFU, %", ["mfu"], 100.0, "linear") if knows_mfu else ("Memory, GiB", ["memory"], 1.0, "linear"),
     ]
     with plt.rc_context(STYLE):
