@@ -370,7 +370,7 @@ def _pretrain(args: argparse.Namespace) -> None:
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    _check_at_once(recipe, args)
+    _check_at_once(recipe, args.data, args.run)
     from pipeline.pretraining import pretrain
 
     pretrain(recipe, args.data, args.run)
@@ -380,20 +380,20 @@ def _finetune(args: argparse.Namespace) -> None:
     from pipeline.finetune.recipe import load_finetune_recipe
 
     recipe = load_finetune_recipe(args.recipe, args.weights, args.overrides)
-    _check_at_once(recipe, args)
+    _check_at_once(recipe, [args.data], args.run)
     from pipeline.finetune.task import finetune
 
     finetune(recipe, args.data, args.val, args.run)
 
 
-def _check_at_once(recipe, args: argparse.Namespace) -> None:
+def _check_at_once(recipe, data: list[str], run: Path) -> None:
     """Say what is wrong, where that is cheap to find out, before the seconds in which torch is imported."""
     from pipeline.data.reader import check_sources
     from pipeline.train import run_directory, wandb_run
 
     wandb_run.check(recipe)
-    run_directory.check(args.run, recipe)
-    check_sources(recipe.sources(args.data))
+    run_directory.check(run, recipe)
+    check_sources(recipe.sources(data))
 
 
 def _preflight(args: argparse.Namespace) -> None:

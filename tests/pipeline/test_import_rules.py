@@ -81,6 +81,7 @@ def test_help_waits_for_no_heavy_import(package):
         "pretrain demo_emae --data set --run run --set model.width=x",
         "pretrain demo_emae --data nowhere --run run",
         "pretrain demo_emae --data set --run tests",
+        "finetune finetune_tiny --weights random:demo_emae --data nowhere --val nowhere --run run",
     ],
 )
 def test_a_mistake_in_recipe_data_or_run_waits_for_no_heavy_import(mistake):
