@@ -206,6 +206,38 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(
         commands,
+        "linprobe",
+        _linprobe,
+        "judge an encoder by linear classifiers",
+        "Train linear classifiers on a frozen encoder, several learning rates at once, by MAE's protocol; the "
+        "rate is chosen on held-out training samples. Launched, stopped and continued like pretrain.",
+        "examples:\n"
+        "  deepspeed --module pipeline linprobe --weights runs/l16 --data shards/train --val shards/val \\\n"
+        "    --run runs/l16-probe --precision bf16 --set train.epochs=50\n"
+        "  python -m pipeline linprobe --weights runs/small --data shards/train --val shards/val \\\n"
+        "    --run runs/small-probe --center-crops --set data.global_batch=1024\n",
+    )
+    _encoder_arguments(command)
+    command.add_argument(
+        "--run", type=Path, required=True, metavar="DIR", help="run directory: new, or continued"
+    )
+    command.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        metavar="F",
+        help="base learning rates (default: 0.01 0.03 0.1 0.3 1 3)",
+    )
+    command.add_argument(
+        "--center-crops",
+        action="store_true",
+        help="learn from the centre crops' features, extracted once: quick, and no augmentation",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    _override_argument(command)
+
+    command = _command(
+        commands,
         "report",
         _report,
         "make a page of one or several runs",
@@ -342,6 +374,10 @@ def _recipe_arguments(command: argparse.ArgumentParser, default: str | None = No
         )
     else:
         command.add_argument("recipe", metavar="RECIPE", help=what)
+    _override_argument(command)
+
+
+def _override_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         dest="overrides",
@@ -418,21 +454,41 @@ def _knn(args: argparse.Namespace) -> None:
 
     from pipeline.evals.knn import format_knn, knn
 
-    result = knn(args.weights, args.data, args.val, ks=args.k, **_encoder_options(args))
+    result = knn(
+        args.weights,
+        args.data,
+        args.val,
+        ks=args.k,
+        labels=args.labels,
+        image_size=args.image_size,
+        pool=args.pool,
+        resize=args.resize,
+        precision=args.precision,
+        cache=_cache(args),
+    )
     if not _rank():
         print(json.dumps(result, indent=1) if args.json else format_knn(result))
 
 
-def _encoder_options(args: argparse.Namespace) -> dict:
+def _linprobe(args: argparse.Namespace) -> None:
+    import json
+
+    from pipeline.evals.linprobe import format_probe, linprobe
+    from pipeline.evals.probe_recipe import load_probe_recipe
+
+    probe = {"weights": args.weights, "pool": args.pool, "center_crops": args.center_crops}
+    probe |= {"resize": args.resize} | ({"base_lrs": args.lr} if args.lr else {})
+    data = {"subset": args.labels, "subset_by_class": True} if args.labels else {}
+    given = {"probe": probe, "data": data, "engine": {"precision": args.precision}}
+    recipe = load_probe_recipe(given, args.overrides)
+    result = linprobe(recipe, args.data, args.val, args.run, args.image_size, _cache(args))
+    if not _rank():
+        print(json.dumps(result, indent=1) if args.json else format_probe(result))
+
+
+def _cache(args: argparse.Namespace) -> Path | None:
     is_run = Path(args.weights).is_dir()
-    return {
-        "labels": args.labels,
-        "pool": args.pool,
-        "image_size": args.image_size,
-        "resize": args.resize,
-        "precision": args.precision,
-        "cache": args.cache or (Path(args.weights) / "features" if is_run else None),
-    }
+    return args.cache or (Path(args.weights) / "features" if is_run else None)
 
 
 def _export(args: argparse.Namespace) -> None:

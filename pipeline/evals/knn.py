@@ -16,10 +16,11 @@ from pipeline.evals.features import Extractor, Features
 from pipeline.evals.labelled import open_labelled
 from pipeline.evals.representation import Pool, representation
 from pipeline.sections import DataSection
-from pipeline.train.distributed import World, gathered, join, leave
+from pipeline.train.distributed import World, gathered, joined
 
 KS = (5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
+TIMEOUT_MINUTES = 30.0
 QUERIES, NEIGHBOURS = 512, 1 << 16
 """Cosines of so many queries and training images are held at once."""
 
@@ -41,15 +42,14 @@ def knn(
     training set's labels, class-balanced. extraction: options of `Extractor`. Returns what is printed, for
     JSON. UserError for what the user can mend.
     """
-    world = join()
-    model = representation(weights, image_size, pool)
-    few = {"subset": labels, "subset_by_class": True} if labels else {}
-    sets = open_labelled(train, val, DataSection(**few))
-    ks = _possible(ks, sets.train.num_samples)
-    extract = Extractor(model, world, **extraction)
-    features, queries = extract(sets.train), extract(sets.val)
-    found = classify(features, queries, ks, sets.classes, world)
-    leave()
+    with joined(TIMEOUT_MINUTES) as world:
+        model = representation(weights, image_size, pool)
+        few = {"subset": labels, "subset_by_class": True} if labels else {}
+        sets = open_labelled(train, val, DataSection(**few))
+        ks = _possible(ks, sets.train.num_samples)
+        extract = Extractor(model, world, **extraction)
+        features, queries = extract(sets.train), extract(sets.val)
+        found = classify(features, queries, ks, sets.classes, world)
     return {
         "weights": weights,
         "features": model.name,

@@ -10,7 +10,8 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -84,17 +85,15 @@ def find_world() -> World:
     return world
 
 
-def join(timeout_minutes: float = 30.0) -> World:
-    """Find the other ranks without DeepSpeed, for what trains no large model; `leave` undoes it."""
+@contextmanager
+def joined(timeout_minutes: float) -> Iterator[World]:
+    """Connected with the other ranks, without DeepSpeed: for what trains no large model."""
     world = find_world()
-    if world.size > 1:
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    return world
-
-
-def leave() -> None:
-    if dist.is_initialized():
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10 + 2 * timeout_minutes))
+    try:
+        yield world
+    finally:
         dist.destroy_process_group()
 
 

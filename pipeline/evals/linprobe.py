@@ -1,0 +1,271 @@
+"""`python -m pipeline linprobe`: linear classifiers on a frozen encoder, from top to bottom.
+
+    RUN/accuracy.json    top-1 and top-5 of every learning rate on --val, and which one was chosen by what
+    RUN/metrics.jsonl, checkpoints/, ... as of a pre-training run (docs/architecture.md)
+
+Invariant: every rank trains every head on the whole global batch's features, gathered in the order of the
+stream; so batch normalisation, losses and weights do not depend on the number of ranks or on the micro batch's
+place among them, and a run that was killed ends as one that was not. The learning rate is chosen on samples of
+the training set that no head has seen, never on --val.
+
+The heads are not DeepSpeed's: LARS needs each weight whole, and they are far smaller than the features that
+they share.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
+from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
+from pipeline.evals.features import Extractor, Features
+from pipeline.evals.feeds import KeptFeatures, RandomCrops
+from pipeline.evals.heads import Heads
+from pipeline.evals.labelled import open_labelled
+from pipeline.evals.probe_recipe import ProbeRecipe
+from pipeline.evals.representation import Representation, representation
+from pipeline.train import checkpoint, run_directory
+from pipeline.train.distributed import agreed, gathered_rows, joined
+from pipeline.train.hardware import device_name, memory_gib
+from pipeline.train.metrics import Log, Window
+from pipeline.train.schedule import learning_rate
+from pipeline.train.stopping import Stopping
+from pipeline.train.watchdog import Watchdog
+
+RESULT = "accuracy.json"
+HEADS = "heads.safetensors"
+BLOCK = 4096
+"""Samples that are scored at once."""
+
+
+def linprobe(
+    recipe: ProbeRecipe,
+    train: str,
+    val: str,
+    run: Path,
+    image_size: int | None = None,
+    cache: Path | None = None,
+) -> dict:
+    """Train the probe on the labelled shard set `train` and judge it on `val`, in the run directory `run`;
+    continue where it stands.
+
+    image_size: of the images, None: the encoder's own. cache: a directory for features. Every rank calls it.
+    Returns what is in accuracy.json. UserError for what the user can mend; StoppedEarly after a signal.
+    """
+    # ---- Who we are, what is judged and on what
+    stopping = Stopping()
+    with joined(recipe.engine.timeout_minutes) as world:
+        stopping.connect(recipe.engine.timeout_minutes)
+        accumulation = recipe.accumulation(world.size)
+        model = representation(recipe.probe.weights, image_size, recipe.probe.pool)
+        recipe = _resolved(recipe, model)
+        run_directory.check(run, recipe)
+        sets = open_labelled(train, val, recipe.data)
+        held_out = ShardReader(train, recipe.data, "held_out") if recipe.data.holdout else None
+        lock = agreed(lambda: run_directory.begin(run, recipe) if world.rank == 0 else None)
+        watchdog = Watchdog(run, world.rank, 60 * recipe.engine.timeout_minutes)
+        extract = Extractor(
+            model,
+            world,
+            resize=recipe.probe.resize,
+            precision=recipe.engine.precision,
+            batch=recipe.engine.micro_batch,
+            cache=cache,
+            alive=watchdog.alive,
+        )
+        judged = extract(sets.val)
+        chosen_by = extract(held_out) if held_out else None
+        torch.manual_seed(recipe.seed)
+        heads = Heads(recipe.probe.base_lrs, sets.classes, model.width).to(world.device)
+
+        # ---- Continue where the run directory stands
+        checkpoints = run / "checkpoints"
+        identity = {"data": sets.train.fingerprint, "world_size": world.size}
+        newest = checkpoint.newest_whole(checkpoints, world.rank, world.size)
+        state = checkpoint.read_state(newest) if newest else {"step": 0, "window": None}
+        if newest:
+            run_directory.check_continuation(newest, state, identity)
+            heads.load_state_dict(load_file(newest / HEADS, str(world.device)))
+        step = saved_step = state["step"]
+        window = Window(state["window"])
+        samples = sets.train.num_samples
+        total_steps = recipe.total_steps(samples)
+        batch = recipe.data.global_batch
+        feed = (KeptFeatures if recipe.probe.center_crops else RandomCrops)(recipe, sets.train, extract, step)
+        log = None
+        if world.rank == 0:
+            log = Log(run, step, total_steps, [])
+            checkpoint.sweep(checkpoints, step)
+            run_directory.describe(run, recipe, step, world)
+            log.note(
+                f"{len(heads.rates)} heads on {model.name}: {samples} images of {sets.classes} classes, "
+                f"{total_steps} steps of {batch} on {world.size} x {device_name(world.device)}"
+                + (f", continued after step {step}" if step else "")
+            )
+
+        def make_sure() -> None:
+            """Write a checkpoint."""
+            described = {**identity, "window": window.collect(), "recipe": recipe.model_dump(mode="json")}
+            if log:
+                log.flush()
+            agreed(lambda: _save(heads, checkpoints, step, described, recipe) if log else None)
+            watchdog.alive()
+
+        # ---- Train
+        began, waited, logged_step = time.perf_counter(), feed.waited, step
+        while step < total_steps:
+            parts = []
+            for _ in range(accumulation):
+                parts.append(stopping.next(feed))
+                if stopping.reason:
+                    break
+                watchdog.alive()
+            if stopping.reason:
+                break
+            features, labels = (gathered_rows(torch.cat(rows)) for rows in zip(*parts, strict=True))
+            warmup = recipe.probe.warmup_epochs * samples / batch
+            rate = learning_rate(step, total_steps, warmup, batch / 256)
+            losses = heads.learn(features, labels, rate)
+            step += 1
+            zero = torch.zeros((), device=world.device)
+            by_rate = {f"loss_{lr:g}": loss for lr, loss in zip(heads.rates, losses, strict=True)}
+            window.add({**by_rate, "skipped": zero})
+
+            # ---- Say how it goes
+            if step % recipe.train.log_every == 0 or step == total_steps:
+                means = window.close()
+                means.pop("skipped")
+                took = time.perf_counter() - began
+                if log:
+                    log.write(
+                        {
+                            "step": step,
+                            "epoch": step * batch / samples,
+                            "samples": step * batch,
+                            "loss": min(means.values()),
+                            **means,
+                            "rate": rate,
+                            "images_per_s": (step - logged_step) * batch / took,
+                            "data_wait": (feed.waited - waited) / took,
+                            "memory": memory_gib(world.device),
+                        }
+                    )
+                began, waited, logged_step = time.perf_counter(), feed.waited, step
+            if log:
+                log.advance(step)
+
+            # ---- Make sure of it
+            if step % recipe.train.checkpoint_every == 0 or step == total_steps:
+                make_sure()
+                saved_step = step
+        if step > saved_step:
+            make_sure()
+            saved_step = step
+
+        # ---- Judge, and close
+        result = {}
+        if not stopping.reason:
+            result = {
+                "weights": recipe.probe.weights,
+                "features": model.name,
+                "image_size": model.image_size,
+                "resize": extract.resize,
+                "train": {"data": train, "samples": samples, "labels": recipe.data.subset},
+                "held_out": {"samples": len(chosen_by.labels) if chosen_by else 0},
+                "val": {"data": val, "samples": len(judged.labels)},
+                "classes": sets.classes,
+                "steps": step,
+                **_judge(heads, sets.classes, judged, chosen_by, world.device),
+            }
+            if log:
+                _write(run / RESULT, result)
+                log.note(f"done: {step} steps; {run / RESULT}")
+        watchdog.close()
+        feed.close()
+        if log:
+            log.close()
+        if lock is not None:
+            os.close(lock)
+        stopping.raise_reason(saved_step)
+        return result
+
+
+def format_probe(result: dict) -> str:
+    """A table for people."""
+    train = result["train"]
+    share = "" if train["labels"] == 1 else f" ({train['labels']:g} of the labels, class-balanced)"
+    lines = [
+        f"{result['features']}: {train['samples']} training images{share}, {result['held_out']['samples']} held "
+        f"out, {result['val']['samples']} to be judged, {result['classes']} classes",
+        " base lr   held out                      top-1 [95 % interval]"
+        + "         top-5" * ("top5" in result["rates"][0]["val"]),
+    ]
+    for row in result["rates"]:
+        found = [row["held_out"]["top1"] if row["held_out"] else None, *row["val"].values()]
+        cells = [str(Accuracy(cell["correct"], cell["total"])) if cell else " " * 25 for cell in found]
+        mark = "  <- chosen" if row["base_lr"] == result["chosen"] else ""
+        lines.append(f"{row['base_lr']:8g}  " + "   ".join(cells) + mark)
+    return "\n".join(lines)
+
+
+def _resolved(recipe: ProbeRecipe, model: Representation) -> ProbeRecipe:
+    """With what follows from the weights."""
+    data = {"image_size": model.image_size, "mean": model.mean, "std": model.std}
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update=data),
+            "probe": recipe.probe.model_copy(update={"digest": model.digest}),
+        }
+    )
+
+
+def _judge(
+    heads: Heads, classes: int, val: Features, held_out: Features | None, device: torch.device
+) -> dict:
+    """Every head on both sets, and the one that is best on what was held out; the smaller rate of equals."""
+    rows = [
+        {
+            "base_lr": rate,
+            "held_out": _accuracies(heads, head, classes, held_out, device) if held_out else None,
+            "val": _accuracies(heads, head, classes, val, device),
+        }
+        for head, rate in enumerate(heads.rates)
+    ]
+    best = rows[0]
+    if held_out:
+        best = max(rows, key=lambda row: (row["held_out"]["top1"]["correct"], -row["base_lr"]))
+    return {"rates": rows, "chosen": best["base_lr"], **best["val"]}
+
+
+@torch.inference_mode()
+def _accuracies(heads: Heads, head: int, classes: int, on: Features, device: torch.device) -> dict:
+    heads.eval()
+    found = [
+        hits(heads(values.to(device), head), labels.to(device))
+        for values, labels in zip(*(tensor.split(BLOCK) for tensor in on), strict=True)
+    ]
+    counts = (sum(column) for column in zip(*found, strict=True))
+    return {name: a.as_json() for name, a in top_1_and_5(*counts, len(on.labels), classes).items()}
+
+
+def _save(heads: Heads, directory: Path, step: int, state: dict, recipe: ProbeRecipe) -> None:
+    """Write and publish a checkpoint, on one rank."""
+    partial = directory / (checkpoint.name_of(step) + checkpoint.PARTIAL)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        save_file(heads.state_dict(), partial / HEADS)
+        files = checkpoint.describe(partial, checkpoint.files_of(partial))
+        checkpoint.publish(directory, step, {"step": step, **state, "files": files}, recipe.train)
+    except OSError as error:
+        raise UserError(f"{directory}: the checkpoint of step {step} cannot be written: {error}") from None
+
+
+def _write(path: Path, result: dict) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(result, indent=1) + "\n")
+    new.replace(path)

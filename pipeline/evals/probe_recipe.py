@@ -1,0 +1,96 @@
+"""The recipe of a linear probe; PROTOCOL is MAE's for ViT-B (He et al. 2022, Table 10).
+
+Invariant: as of every recipe, nothing in it is ignored.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.errors import UserError
+from pipeline.method_options import Section
+from pipeline.recipe_file import RecipeFile, checked
+from pipeline.sections import DataSection, TrainSection
+
+PROTOCOL = {
+    "data": {"global_batch": 16384, "crop_scale": [0.08, 1.0], "holdout": 0.01, "max_replaced": 0},
+    "train": {"epochs": 90, "log_every": 20, "checkpoint_every": 500},
+}
+
+
+class ProbeSection(Section):
+    weights: str
+    """What is judged, as pipeline/evals/representation.py understands it."""
+    digest: str | None = None
+    """Of the weights; filled in."""
+    pool: Literal["class_token", "mean"] = "class_token"
+    base_lrs: tuple[float, ...] = Field((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), min_length=1)
+    """A head is trained with each: its rate is base_lr x global_batch / 256. MAE's is 0.1."""
+    warmup_epochs: float = Field(10.0, ge=0.0)
+    center_crops: bool = False
+    """Train on the features of centre crops, extracted once, instead of random resized crops."""
+    resize: int | None = Field(None, ge=1)
+    """Pixels of the shorter side before the centre is cut out; null: 256 / 224 of the image size."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ProbeSection":
+        if min(self.base_lrs) <= 0 or len(set(self.base_lrs)) < len(self.base_lrs):
+            raise ValueError(f"probe.base_lrs: {list(self.base_lrs)} must be positive and different")
+        return self
+
+
+class ProbeEngineSection(Section):
+    """How the encoder is run. The heads are small: every rank has them whole, in fp32."""
+
+    zero_stage: Literal[0] = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    micro_batch: int = Field(128, ge=1)
+    """Images that a rank takes through the encoder at once."""
+    timeout_minutes: float = Field(10.0, gt=0.0)
+
+
+class ProbeRecipe(RecipeFile):
+    """`load_probe_recipe` makes one."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    probe: ProbeSection
+    data: DataSection
+    engine: ProbeEngineSection = ProbeEngineSection()
+    train: TrainSection
+
+    @model_validator(mode="after")
+    def _possible(self) -> "ProbeRecipe":
+        if len(self.probe.base_lrs) > 1 and not self.data.holdout:
+            raise ValueError(
+                "data.holdout: is 0, so there is nothing by which to choose from several probe.base_lrs; give "
+                "a share of the training set, or one learning rate"
+            )
+        for key in ("sources", "trace", "max_replaced"):
+            if getattr(self.data, key):
+                raise ValueError(f"data.{key}: is not for a probe")
+        if self.data.crops_per_image > 1:
+            raise ValueError("data.crops_per_image: is not for a probe")
+        return self
+
+    def total_steps(self, samples: int) -> int:
+        return self.train.steps or math.ceil(self.train.epochs * samples / self.data.global_batch)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro batches that a rank takes for a step. UserError where there is a remainder."""
+        at_once = 1 if self.probe.center_crops else self.engine.micro_batch
+        count, rest = divmod(self.data.global_batch, at_once * world_size)
+        if rest or not count:
+            raise UserError(
+                f"data.global_batch: {self.data.global_batch} is no multiple of engine.micro_batch x ranks = "
+                f"{at_once} x {world_size}; change one of the three"
+            )
+        return 1 if self.probe.center_crops else count
+
+
+def load_probe_recipe(given: dict[str, dict], overrides: Sequence[str] = ()) -> ProbeRecipe:
+    """PROTOCOL with the keys that are `given`, by section, and "a.b=c" overrides. UserError, one line."""
+    sections = PROTOCOL.keys() | given.keys()
+    tree = {name: {**PROTOCOL.get(name, {}), **given.get(name, {})} for name in sections}
+    return checked(ProbeRecipe, tree, "linprobe", overrides)
