@@ -209,8 +209,8 @@ def _parser() -> argparse.ArgumentParser:
         "linprobe",
         _linprobe,
         "judge an encoder by linear classifiers",
-        "Train linear classifiers on a frozen encoder, several learning rates at once, by MAE's protocol; the "
-        "rate is chosen on held-out training samples. Launched, stopped and continued like pretrain.",
+        "Train linear classifiers on a frozen encoder by MAE's protocol, at several learning rates at once; "
+        "one is chosen on held-out training samples. Launched, stopped and continued like pretrain.",
         "examples:\n"
         "  deepspeed --module pipeline linprobe --weights runs/l16 --data shards/train --val shards/val \\\n"
         "    --run runs/l16-probe --precision bf16 --set train.epochs=50\n"

@@ -53,6 +53,16 @@ def other_shards(photographs, tmp_path_factory) -> Path:
     return build(photographs, tmp_path_factory.mktemp("shards") / "other", "--seed", "5")
 
 
+@pytest.fixture
+def kept_environment():
+    """What finding the ranks adds to the environment goes with the test."""
+    before = dict(os.environ)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def labelled_sets(photographs, tmp_path_factory) -> tuple[Path, Path]:
     """Two shard sets of small crops of six photographs, each its own class: 60 to learn from, 42 to be judged

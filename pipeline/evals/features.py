@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -47,15 +48,16 @@ class Extractor:
         precision: Precision = "fp32",
         batch: int = BATCH,
         cache: Path | None = None,
-        threads: int | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         """resize: the shorter side before the centre is cut out; None: MAE's, 256 / 224 of images up to 224
-        px, larger ones as they are. cache: a directory for features; None: they are not kept."""
+        px, larger ones as they are. cache: a directory for features; None: they are not kept. alive: called
+        now and then."""
         self.model, self.world = model.to(world.device), world
         size = model.image_size
         self.resize = resize or (size * 256 // 224 if size <= 224 else size)
         self.precision, self.batch, self.cache = precision, batch, cache
-        self.threads = threads or world.cores
+        self.alive = alive
 
     def __call__(self, reader: ShardReader) -> Features:
         """The features of a labelled set, complete on every rank. UserError, on all ranks, where an image of
@@ -81,7 +83,7 @@ class Extractor:
         """Of this rank's part."""
         model, world = self.model, self.world
         data = DataSection(image_size=model.image_size, mean=model.mean, std=model.std)
-        place = world.device, world.rank, world.size, self.threads
+        place = world.device, world.rank, world.size, world.cores
         return EvaluationLoader(reader, data, self.batch, *place, max(self.resize, model.image_size))
 
     def _part(self, reader: ShardReader) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,6 +98,7 @@ class Extractor:
             values[done:end] = self.batch_of(batch.images)
             labels[done:end] = batch.labels
             done = end
+            self.alive()
             if time.monotonic() - said > INTERVAL:
                 said = time.monotonic()
                 rate = done / (said - began) * self.world.size

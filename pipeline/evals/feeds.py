@@ -10,7 +10,7 @@ import torch
 from pipeline.data.loader import Loader
 from pipeline.data.order import rank_positions
 from pipeline.data.reader import ShardReader
-from pipeline.evals.features import Extractor, Features
+from pipeline.evals.features import Extractor
 from pipeline.evals.probe_recipe import ProbeRecipe
 
 

@@ -1,8 +1,8 @@
 """The probe's linear classifiers: many on the same features, each with a learning rate of its own.
 
-MAE's protocol (He et al. 2022, A.1, and main_linprobe.py): batch normalisation without affine before a linear
-layer, LARS (You et al. 2017) without weight decay. Invariant: heads do not know of each other: what one learns
-at its rate is what it would learn alone.
+MAE's protocol (He et al. 2022, A.1, and main_linprobe.py): batch normalisation without affine before a
+linear layer, LARS (You et al. 2017) without weight decay. Invariant: heads do not know of each other: what
+one learns at its rate is what it would learn alone.
 """
 
 from collections.abc import Sequence

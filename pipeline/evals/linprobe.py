@@ -4,9 +4,9 @@
     RUN/metrics.jsonl, checkpoints/, ... as of a pre-training run (docs/architecture.md)
 
 Invariant: every rank trains every head on the whole global batch's features, gathered in the order of the
-stream; so batch normalisation, losses and weights do not depend on the number of ranks or on the micro batch's
-place among them, and a run that was killed ends as one that was not. The learning rate is chosen on samples of
-the training set that no head has seen, never on --val.
+stream; so normalisation, losses and weights do not depend on the number of ranks, and a run that was killed
+ends as one that was not. The learning rate is chosen on samples of the training set that no head has seen,
+never on --val.
 
 The heads are not DeepSpeed's: LARS needs each weight whole, and they are far smaller than the features that
 they share.
@@ -200,8 +200,8 @@ def format_probe(result: dict) -> str:
     train = result["train"]
     share = "" if train["labels"] == 1 else f" ({train['labels']:g} of the labels, class-balanced)"
     lines = [
-        f"{result['features']}: {train['samples']} training images{share}, {result['held_out']['samples']} held "
-        f"out, {result['val']['samples']} to be judged, {result['classes']} classes",
+        f"{result['features']}: {train['samples']} training images{share}, {result['held_out']['samples']} "
+        f"held out, {result['val']['samples']} to be judged, {result['classes']} classes",
         " base lr   held out                      top-1 [95 % interval]"
         + "         top-5" * ("top5" in result["rates"][0]["val"]),
     ]

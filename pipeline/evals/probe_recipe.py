@@ -64,8 +64,8 @@ class ProbeRecipe(RecipeFile):
     def _possible(self) -> "ProbeRecipe":
         if len(self.probe.base_lrs) > 1 and not self.data.holdout:
             raise ValueError(
-                "data.holdout: is 0, so there is nothing by which to choose from several probe.base_lrs; give "
-                "a share of the training set, or one learning rate"
+                "data.holdout: is 0, so there is nothing by which to choose from several probe.base_lrs; "
+                "give a share of the training set, or one learning rate"
             )
         for key in ("sources", "trace", "max_replaced"):
             if getattr(self.data, key):

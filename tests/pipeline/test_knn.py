@@ -73,7 +73,7 @@ def test_features_are_extracted_once_and_are_those_of_the_images(labelled_sets, 
     assert torch.equal(extract(reader).values, features.values) and len(kept.read_bytes()) > 100
 
 
-def test_the_command_prints_what_it_found(labelled_sets, capsys):
+def test_the_command_prints_what_it_found(labelled_sets, capsys, kept_environment):
     train, val = map(str, labelled_sets)
     command = [
         "knn",
@@ -100,11 +100,11 @@ def test_the_command_prints_what_it_found(labelled_sets, capsys):
     assert "42 to be judged, 6 classes" in table[0] and f"{best['accuracy']:.2%}" in table[2]
 
 
-def test_few_labels_are_a_share_of_every_class(labelled_sets):
+def test_few_labels_are_a_share_of_every_class(labelled_sets, kept_environment):
     result = knn("pixels:24", *map(str, labelled_sets), labels=0.2, resize=24, ks=[1])
     assert result["train"]["samples"] == 12 and result["val"]["samples"] == 42
 
 
-def test_more_neighbours_than_there_are(labelled_sets):
+def test_more_neighbours_than_there_are(labelled_sets, kept_environment):
     with pytest.raises(UserError, match="--k 61: there are 60 training images"):
         knn("pixels:24", *map(str, labelled_sets), ks=[61])

@@ -1,0 +1,93 @@
+"""k-NN and the probe as processes: the same on two ranks, and after being killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.recipe import load_recipe
+
+TINY = ("model.width=32", "model.depth=2", "data.image_size=32", "model.patch_size=8")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(load_recipe("demo_emae", TINY).to_yaml())
+    return f"random:{tmp_path / 'recipe.yaml'}"
+
+
+def started(ranks: int, *arguments) -> list[subprocess.Popen]:
+    """As torchrun would start it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    fixed = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "pipeline", *map(str, arguments)],
+            env=fixed
+            | {key: str(value) for key, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def finished(processes: list[subprocess.Popen]) -> str:
+    """What rank 0 printed."""
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    assert not any(out for out, _ in outputs[1:])
+    return outputs[0][0]
+
+
+def test_knn_counts_the_same_samples_right_on_one_rank_and_on_two(weights, labelled_sets):
+    train, val = labelled_sets
+    command = ["knn", "--weights", weights, "--data", train, "--val", val, "--json"]
+    one, two = [json.loads(finished(started(ranks, *command))) for ranks in (1, 2)]
+    assert one == two
+    assert {row["top1"]["total"] for row in one["knn"]} == {42}
+
+
+def test_a_probe_on_two_ranks_that_was_killed_ends_as_one_that_was_not_on_one(
+    weights, labelled_sets, tmp_path
+):
+    train, val = labelled_sets
+    settings = {
+        "data.global_batch": 32,
+        "data.holdout": 0.2,
+        "engine.micro_batch": 8,
+        "train.steps": 60,
+        "train.log_every": 1,
+        "train.checkpoint_every": 10,
+        "probe.warmup_epochs": 1,
+    }
+    sets = [f"--set={key}={value}" for key, value in settings.items()]
+    command = ["linprobe", "--weights", weights, "--data", train, "--val", val, *sets, "--run"]
+    finished(started(1, *command, tmp_path / "one"))
+    killed = started(2, *command, tmp_path / "two")
+    while not (tmp_path / "two/checkpoints/latest").exists():
+        assert all(process.poll() is None for process in killed)
+    for process in killed:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not (tmp_path / "two/accuracy.json").exists()
+    finished(started(2, *command, tmp_path / "two"))
+    one, two = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    )
+    losses = [key for key in one[0] if key.startswith("loss")]
+    assert [line["step"] for line in two] == list(range(1, 61))
+    assert [[line[key] for key in losses] for line in one] == [[line[key] for key in losses] for line in two]
+    one, two = (json.loads((tmp_path / run / "accuracy.json").read_text()) for run in ("one", "two"))
+    assert one == two
+    assert one["top1"]["total"] == 42
+    assert one["train"]["samples"] + one["held_out"]["samples"] == 60

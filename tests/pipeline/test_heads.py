@@ -1,0 +1,72 @@
+"""The probe's heads: the official LARS, one head as many, scikit-learn's classifier at the end."""
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.evals.heads import Heads
+from pipeline.train.schedule import learning_rate
+
+WIDTH, CLASSES = 16, 5
+
+
+def clouds(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlapping clouds of points, one a class."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, CLASSES, (samples,), generator=generator)
+    return 3 + 2 * centres[labels] + 3 * torch.randn(samples, WIDTH, generator=generator), labels
+
+
+def official_lars(parameters: list[nn.Parameter], momenta: list[torch.Tensor], rate: float) -> None:
+    """util/lars.py of facebookresearch/mae, without weight decay."""
+    for p, mu in zip(parameters, momenta, strict=True):
+        dp = p.grad
+        if p.ndim > 1:
+            param_norm, update_norm = torch.norm(p), torch.norm(dp)
+            one = torch.ones_like(param_norm)
+            q = torch.where(
+                param_norm > 0.0, torch.where(update_norm > 0, 0.001 * param_norm / update_norm, one), one
+            )
+            dp = dp.mul(q)
+        mu.mul_(0.9).add_(dp)
+        p.data.add_(mu, alpha=-rate)
+
+
+@pytest.mark.parametrize("rates", [(0.5,), (0.1, 0.5, 4.0)])
+def test_each_head_learns_what_mae_s_probe_learns_at_its_rate(rates):
+    torch.manual_seed(0)
+    heads = Heads(rates, CLASSES, WIDTH)
+    number = rates.index(0.5)
+    peer = nn.Sequential(nn.BatchNorm1d(WIDTH, affine=False, eps=1e-6), nn.Linear(WIDTH, CLASSES))
+    peer[1].weight.data.copy_(heads.weight[number])
+    peer[1].bias.data.zero_()
+    parameters = list(peer.parameters())
+    momenta = [torch.zeros_like(p) for p in parameters]
+    for step in range(30):
+        features, labels = clouds(64, step)
+        losses = heads.learn(features, labels, rate=3.0 - 0.1 * step)
+        peer.zero_grad()
+        loss = F.cross_entropy(peer(features), labels)
+        loss.backward()
+        official_lars(parameters, momenta, 0.5 * (3.0 - 0.1 * step))
+        assert losses[number].item() == pytest.approx(loss.item(), rel=1e-5)
+    features, _ = clouds(50, 99)
+    assert torch.allclose(heads.eval()(features, number), peer.eval()(features), atol=1e-5)
+
+
+def test_what_it_converges_to_is_scikit_learns_logistic_regression():
+    (features, labels), (unseen, truth) = clouds(2000, 1), clouds(2000, 2)
+    torch.manual_seed(0)
+    heads = Heads((30.0,), CLASSES, WIDTH)
+    for step in range(2000):
+        heads.learn(features, labels, learning_rate(step, 2000, 100, 1.0))
+    scaler = StandardScaler().fit(features.numpy())
+    theirs = LogisticRegression(C=1e6, max_iter=2000).fit(scaler.transform(features.numpy()), labels.numpy())
+    wanted = theirs.predict(scaler.transform(unseen.numpy()))
+    ours = heads.eval()(unseen, 0).argmax(1).numpy()
+    assert (ours == wanted).mean() > 0.99
+    assert abs((ours == truth.numpy()).mean() - (wanted == truth.numpy()).mean()) < 0.005
