@@ -28,7 +28,6 @@ from pipeline.models.sizes import SIZES
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.sections import DataSection
 from pipeline.train.distributed import say
-from pipeline.trained import load_run
 
 RANDOM = "random:"
 NOT_THE_ENCODERS = ("decoder", "mask_token", "head.")  # of the official checkpoints
@@ -109,6 +108,8 @@ def _find(weights: str) -> Saved:
         return _of_method(f"{_words(recipe)}, random weights", build_method(recipe), recipe)
     path = Path(weights)
     if path.is_dir():
+        from pipeline.trained import load_run  # takes seconds to import, and the others do not need it
+
         run = load_run(path)
         return _of_method(f"{_words(run.recipe)}, step {run.step}", run.method, run.recipe)
     if not path.is_file():

@@ -99,9 +99,9 @@ def linprobe(
         feed = (KeptFeatures if recipe.probe.center_crops else RandomCrops)(recipe, sets.train, extract, step)
         log = None
         if world.rank == 0:
-            log = Log(run, step, total_steps, [])
+            log = Log(run, recipe, step, total_steps, [])
             checkpoint.sweep(checkpoints, step)
-            run_directory.describe(run, recipe, step, world)
+            run_directory.describe(run, recipe, step, log.found, world)
             log.note(
                 f"{len(heads.rates)} heads on {model.name}: {samples} images of {sets.classes} classes, "
                 f"{total_steps} steps of {batch} on {world.size} x {device_name(world.device)}"
@@ -147,6 +147,7 @@ def linprobe(
                             "step": step,
                             "epoch": step * batch / samples,
                             "samples": step * batch,
+                            "time": round(time.time(), 3),
                             "loss": min(means.values()),
                             **means,
                             "rate": rate,

@@ -67,11 +67,15 @@ class ProbeRecipe(RecipeFile):
                 "data.holdout: is 0, so there is nothing by which to choose from several probe.base_lrs; "
                 "give a share of the training set, or one learning rate"
             )
-        for key in ("sources", "trace", "max_replaced"):
-            if getattr(self.data, key):
-                raise ValueError(f"data.{key}: is not for a probe")
-        if self.data.crops_per_image > 1:
-            raise ValueError("data.crops_per_image: is not for a probe")
+        for key, given in {
+            "data.sources": self.data.sources,
+            "data.trace": self.data.trace,
+            "data.max_replaced": self.data.max_replaced,
+            "data.crops_per_image": self.data.crops_per_image > 1,
+            "train.profile_steps": self.train.profile_steps,
+        }.items():
+            if given:
+                raise ValueError(f"{key}: is not for a probe")
         return self
 
     def total_steps(self, samples: int) -> int:

@@ -29,7 +29,7 @@ class Progress:
     def show(self, line: dict) -> None:
         loss = "every step skipped" if line["loss"] is None else f"loss {line['loss']:.4f}"
         text = f"{loss}, {line['images_per_s']:.0f} images/s, data wait {line['data_wait']:.1%}"
-        if line["slowest_time"] > self.SLOW * line["rank_time"]:
+        if "slowest_time" in line and line["slowest_time"] > self.SLOW * line["rank_time"]:
             text += (
                 f", slowest is rank {line['slowest_rank']} on {line['slowest_host']} "
                 f"({line['slowest_time'] / line['rank_time']:.1f} x the median)"

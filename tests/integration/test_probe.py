@@ -49,9 +49,7 @@ def finished(processes: list[subprocess.Popen]) -> str:
     return outputs[0][0]
 
 
-def test_knn_counts_the_same_samples_right_on_one_rank_and_on_two(
-    weights, labelled_sets, kept_environment
-):
+def test_knn_counts_the_same_samples_right_on_one_rank_and_on_two(weights, labelled_sets, kept_environment):
     train, val = labelled_sets
     command = ["knn", "--weights", weights, "--data", train, "--val", val, "--json"]
     one = knn(weights, str(train), str(val))
