@@ -52,17 +52,13 @@ def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[st
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
-<<<<<<< HEAD
     for section in kind.OF_OTHERS.keys() & tree.keys():
         raise UserError(f"{path}: is a recipe for `{kind.OF_OTHERS[section]}`: it has a section {section}")
-    where = str(path)
-=======
     return checked(kind, tree, str(path), overrides)
 
 
 def checked(kind: type[AnyRecipe], tree: dict, where: str, overrides: Sequence[str] = ()) -> AnyRecipe:
     """The `kind` of recipe that a tree of keys is, overridden. UserError begins with `where`."""
->>>>>>> 6bee18b (wip)
     if overrides:
         _override(tree, overrides)
         where += " with --set " + " ".join(overrides)

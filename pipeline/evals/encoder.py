@@ -8,6 +8,7 @@ Understood are a run directory, weights exported for timm (.safetensors), checkp
 positions of offsets alone, so it takes the whole image as one large window.
 """
 
+import json
 import math
 import pickle
 from functools import partial
@@ -157,7 +158,15 @@ def _exported(path: Path) -> Saved:
             weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"--weights {path}: cannot be read: {error}") from None
-    return _of_file(path, weights, int(about["heads"]) if "heads" in about else None)
+    saved = _of_file(path, weights, int(about["heads"]) if "heads" in about else None)
+    config = path.with_name("config.json")  # timm's, beside it
+    if not config.is_file():
+        return saved
+    try:
+        seen = json.loads(config.read_text())["pretrained_cfg"]
+        return saved._replace(mean=tuple(seen["mean"]), std=tuple(seen["std"]))
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{config}: no mean and std in it, as timm writes them; mend or remove it") from None
 
 
 def _official(path: Path) -> Saved:

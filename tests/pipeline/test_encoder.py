@@ -1,6 +1,7 @@
 """The encoder that is evaluated: the same tokens from every place it can come from."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -51,6 +52,18 @@ def test_every_source_gives_the_tokens_of_the_methods_own_encoder(tmp_path):
             encoder = load_encoder(source)
             assert (encoder.image_size, encoder.patch_size, encoder.width) == (64, 16, 192)
             assert torch.allclose(encoder(images()), wanted, atol=1e-5), source
+
+
+def test_mean_and_std_are_those_of_timms_config_beside_the_file(tmp_path):
+    save_file(timm_state_dict(method_of(recipe_file(tmp_path))), tmp_path / "model.safetensors")
+    assert load_encoder(tmp_path / "model.safetensors").mean == (0.485, 0.456, 0.406)
+    config = {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    encoder = load_encoder(tmp_path / "model.safetensors")
+    assert encoder.mean == (0.5, 0.5, 0.5) and encoder.std == (0.25, 0.25, 0.25)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no mean and std in it"):
+        load_encoder(tmp_path / "model.safetensors")
 
 
 def test_another_image_size_interpolates_the_positions_bicubically_and_says_so(tmp_path, capsys):
