@@ -133,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
         "example:\n  srun python -m pipeline preflight vitl16_emae --data shards/in1k --run runs/l16\n",
     )
     _run_arguments(command)
+    command.add_argument("--weights", metavar="WEIGHTS", help="of `finetune`")
+    command.add_argument("--val", metavar="VAL", help="of `finetune`")
 
     command = _command(
         commands,
@@ -433,12 +435,21 @@ def _check_at_once(recipe, data: list[str], run: Path) -> None:
 
 
 def _preflight(args: argparse.Namespace) -> None:
-    from pipeline.recipe import load_recipe
-
-    recipe = load_recipe(args.recipe, args.overrides)
     from pipeline.train.preflight import preflight
 
-    findings = preflight(recipe, args.data, args.run)
+    if (args.weights is None) != (args.val is None):
+        raise UserError("--weights, --val: give both, of `finetune`, or neither")
+    if args.weights is not None:
+        from pipeline.finetune.recipe import load_finetune_recipe
+        from pipeline.finetune.task import Finetuning
+
+        task = Finetuning(load_finetune_recipe(args.recipe, args.weights, args.overrides), args.val)
+    else:
+        from pipeline.pretraining import Pretraining
+        from pipeline.recipe import load_recipe
+
+        task = Pretraining(load_recipe(args.recipe, args.overrides))
+    findings = preflight(task, args.data, args.run)
     if os.environ["RANK"] == "0":
         print(findings)
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from pipeline.data.reader import ShardReader
 from pipeline.evals.photographs import first_of_set
 from pipeline.evals.picture import picture
@@ -36,6 +38,10 @@ class Pretraining(Task):
 
     def build(self, reader: ShardReader) -> Method:
         return self._build(self.recipe)
+
+    def parameters(self, reader: ShardReader) -> int:
+        with torch.device("meta"):
+            return super().parameters(reader)
 
     def forward_flops(self) -> int:
         return forward_flops(self.recipe)

@@ -8,6 +8,10 @@
 RETRIES=${RETRIES:-3}
 SRUN_OPTIONS=()
 INSIDE=()
+SHARDS="a shard set that python -m data_prep made"
+LABELLED="a labelled shard set"
+ENCODER="a run directory, an exported .safetensors or the official MAE's .pth"
+RUN_DIRECTORY="the run directory, on storage that all nodes see"
 
 say() { echo "$(date +%FT%T) job ${SLURM_JOB_ID:-?}: $*" >&2; }
 
@@ -59,17 +63,51 @@ ranks() {
 # alone COMMAND...: one task, as the last step of a job.
 alone() { srun --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" "${INSIDE[@]}" "$PYTHON" "$@"; }
 
+# pretrain MODEL: recipe MODEL_METHOD, or RECIPE.
 pretrain() {
+  choose METHOD "${METHOD:=emae}" emae efficient_mae mae lomar
+  RECIPE=${RECIPE:-$1_$METHOD}
   # A recipe of your own may name its shard sets itself, by data.sources.
-  [ -f "$RECIPE" ] || need DATA "a shard set that python -m data_prep made"
-  need RUN "the run directory, on storage that all nodes see"
+  [ -f "$RECIPE" ] || need DATA "$SHARDS"
+  need RUN "$RUN_DIRECTORY"
+  train pretrain
+}
+
+# finetune MODEL: recipe finetune_MODEL, or RECIPE.
+finetune() {
+  RECIPE=${RECIPE:-finetune_$1}
+  need WEIGHTS "$ENCODER"
+  need DATA "$LABELLED to learn from"
+  need VAL "$LABELLED to be judged on"
+  need RUN "$RUN_DIRECTORY"
+  train finetune --weights "$WEIGHTS" --val "$VAL"
+}
+
+# evaluate: k-NN, then a linear probe, which trains in RUN.
+evaluate() {
+  need WEIGHTS "$ENCODER"
+  need DATA "$LABELLED to learn from"
+  need VAL "$LABELLED to be judged on"
+  need RUN "a directory for the probe, on storage that all nodes see"
   setup
   local overrides=() pair code=0
   for pair in ${SETS:-}; do overrides+=(--set "$pair"); done
-  set -- "$RECIPE" ${DATA:+--data "$DATA"} --run "$RUN" "${overrides[@]}"
+  set -- --weights "$WEIGHTS" --data "$DATA" --val "$VAL"
+  ranks knn "$@" || code=$?
+  [ $code -ne 0 ] || ranks linprobe "$@" --run "$RUN" "${overrides[@]}" || code=$?
+  finish $code
+}
+
+# train COMMAND OPTION...: look whether it can begin, then train, and end the job or put it back.
+train() {
+  local command=$1 overrides=() pair code=0
+  shift
+  setup
+  for pair in ${SETS:-}; do overrides+=(--set "$pair"); done
+  set -- "$RECIPE" ${DATA:+--data "$DATA"} --run "$RUN" "$@" "${overrides[@]}"
   say "$RECIPE on ${SLURM_JOB_NUM_NODES} nodes, $SLURM_NTASKS tasks, start $((${SLURM_RESTART_COUNT:-0} + 1))"
   ranks preflight "$@" || code=$?
-  [ $code -ne 0 ] || ranks pretrain "$@" || code=$?
+  [ $code -ne 0 ] || ranks "$command" "$@" || code=$?
   finish $code
 }
 

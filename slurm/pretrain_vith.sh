@@ -37,6 +37,4 @@ SHARDMAE=${SHARDMAE:-${SLURM_SUBMIT_DIR:-$PWD}}
 # shellcheck source=slurm/launch.sh
 . "$SHARDMAE/slurm/launch.sh"
 
-choose METHOD "${METHOD:=emae}" emae efficient_mae mae lomar
-RECIPE=${RECIPE:-vith14_$METHOD}
-pretrain
+pretrain vith14

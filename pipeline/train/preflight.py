@@ -17,12 +17,12 @@ import torch.distributed as dist
 from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.errors import AgreedError, UserError
-from pipeline.methods import build_method
 from pipeline.plan import checkpoint_bytes
-from pipeline.recipe import Recipe
 from pipeline.train import checkpoint, engine, run_directory
 from pipeline.train.distributed import World, find_world, gathered, node_name
 from pipeline.train.hardware import device_name
+from pipeline.train.task import Task
+from pipeline.training_recipe import TrainingRecipe
 
 DECODED = 64
 """Images that a node decodes, at least."""
@@ -41,18 +41,19 @@ class Findings(NamedTuple):
     faults: list[str]
 
 
-def preflight(recipe: Recipe, data: Sequence[str], run: Path) -> str:
-    """Look at everything that `pretrain` with the same arguments needs. Every rank calls it.
+def preflight(task: Task, data: Sequence[str], run: Path) -> str:
+    """Look at everything that `train` with the same arguments needs. Every rank calls it.
 
     Returns the findings, a line each, for a reader. UserError where something is in the way, with the nodes.
     """
     began = time.monotonic()
+    recipe = task.recipe
     world = find_world()
     checks = {
         "batch": lambda: _batch(recipe, world),
         "precision": lambda: engine.check_precision(recipe) or recipe.engine.precision,
         "data": lambda: _data(recipe, data),
-        "run": lambda: _run(recipe, run),
+        "run": lambda: _run(task, data, run),
     }
     if world.local_rank == 0:
         checks["decode"] = lambda: _decode(recipe, data, world)
@@ -113,27 +114,28 @@ def _difference(rank: Findings, first: Findings) -> str:
     )
 
 
-def _batch(recipe: Recipe, world: World) -> str:
+def _batch(recipe: TrainingRecipe, world: World) -> str:
     accumulation = recipe.accumulation(world.size)
     return f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch}"
 
 
-def _data(recipe: Recipe, data: Sequence[str]) -> str:
+def _data(recipe: TrainingRecipe, data: Sequence[str]) -> str:
     reader = ShardReader(recipe.sources(data), recipe.data)
     shards = sum(len(place.manifest.shards) for place in reader.sets)
     return f"{reader.num_samples:,} images in {shards:,} shards, each of the size it should have"
 
 
-def _run(recipe: Recipe, run: Path) -> str:
-    """Whether it can be written, and the disk holds as many checkpoints as will be kept, and one more."""
+def _run(task: Task, data: Sequence[str], run: Path) -> str:
+    """Whether the task can train on the data, and the directory be written; and whether the disk holds as
+    many checkpoints as will be kept, and one more."""
+    recipe = task.recipe
     run_directory.check(run, recipe)
+    parameters = task.parameters(ShardReader(recipe.sources(data), recipe.data))
     place = run
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK):
         raise UserError(f"--run {run}: {place} cannot be written; give another directory")
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in build_method(recipe).parameters())
     steps = checkpoint.steps_of(run / "checkpoints")
     each = checkpoint_bytes(recipe, parameters)
     needed = each * max(1, recipe.train.keep_checkpoints + 1 - len(steps))
@@ -148,7 +150,7 @@ def _run(recipe: Recipe, run: Path) -> str:
     return f"{at}, {needed / 1e9:.1f} GB needed, {free / 1e9:,.0f} GB free"
 
 
-def _decode(recipe: Recipe, data: Sequence[str], world: World) -> str:
+def _decode(recipe: TrainingRecipe, data: Sequence[str], world: World) -> str:
     reader = ShardReader(recipe.sources(data), recipe.data)
     threads = recipe.data.threads or world.cores
     loader = Loader(reader, recipe, 1, world.device, world.rank, world.size, threads=threads)

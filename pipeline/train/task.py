@@ -32,6 +32,10 @@ class Task(Protocol):
         """The module as it is at the beginning, on the CPU in float32. UserError where it can't be trained on
         this data."""
 
+    def parameters(self, reader: ShardReader) -> int:
+        """How many numbers are trained. UserError as `build`."""
+        return sum(p.numel() for p in self.build(reader).parameters())
+
     @abstractmethod
     def forward_flops(self) -> int:
         """Floating-point operations of one image's forward pass, after `build`."""

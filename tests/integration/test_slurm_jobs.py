@@ -1,5 +1,6 @@
 """The templates in slurm/, unchanged, on a real Slurm cluster of two nodes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,24 @@ def test_a_template_trains_on_two_nodes_as_on_one(cluster, shards, tmp_path, tem
     assert two.losses() == one.losses()
 
 
+@pytest.mark.soak
+def test_an_encoder_is_fine_tuned_and_then_judged_by_jobs_that_wait_for_each_other(
+    cluster, labelled_sets, tmp_path
+):
+    train, val = labelled_sets
+    tuned, judged = (Job(cluster, train, tmp_path, name) for name in ("tuned", "judged"))
+    sets = "data.image_size=32 data.global_batch=16 engine.micro_batch=4 train.steps=4 optim.warmup_steps=1"
+    given = {"WEIGHTS": "random:demo_emae", "VAL": str(val)}
+    tuned.submit("finetune_vitl.sh", **given, RECIPE="finetune_tiny", SETS=sets)
+    after = f"--dependency=afterok:{tuned.id}"
+    judged.submit("evaluate.sh", after, **given, SETS="data.global_batch=16 train.epochs=1")
+    assert tuned.wait()["JobState"] == "COMPLETED", tuned.said()
+    accuracy = json.loads((tuned.run / "accuracy.json").read_text())
+    assert accuracy["step"] == 4 and accuracy["top1"]["total"] == 42
+    assert judged.wait()["JobState"] == "COMPLETED", judged.said()
+    assert "top-1" in judged.said() and judged.said().rstrip().endswith("done")
+
+
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
 def test_slurm_accepts_every_template(cluster, template):
     cluster.run("sbatch", "--test-only", "--nodes=2", template)
@@ -34,19 +53,31 @@ def test_shellcheck_finds_nothing():
     assert checked.returncode == 0, checked.stdout
 
 
+PRETRAIN, FINETUNE, EVALUATE = "pretrain_vitl.sh", "finetune_vitl.sh", "evaluate.sh"
+
+
 @pytest.mark.parametrize(
-    ("variable", "complaint"),
+    ("template", "variable", "complaint"),
     [
-        ({"DATA": ""}, "error: DATA is not set; give a shard set that python -m data_prep made"),
-        ({"RUN": ""}, "error: RUN is not set"),
-        ({"METHOD": "mea"}, "error: METHOD=mea: choose one of emae efficient_mae mae lomar"),
-        ({"SHARDMAE": "/nowhere"}, "error: /nowhere is not ShardMAE's repository; set SHARDMAE"),
-        ({"VENV": "/nowhere"}, "/nowhere/bin/python: no Python there"),
+        (PRETRAIN, {"DATA": ""}, "error: DATA is not set; give a shard set that python -m data_prep made"),
+        (PRETRAIN, {"RUN": ""}, "error: RUN is not set"),
+        (PRETRAIN, {"METHOD": "mea"}, "error: METHOD=mea: choose one of emae efficient_mae mae lomar"),
+        (PRETRAIN, {"SHARDMAE": "/nowhere"}, "error: /nowhere is not ShardMAE's repository; set SHARDMAE"),
+        (PRETRAIN, {"VENV": "/nowhere"}, "/nowhere/bin/python: no Python there"),
+        (FINETUNE, {}, "error: WEIGHTS is not set; give a run directory, an exported .safetensors or"),
+        (FINETUNE, {"WEIGHTS": "W"}, "error: VAL is not set; give a labelled shard set to be judged on"),
+        (
+            EVALUATE,
+            {"WEIGHTS": "W", "DATA": ""},
+            "error: DATA is not set; give a labelled shard set to learn",
+        ),
     ],
 )
-def test_a_variable_that_is_missing_or_wrong_is_one_line(cluster, shards, tmp_path, variable, complaint):
+def test_a_variable_that_is_missing_or_wrong_is_one_line(
+    cluster, shards, tmp_path, template, variable, complaint
+):
     job = Job(cluster, shards, tmp_path)
-    job.submit("pretrain_vitl.sh", **variable)
+    job.submit(template, **variable)
     ended = job.wait()
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "2:0"
     assert len(job.said().splitlines()) == 1 and complaint in job.said()
