@@ -62,9 +62,8 @@ class Classifier(Learner):
         self.skips = [module for block in vit.blocks for module in (block.drop_path1, block.drop_path2)]
         self._parts = [rand_augment.NUMBERS, erasing.NUMBERS, mixing.NUMBERS, len(self.skips)]
         self.noise_size = sum(self._parts)
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(recipe.data, name))[:, None, None]
-            self.register_buffer(name, values, persistent=False)
+        # No buffer, which an engine in 16 bits would round.
+        self._mean_std = torch.tensor([recipe.data.mean, recipe.data.std])[:, :, None, None]
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor) -> ClassifierOutput:
         of_augment, of_erasing, of_mixing, of_skips = noise.split(self._parts, dim=1)
@@ -101,7 +100,8 @@ class Classifier(Learner):
     ) -> torch.Tensor:
         options = self.options
         if options.rand_augment is not None:
-            mean, std = self.mean.float(), self.std.float()  # an engine in 16 bits may have rounded buffers
+            self._mean_std = self._mean_std.to(images.device)
+            mean, std = self._mean_std
             levels = ((images * std + mean) * 255).round().clamp(0, 255)
             strength = options.rand_augment, options.rand_augment_deviation
             levels = rand_augment.rand_augment(levels, of_augment, *strength, (mean * 255).round())

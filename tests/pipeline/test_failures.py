@@ -66,11 +66,11 @@ def recipe_of(*overrides):
     )
 
 
-def an_epoch(shards, recipe=None, rank=0, world_size=1, failures=None):
+def an_epoch(shards, recipe=None, rank=0, world_size=1, failures=None, labelled=False):
     """The micro batches of an epoch, and a little more."""
     recipe = recipe or recipe_of()
     reader = ShardReader(shards)
-    loader = Loader(reader, recipe, 16, CPU, rank, world_size, failures=failures)
+    loader = Loader(reader, recipe, 16, CPU, rank, world_size, failures=failures, labelled=labelled)
     steps = -(-reader.num_samples // (2 * BATCH))
     try:
         return [loader.next() for _ in range(steps * recipe.accumulation(world_size))]
@@ -111,6 +111,25 @@ def test_the_next_sample_stands_in_and_all_others_are_the_same_to_the_bit(shards
     assert sum(batch.replaced for batch in batches) == hit.sum()
     said = capfd.readouterr().err
     assert said.count(f"sample {key!r}: cannot be decoded") == 1 and "\n\n" not in said
+
+
+@pytest.mark.parametrize("how", [no_header, no_scan])
+def test_labels_are_those_of_the_samples_that_were_decoded(shards, damaged, how):
+    reader = ShardReader(shards)
+    place = next(  # whose neighbour is of another class
+        (shard, i)
+        for shard, i in (place_of(shards, n) for n in range(reader.num_samples))
+        if len(set(reader.labels(shard)[[i, (i + 1) % reader.shard_sizes[shard]]])) == 2
+    )
+    copy, _ = damaged([place], how)
+    batches = an_epoch(copy, labelled=True)
+    labels = torch.cat([batch.labels for batch in batches]).tolist()
+    located = [at for batch in batches for at in zip(batch.located.shard, batch.located.index, strict=True)]
+    for (shard, i), label in zip(located, labels, strict=True):
+        read = (i + 1) % reader.shard_sizes[shard] if (shard, i) == place else i
+        assert label == reader.labels(int(shard))[read]
+    assert place in located
+    assert all(batch.labels is None for batch in an_epoch(shards)[:1])
 
 
 def test_what_stands_in_is_cut_by_the_random_numbers_of_the_sample_that_was_to_be_read(shards, damaged):
