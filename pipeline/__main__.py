@@ -44,7 +44,7 @@ stopped and continued like `pretrain`; the accuracy is in RUN/accuracy.json and 
 FINETUNE_EXAMPLES = """\
 examples:
   a pre-trained ViT-L, on all GPUs of this machine:
-    deepspeed --module pipeline finetune finetune_vitl16 --weights runs/l16 \
+    deepspeed --module pipeline finetune finetune_vitl16 --weights runs/l16 \\
       --data shards/train --val shards/val --run runs/l16-tuned
   with 1 % of the labels:
     python -m pipeline finetune ... --set data.subset=0.01 --set data.subset_by_class=true

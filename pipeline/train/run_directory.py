@@ -36,6 +36,7 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "data.prefetch",
     "data.max_replaced",
     "data.trace",
+    "evaluation.every_epochs",
     "train.steps",
     "train.epochs",
     "train.log_every",
