@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.evals.picture import columns_of
@@ -78,6 +78,26 @@ def loss_figure(histories: Sequence[History]) -> Figure:
         axes.set_title("Loss" if len(names) == 1 else "Loss and its parts")
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes)
+        return figure
+
+
+def accuracy_figure(histories: Sequence[History]) -> Figure | None:
+    """What was measured on validation data, with its intervals, by step; None where nothing was."""
+    if not any(history.accuracies for history in histories):
+        return None
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
+        for index, history in enumerate(histories):
+            for number, name in enumerate(history.accuracies):
+                steps, shares = history.column(name)
+                low, high = (history.column(f"{name}_{end}")[1] for end in ("low", "high"))
+                line = {"color": colour(index), "linestyle": ("-", "--", ":")[number % 3], "marker": "o"}
+                axes.plot(steps, shares, label=f"{history.name}: {name}", markersize=4, **line)
+                axes.fill_between(steps, low, high, color=colour(index), alpha=0.12, linewidth=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_title("Accuracy")
+        axes.set_xlabel("step")
         _legend(axes)
         return figure
 

@@ -76,8 +76,15 @@ class History:
 
     @property
     def losses(self) -> list[str]:
-        """The loss, and what else was measured of the model at every line, by name."""
-        return ["loss", *sorted(name for name in self.lines[0].keys() - NO_LOSS - {"loss"})]
+        """The loss and its parts, by name."""
+        judged = {f"{name}{end}" for name in self.accuracies for end in ("", "_low", "_high")}
+        return ["loss", *sorted(self.lines[0].keys() - NO_LOSS - judged - {"loss"})]
+
+    @property
+    def accuracies(self) -> list[str]:
+        """What was measured now and then, with an interval, by name."""
+        names = {name for line in self.lines for name in line}
+        return sorted(name for name in names if f"{name}_low" in names)
 
     @property
     def skips(self) -> list[Skip]:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.report.figures import (
+    accuracy_figure,
     colour,
     details_figure,
     loss_figure,
@@ -72,12 +73,18 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     folder = out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"loss": loss_figure, "time": time_figure, "details": details_figure}
+    figures = {
+        "loss": loss_figure,
+        "accuracy": accuracy_figure,
+        "time": time_figure,
+        "details": details_figure,
+    }
     drawn = {name: draw(histories) for name, draw in figures.items()}
     shown = {name: _figure(figure, folder / f"{name}.png") for name, figure in drawn.items() if figure}
     body = [
         _cards(histories[0]) if len(histories) == 1 else _comparison(histories),
         f"<h2>Loss</h2>{_image(shown['loss'], 'loss by step, skipped and repeated steps marked')}",
+        f"<h2>Accuracy</h2>{_image(shown['accuracy'], 'accuracy by step')}" if "accuracy" in shown else "",
         _by_the_clock(shown.get("time")),
         f"<h2>Learning rate, gradient, speed</h2>{_image(shown['details'], 'six curves by step')}"
         f"<p class='note'>{OWN_WORK}</p>",
@@ -132,6 +139,7 @@ def _facts(history: History) -> dict[str, str]:
         f"images, {last['epoch']:.1f} epochs": f"{last['samples']:,}",
         "loss, the last": _number(history.column("loss")[1][-1:]),
         "loss, the lowest": _number([min(history.column("loss")[1], default=None)]),
+        **{f"{name}, the last": f"{history.column(name)[1][-1]:.2%}" for name in history.accuracies},
         "images/s, median": f"{speed:,.0f}",
         "images/s a rank": f"{own:,.1f}" if own else "not recorded",
         "data wait, median": f"{_median(history, 'data_wait'):.1%}",

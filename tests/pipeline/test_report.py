@@ -115,6 +115,17 @@ def test_several_runs_share_a_page_that_names_the_keys_in_which_they_differ(run,
     assert {"run", "other"} <= set(axes.get_legend_handles_labels()[1])
 
 
+def test_accuracies_have_a_figure_of_their_own_with_their_intervals(run):
+    path = run / "metrics.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    lines[-1] |= {"top1": 0.5, "top1_low": 0.4, "top1_high": 0.6}
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    history = read_history(run)
+    assert history.accuracies == ["top1"] and history.losses == ["loss", "consistency", "reconstruction"]
+    page = report([run]).read_text()
+    assert "<h2>Accuracy</h2>" in page and "<b>50.00%</b><span>top1, the last</span>" in page
+
+
 def test_reconstructions_stand_side_by_side_in_the_order_of_steps(run):
     folder = run / "reconstructions"
     folder.mkdir()
