@@ -9,6 +9,10 @@ of the same recipe on a batch that is already there. They take turns in one proc
 slows down slows both; what counts is the median of the ratios of neighbouring turns, by the wall clock and by
 the process's CPU time. Checkpoints are not part of it. The images are small (--image pixels): what the loader
 costs is then not their decoding.
+
+On a machine that is not quiet such ratios scatter by more than the loop costs. So on a CPU the run's time
+outside the engine's forward, backward and step is measured as well, and with it that of the guard inside the
+last.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +37,7 @@ from pipeline.pretraining import pretrain
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.train import engine
 from pipeline.train.distributed import find_world
+from pipeline.train.guard import Guard
 
 WARM_UP = 2
 """Turns that don't count."""
@@ -67,9 +73,13 @@ class Rival(Method):
         self.method, self.recipe, self.rounds, self.turn = build_method(recipe), recipe, rounds, turn
         self.noise_size, self.patch_size = self.method.noise_size, self.method.patch_size
         self.normalize_targets, self.encoder = self.method.normalize_targets, self.method.encoder
+        self.build_engine = engine.build_engine
         self.step, self.began = 0, Moment(0.0, 0.0)
         self.loop_times: list[Moment] = []
         self.bare_times: list[Moment] = []
+        self.outside: list[Moment] = []
+        """Of each of the loop's turns, what was not the engine's."""
+        self.inside = Moment(0.0, 0.0)
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor):
         return self.method(images, noise)
@@ -82,16 +92,34 @@ class Rival(Method):
         if self.step % self.turn == 0:
             if self.step:
                 self.loop_times.append(now() - self.began)
+                self.outside.append(self.loop_times[-1] - self.inside)
             self._bare_turn()
             if len(self.bare_times) > WARM_UP + self.rounds:
                 raise Enough
-            self.began = now()
+            self.began, self.inside = now(), Moment(0.0, 0.0)
         self.step += 1
+
+    def watch(self, model: engine.Engine) -> engine.Engine:
+        """Count the time in the engine's calls as inside, that of the guard's verdict in them as outside."""
+        for name in ("forward", "backward", "step"):
+            setattr(model, name, self._counted(getattr(model, name), 1))
+        Guard.verdict = self._counted(Guard.verdict, -1)
+        return model
+
+    def _counted(self, call: Callable, sign: int) -> Callable:
+        def counted(*arguments: object) -> object:
+            began = now()
+            result = call(*arguments)
+            spent = now() - began
+            self.inside = Moment(self.inside.wall + sign * spent.wall, self.inside.cpu + sign * spent.cpu)
+            return result
+
+        return counted
 
     def _bare_turn(self) -> None:
         if not self.bare_times:
             self.world = find_world()
-            self.bare = [engine.build_engine(self.recipe, build_method(self.recipe), self.world)]
+            self.bare = [self.build_engine(self.recipe, build_method(self.recipe), self.world)]
             engine.set_learning_rate(self.bare[0], 1e-5)
             size, micro = self.recipe.data.image_size, self.recipe.engine.micro_batch
             self.images = torch.randn(micro, 3, size, size, device=self.world.device)
@@ -130,9 +158,12 @@ def main() -> None:
         ],
     )
     rivals: list[Rival] = []
+    build_engine = engine.build_engine
 
     def build(recipe: Recipe) -> Rival:
         rivals.append(Rival(recipe, args.rounds, args.turn))
+        if not on_gpu:
+            engine.build_engine = lambda *of_the_run: rivals[0].watch(build_engine(*of_the_run))
         return rivals[0]
 
     with tempfile.TemporaryDirectory() as folder:
@@ -176,6 +207,11 @@ def report(rival: Rival, args: argparse.Namespace) -> None:
             f"{clock:5}bare engine {row['bare']:.3f} s/step, training run {row['loop']:.3f} s/step, overhead "
             f"{row['overhead']:+.2%} (quartiles {low:+.2%} and {high:+.2%})"
         )
+        if rival.world.device.type == "cpu":
+            spent = [getattr(moment, clock) for moment in rival.outside[WARM_UP:]]
+            share = statistics.median(a / getattr(b, clock) for a, b in zip(spent, loop, strict=True))
+            milliseconds = 1e3 * statistics.median(spent) / args.turn
+            print(f"     outside the engine {milliseconds:.1f} ms/step, {share:.2%}")
 
 
 def compared(bare: list[Moment], loop: list[Moment], clock: str, turn: int) -> dict:

@@ -69,7 +69,8 @@ def loss_figure(histories: Sequence[History]) -> Figure:
         for index, history in enumerate(histories):
             if len(histories) == 1:
                 for part, shade in zip(history.losses[1:], PARTS * 9, strict=False):
-                    axes.plot(*_thinned(*history.column(part)), color=shade, linewidth=1.1, label=part)
+                    steps, values = history.column(part)
+                    axes.plot(*_thinned(steps, _smoothed(values)), color=shade, linewidth=1.3, label=part)
             _curve(axes, *history.column("loss"), colour(index), history.name if index else None)
             axes.lines[-1].set_label(history.name if len(histories) > 1 else "loss")
             _mark_steps(axes, history, colour(index), alone=len(histories) == 1)
@@ -192,10 +193,16 @@ def _curve(axes: Axes, steps: list[int], values: list[float], shade: str, label:
     """The values, faint where there are many, and in front of them their running mean."""
     if len(values) > SMOOTHED:
         axes.plot(*_thinned(steps, values), color=shade, alpha=0.3, linewidth=0.9)
-        window = max(3, len(values) // SMOOTHED)
-        padded = np.pad(np.asarray(values), (window // 2, window - 1 - window // 2), mode="edge")
-        values = np.convolve(padded, np.full(window, 1 / window), mode="valid").tolist()
-    axes.plot(*_thinned(steps, values), color=shade, linewidth=2.0, label=label)
+    axes.plot(*_thinned(steps, _smoothed(values)), color=shade, linewidth=2.0, label=label)
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Their running mean, where there are many."""
+    if len(values) <= SMOOTHED:
+        return values
+    window = max(3, len(values) // SMOOTHED)
+    padded = np.pad(np.asarray(values), (window // 2, window - 1 - window // 2), mode="edge")
+    return np.convolve(padded, np.full(window, 1 / window), mode="valid").tolist()
 
 
 def _mark_steps(axes: Axes, history: History, shade: str, alone: bool) -> None:
@@ -240,7 +247,8 @@ def _climb(
                         [at[-1], lost], [step[-1], what.before["step"]],
                         color=shade, linestyle=":", linewidth=1.6, label="lost, computed again",
                     )  # fmt: skip
-                axes.axvspan(lost, clock(moment), color="#e3e6eb", linewidth=0, label="not running")
+                grey = {"color": "#e3e6eb"} if label is None else {"color": shade, "alpha": 0.1}
+                axes.axvspan(lost, clock(moment), linewidth=0, label="not running", **grey)
             at, step = [*at, np.nan, clock(moment)], [*step, np.nan, what.step]
         elif kind == 1:
             at, step = [*at, clock(moment)], [*step, what["step"]]

@@ -111,7 +111,7 @@ OWN_WORK = (
     "A slowest rank far above the median holds all of them up."
 )
 CLOCK = (
-    "Grey: not running, from the last logged line to the next start. Dotted: steps that were lost with an "
+    "Shaded: not running, from the last logged line to the next start. Dotted: steps that were lost with an "
     "interruption and computed again."
 )
 
