@@ -37,6 +37,7 @@ from pipeline.pretraining import pretrain
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.train import engine
 from pipeline.train.distributed import find_world
+from pipeline.train.engine_config import engine_config
 from pipeline.train.guard import Guard
 
 WARM_UP = 2
@@ -119,7 +120,9 @@ class Rival(Method):
     def _bare_turn(self) -> None:
         if not self.bare_times:
             self.world = find_world()
-            self.bare = [self.build_engine(self.recipe, build_method(self.recipe), self.world)]
+            config = engine_config(self.recipe, self.world.size)
+            method = build_method(self.recipe)
+            self.bare = [self.build_engine(self.recipe, method, config, self.world.device)]
             engine.set_learning_rate(self.bare[0], 1e-5)
             size, micro = self.recipe.data.image_size, self.recipe.engine.micro_batch
             self.images = torch.randn(micro, 3, size, size, device=self.world.device)

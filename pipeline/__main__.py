@@ -328,6 +328,12 @@ def _run_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--run", type=Path, required=True, metavar="DIR", help="run directory: new, or continued"
     )
+    command.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        metavar="FILE",
+        help="DeepSpeed's JSON in place of one of ds_configs/: ZeRO stage, offload, buckets (docs/engine.md)",
+    )
 
 
 def _encoder_arguments(command: argparse.ArgumentParser) -> None:
@@ -405,13 +411,21 @@ def _command(
 
 
 def _pretrain(args: argparse.Namespace) -> None:
-    from pipeline.recipe import load_recipe
-
-    recipe = load_recipe(args.recipe, args.overrides)
+    recipe = _recipe_and_engine(args)
     _check_at_once(recipe, args.data, args.run)
     from pipeline.pretraining import pretrain
 
-    pretrain(recipe, args.data, args.run)
+    pretrain(recipe, args.data, args.run, deepspeed_config=args.deepspeed_config)
+
+
+def _recipe_and_engine(args: argparse.Namespace):
+    """The recipe, with ZeRO's stage and offload as --deepspeed_config has them."""
+    from pipeline.recipe import load_recipe
+    from pipeline.train.engine_config import engine_overrides
+
+    path = args.deepspeed_config
+    of_file = engine_overrides(path, args.overrides) if path else []
+    return load_recipe(args.recipe, [*args.overrides, *of_file])
 
 
 def _finetune(args: argparse.Namespace) -> None:
@@ -446,10 +460,9 @@ def _preflight(args: argparse.Namespace) -> None:
         task = Finetuning(load_finetune_recipe(args.recipe, args.weights, args.overrides), args.val)
     else:
         from pipeline.pretraining import Pretraining
-        from pipeline.recipe import load_recipe
 
-        task = Pretraining(load_recipe(args.recipe, args.overrides))
-    findings = preflight(task, args.data, args.run)
+        task = Pretraining(_recipe_and_engine(args))
+    findings = preflight(task, args.data, args.run, args.deepspeed_config)
     if os.environ["RANK"] == "0":
         print(findings)
 

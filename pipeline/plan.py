@@ -46,6 +46,8 @@ class Memory:
     """A GPU's memory with one ZeRO stage, in GiB."""
 
     zero_stage: int
+    offload: str
+    """As `engine.offload`."""
     states: float
     """Weights, gradients and optimiser, this GPU's share."""
     activations: float
@@ -53,6 +55,8 @@ class Memory:
     total: float
     largest_micro_batch: int
     """0 where not even one image fits."""
+    host: float
+    """The host's memory that the rank's share of the optimiser takes there."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +168,8 @@ def plan(
 
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
-    """Weights in the run's precision, the optimiser's state, and the weights once more in float32."""
-    weights, _, optimizer = _state_bytes(recipe)
-    return parameters * (weights + optimizer + 4)
+    """Weights, moments and the weights once more, in float32; the weights' moving average twice as well."""
+    return parameters * (16 if recipe.train.ema_decay is None else 24)
 
 
 def memory(recipe: Recipe, parameters: int, world: int, available_gib: float) -> list[Memory]:
@@ -174,21 +177,24 @@ def memory(recipe: Recipe, parameters: int, world: int, available_gib: float) ->
     per_image = activation_bytes(recipe)
     weights, gradients, optimizer = (parameters * size for size in _state_bytes(recipe))
     table = []
-    for stage in (0, 1, 2, 3):
+    for stage, offload in ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True)):
         states = (
             weights / (world if stage >= 3 else 1)
-            + gradients / (world if stage >= 2 else 1)
-            + optimizer / (world if stage >= 1 else 1)
+            # With offload ZeRO 3 adds gradients up in the host's memory, ZeRO 2 still on the GPU.
+            + (0 if offload and stage == 3 else gradients / (world if stage >= 2 else 1))
+            + (0 if offload else optimizer / (world if stage >= 1 else 1))
         ) / GIB
         activations = recipe.engine.micro_batch * per_image / GIB
         room = available_gib - OVERHEAD_GIB - states
         table.append(
             Memory(
                 zero_stage=stage,
+                offload="optimizer" if offload else "none",
                 states=states,
                 activations=activations,
                 total=states + activations + OVERHEAD_GIB,
                 largest_micro_batch=max(0, int(room * GIB // per_image)),
+                host=(optimizer + gradients) / world / GIB if offload else 0.0,
             )
         )
     return table
@@ -196,8 +202,9 @@ def memory(recipe: Recipe, parameters: int, world: int, available_gib: float) ->
 
 def _state_bytes(recipe: Recipe) -> tuple[int, int, int]:
     """Bytes a parameter: weights, gradients, optimiser. In 16 bits the optimiser holds float32 weights of its
-    own, and gradients are added up in float32 (ds_configs)."""
-    return (4, 4, 8) if recipe.engine.precision == "fp32" else (2, 4, 12)
+    own, and gradients are added up in float32 (engine_config.py); a moving average lies beside them."""
+    average = 0 if recipe.train.ema_decay is None else 4
+    return (4, 4, 8 + average) if recipe.engine.precision == "fp32" else (2, 4, 12 + average)
 
 
 def format_plan(plan: Plan) -> str:
@@ -215,11 +222,12 @@ def format_plan(plan: Plan) -> str:
         f"{plan.gpu_hours:,.0f} GPU-hours",
         f"data            {plan.shards:,} shards, {plan.shards_per_rank:.1f} a rank",
         f"checkpoint      {plan.checkpoint_gib:.1f} GiB",
-        f"memory a GPU    {'ZeRO':>4}{'states':>9}{'activations':>13}{'total':>8}   largest micro batch",
+        f"memory a GPU    {'ZeRO':<12}{'states':>9}{'activations':>13}{'total':>8}   largest micro batch",
     ]
     lines += [
-        f"{'':16}{m.zero_stage:>4}{m.states:>8.1f}G{m.activations:>12.1f}G{m.total:>7.1f}G"
-        f"{m.largest_micro_batch:>22}"
+        f"{'':16}{f'{m.zero_stage}, offload' if m.host else m.zero_stage:<12}{m.states:>8.1f}G"
+        f"{m.activations:>12.1f}G{m.total:>7.1f}G{m.largest_micro_batch:>22}"
+        + (f", and {m.host:.1f}G of the host a GPU" if m.host else "")
         for m in plan.memory
     ]
     lines.append(

@@ -21,11 +21,15 @@ SHOWN = 4
 
 
 def pretrain(
-    recipe: Recipe, data: Sequence[str], run: Path, build: Callable[[Recipe], Method] = build_method
+    recipe: Recipe,
+    data: Sequence[str],
+    run: Path,
+    build: Callable[[Recipe], Method] = build_method,
+    deepspeed_config: Path | None = None,
 ) -> None:
     """Pre-train `recipe` as `train` says. build: makes the method, for experiments with one that no recipe
     names."""
-    train(Pretraining(recipe, build), data, run)
+    train(Pretraining(recipe, build), data, run, deepspeed_config)
 
 
 class Pretraining(Task):

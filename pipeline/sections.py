@@ -128,6 +128,9 @@ class DataSection(Section):
 
 class EngineSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: the fp32 weights and moments live in the host's memory, where DeepSpeed's CPUAdam updates
+    them. With zero_stage 2 or 3."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     micro_batch: int = Field(64, ge=1)
     """Images a rank takes through the model at once. The accumulation steps follow from it."""
@@ -136,10 +139,25 @@ class EngineSection(Section):
     compile: bool = False
     """torch.compile the method's forward."""
     timeout_minutes: float = Field(10.0, gt=0.0)
-    """A rank that makes no progress for so long ends itself, and with it the run."""
+    """A rank that makes no progress for so long ends itself, and with it the run. A checkpoint, or the
+    guard's return to one, may take six times as long. More than a read may take (data.timeout_s, retries)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "EngineSection":
+        if self.offload != "none" and self.zero_stage < 2:
+            raise ValueError(
+                f"engine.offload: {self.offload} goes with engine.zero_stage 2 or 3, not {self.zero_stage}"
+            )
+        return self
 
 
 class OptimSection(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: DeepSpeed's, for the matrices inside the transformer blocks; embeddings, tokens, positions,
+    norms, biases and heads stay on AdamW. With engine.zero_stage 0."""
+    muon_lr: float = Field(0.02, gt=0.0)
+    """Muon's peak learning rate; it rises and falls as AdamW's does. Not scaled by the batch."""
+    muon_momentum: float = Field(0.95, ge=0.0, lt=1.0)
     base_lr: float = Field(1.5e-4, gt=0.0)
     """Learning rate for a batch of 256; the rate in use is base_lr x global_batch / 256."""
     min_lr: float = Field(0.0, ge=0.0)
@@ -178,6 +196,9 @@ class TrainSection(Section):
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
     """So many of the newest checkpoints stay."""
+    ema_decay: float | None = Field(None, gt=0.5, lt=1.0)
+    """Keep an exponential moving average of the weights, in fp32: average += (1 - ema_decay) x (weights -
+    average) after every step that was not skipped. null: none."""
     keep_every: int | None = Field(None, ge=1)
     """Checkpoints of steps that are multiples of this stay for good; null: none does."""
     wandb: str | None = Field(None, min_length=1)

@@ -23,15 +23,20 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_run(run: Path) -> Trained:
-    """Read a run's recipe and newest checkpoint. UserError where there is no run, or nothing saved yet."""
+def load_run(run: Path, ema: bool = False) -> Trained:
+    """Read a run's recipe and newest checkpoint. ema: the weights' moving average instead of the weights.
+
+    UserError where there is no run, nothing saved yet, or no average kept.
+    """
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: no run directory (no recipe.yaml in it)")
     recipe = load_recipe(run / "recipe.yaml")
+    if ema and recipe.train.ema_decay is None:
+        raise UserError(f"{run}: keeps no moving average of the weights (train.ema_decay is null)")
     newest = checkpoint.newest_whole(run / "checkpoints")
     if newest is None:
         raise UserError(f"{run}: has no checkpoint yet; one is written every train.checkpoint_every steps")
     state = checkpoint.read_state(newest)
     method = build_method(recipe)
-    method.load_state_dict(load_file(newest / engine.WEIGHTS))
+    method.load_state_dict(load_file(newest / (engine.WEIGHTS_EMA if ema else engine.WEIGHTS)))
     return Trained(recipe, method.eval(), state["step"])

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
+from pipeline.data.patience import Patience
 from pipeline.errors import UserError
 from pipeline.recipe_file import RecipeFile
 from pipeline.sections import DataSection, EngineSection, GuardSection, OptimSection, Source, TrainSection
@@ -25,11 +26,21 @@ class TrainingRecipe(RecipeFile):
     train: TrainSection
 
     @model_validator(mode="after")
-    def _possible_batch(self) -> "TrainingRecipe":
+    def _possible_training(self) -> "TrainingRecipe":
         if self.engine.micro_batch % self.data.crops_per_image:
             raise ValueError(
                 f"data.crops_per_image: {self.data.crops_per_image} does not divide engine.micro_batch, "
                 f"{self.engine.micro_batch}"
+            )
+        read = Patience(self.data.timeout_s, self.data.retries).bound
+        if read >= 60 * self.engine.timeout_minutes:
+            raise ValueError(
+                f"data.timeout_s, data.retries: a read may take {read:.0f} s before it has failed; "
+                f"engine.timeout_minutes, {self.engine.timeout_minutes:g}, must be longer"
+            )
+        if self.optim.name == "muon" and self.engine.zero_stage:
+            raise ValueError(
+                f"optim.name: muon needs engine.zero_stage 0, not {self.engine.zero_stage} (docs/engine.md)"
             )
         return self
 

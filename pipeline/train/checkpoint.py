@@ -7,6 +7,7 @@
             rank-00000.safetensors    a rank's part of weights (fp32) and optimiser state: elastic.py
             engine.json               the engine's few numbers
             weights.safetensors       the weights in fp32, for everybody else
+            weights_ema.safetensors   their moving average, with train.ema_decay
     step-00003000.damaged/        put aside: it was damaged when a run continued from an earlier one
     step-00002000.partial/    being written, or left by a killed run: never read, removed at the next
         start
@@ -30,6 +31,7 @@ from safetensors import SafetensorError
 from pipeline.errors import AgreedError
 from pipeline.sections import TrainSection
 from pipeline.train import engine
+from pipeline.train.average import Average
 from pipeline.train.distributed import World, from_rank_0, gathered
 
 STATE = "state.json"
@@ -40,7 +42,13 @@ DAMAGED = ".damaged"
 
 
 def save(
-    model: engine.Engine, directory: Path, step: int, state: dict, retention: TrainSection, world: World
+    model: engine.Engine,
+    average: Average | None,
+    directory: Path,
+    step: int,
+    state: dict,
+    retention: TrainSection,
+    world: World,
 ) -> None:
     """Write, check and publish the checkpoint of `step`; every rank calls it. `state` goes to state.json.
 
@@ -69,8 +77,10 @@ def save(
 
     alone = world.rank == 0
     together(lambda: partial.mkdir(parents=True, exist_ok=True))
-    together(lambda: engine.save(model, partial))
-    files = together(lambda: engine.complete(model, partial) or files_of(partial) if alone else None)[0]
+    together(lambda: engine.save(model, average, partial))
+    files = together(
+        lambda: engine.complete(model, average, partial) or files_of(partial) if alone else None
+    )[0]
     described = together(lambda: describe(partial, files[world.rank :: world.size]))
     listed = {name: entry for part in described for name, entry in part.items()}
     whole = {"step": step, **state, "files": listed}
@@ -145,10 +155,25 @@ def publish(directory: Path, step: int, state: dict, retention: TrainSection) ->
     partial.rename(final)
     _sync_directory(directory)
     _write(directory / LATEST, final.name)
-    for old in steps_of(directory)[: -retention.keep_checkpoints]:
-        if not retention.keep_every or old % retention.keep_every:
-            _remove(directory / name_of(old))
+    skipped = (state.get("guard") or {}).get("row")
+    for old in superfluous(steps_of(directory), retention, skipped[0] if skipped else None):
+        _remove(directory / name_of(old))
     return final
+
+
+def superfluous(steps: list[int], retention: TrainSection, first_skipped: int | None) -> list[int]:
+    """Which checkpoints need not be kept, of those there are, oldest first.
+
+    first_skipped: of the steps that are being skipped in a row, None where none is. What the guard may have
+    to go back to stays: a scheduled checkpoint from before. Those that signals made in between don't count,
+    so that what is kept does not depend on interruptions; they go when the next is there.
+    """
+    scheduled = [step for step in steps if step % retention.checkpoint_every == 0]
+    before = [step for step in scheduled if first_skipped is None or step < first_skipped]
+    kept = {*steps[-1:], *scheduled[-retention.keep_checkpoints :], *before[-1:]}
+    if retention.keep_every:
+        kept |= {step for step in steps if step % retention.keep_every == 0}
+    return [step for step in steps if step not in kept]
 
 
 def abandon(directory: Path, step: int) -> None:

@@ -5,6 +5,7 @@ launcher at all. Invariant: after `find_world` the environment says the same thi
 reads.
 """
 
+import errno
 import os
 import platform
 import socket
@@ -157,16 +158,27 @@ def gathered_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def agreed(what: Callable[[], T]) -> T:
-    """This rank's result of what needs no other rank. AgreedError on all where one raises UserError."""
+    """This rank's result of what needs no other rank. AgreedError on all where one raises UserError, or its
+    storage an OSError."""
     done, fault = None, None
     try:
         done = what()
     except UserError as error:
         fault = str(error)
+    except OSError as error:
+        fault = str(of_storage(error))
     faults = dict.fromkeys(text for text in gathered(fault) if text)
     if faults:
         raise AgreedError("; ".join(faults))
     return done
+
+
+def of_storage(error: OSError) -> UserError:
+    """What a user can do about it."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return UserError(
+        f"{error}; {'make room' if full else 'mend the storage'}, and start the same command again"
+    )
 
 
 def _number(name: str, default: int | None = None) -> int:

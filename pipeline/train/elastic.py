@@ -1,8 +1,9 @@
 """What an engine holds, by parameter name: the same on any number of ranks and at any ZeRO stage.
 
-Invariant: `save` writes every element of every trained weight (fp32) and of its optimiser state exactly once,
-as a range of the flattened parameter of that name; `load` reads ranges. So no checkpoint belongs to a number
-of ranks or to a ZeRO stage, and a run that continues as it was takes the same path as one that does not.
+Invariant: `save` writes every element of every trained weight (fp32), of its optimiser state and of its
+moving average exactly once, as a range of the flattened parameter of that name; `load` reads ranges. So no
+checkpoint belongs to a number of ranks or to a ZeRO stage, with offload or without, and a run that continues
+as it was takes the same path as one that does not.
 
 DeepSpeed's own universal checkpoints know no ZeRO 0, cross neither to nor from ZeRO 3, and give at ZeRO 3
 every parameter group the first one's hyperparameters (weight decay on biases), as of version 0.19.
@@ -10,7 +11,7 @@ every parameter group the first one's hyperparameters (weight decay on biases), 
 This file knows where DeepSpeed's optimisers keep their parts:
 
     optimiser                               engines                     a flat tensor holds
-    torch's own                             ZeRO 0 in fp32              a parameter
+    torch's or DeepSpeed's own              ZeRO 0 in fp32              a parameter
     FP16_UnfusedOptimizer                   ZeRO 0 in 16 bits           a parameter
     FP16_Optimizer                          the same, fused Adam        a group's parameters
     DeepSpeedZeroOptimizer, BF16_Optimizer  ZeRO 1 and 2                this rank's range of a group
@@ -28,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-WEIGHT = "fp32"
+WEIGHT, AVERAGE = "fp32", "ema"
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -83,13 +84,18 @@ def flats(model) -> Iterator[Flat]:
         yield Flat(tensor, [name for name, _ in named], pieces(named))
 
 
-def save(model, path: Path) -> None:
-    """Write this rank's part to `path`; without ZeRO, where all ranks hold the same, rank 0 alone writes."""
+def save(model, path: Path, averages: list[torch.Tensor]) -> None:
+    """Write this rank's part to `path`; without ZeRO, where all ranks hold the same, rank 0 alone writes.
+
+    averages: of the tensors of `flats`, in their order; empty where none are kept.
+    """
     if not model.zero_optimization_stage() and dist.get_rank():
         return
     tensors, ranges = {}, {}
-    for flat in flats(model):
+    for number, flat in enumerate(flats(model)):
         kinds = {WEIGHT: flat.tensor.detach()}
+        if averages:
+            kinds[AVERAGE] = averages[number]
         for key, value in model.basic_optimizer.state.get(flat.tensor, {}).items():
             if torch.is_tensor(value) and value.numel() == flat.tensor.numel() and key != "step":
                 kinds[key] = value
@@ -107,7 +113,6 @@ def numbers(model) -> dict:
     """What else an engine remembers, the same on every rank."""
     optimizer, scaler = model.basic_optimizer, _scaler(model)
     steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
-    steps |= {group["step"] for group in optimizer.param_groups if "step" in group}
     if len(steps) > 1:
         raise RuntimeError(f"the optimiser has counted {sorted(steps)} steps, in different groups")
     return {
@@ -118,8 +123,8 @@ def numbers(model) -> dict:
     }
 
 
-def load(model, paths: list[Path], numbers: dict) -> None:
-    """Take weights, optimiser state and numbers from what `save` wrote, whoever the writers were.
+def load(model, paths: list[Path], numbers: dict, averages: list[torch.Tensor]) -> None:
+    """Take weights, optimiser state, averages and numbers from what `save` wrote, whoever the writers were.
 
     ValueError where the parameters are not the model's.
     """
@@ -128,20 +133,20 @@ def load(model, paths: list[Path], numbers: dict) -> None:
     if trained != saved.names:
         raise ValueError(f"other parameters than the model's: {', '.join(sorted(trained ^ saved.names)[:3])}")
     optimizer, scaler = model.basic_optimizer, _scaler(model)
-    of_torch = type(optimizer).__module__.startswith("torch.")  # it counts in tensors
     steps = numbers["optimizer_steps"]
-    for flat in flats(model):
+    in_tensors = not hasattr(optimizer, "ds_opt_adam")  # CPUAdam counts its steps in integers
+    for number, flat in enumerate(flats(model)):
         saved.fill(flat, WEIGHT, flat.tensor.data)
+        if averages:
+            saved.fill(flat, AVERAGE, averages[number])
         state = optimizer.state[flat.tensor]
         state.clear()
-        for kind in sorted({kind for name in flat.names for kind in saved.kinds(name)} - {WEIGHT}):
-            if kind not in state:
-                state[kind] = torch.zeros_like(flat.tensor.data)
+        kinds = {kind for name in flat.names for kind in saved.kinds(name)}
+        for kind in sorted(kinds - {WEIGHT, AVERAGE}):
+            state[kind] = torch.zeros_like(flat.tensor.data)
             saved.fill(flat, kind, state[kind])
-            state["step"] = torch.tensor(float(steps), device=flat.tensor.device) if of_torch else steps
-    for group in optimizer.param_groups:
-        if not of_torch:
-            group["step"] = steps
+        if "exp_avg" in kinds:  # Muon does not count
+            state["step"] = torch.tensor(float(steps), device=flat.tensor.device) if in_tensors else steps
     for key, value in numbers["loss_scale"].items():
         if hasattr(scaler, key):
             setattr(scaler, key, value)
@@ -184,9 +189,9 @@ class Saved:
             raise ValueError(f"{kind} of {name}: {found} of {numel} elements from {start} on are there")
         return values
 
-    def whole(self, name: str) -> torch.Tensor:
-        """The flattened parameter, fp32."""
-        return self.read(name, WEIGHT, 0, max(start + numel for start, numel, _ in self._ranges[name]))
+    def whole(self, name: str, kind: str) -> torch.Tensor:
+        """Of the flattened parameter, fp32."""
+        return self.read(name, kind, 0, max(start + numel for start, numel, _ in self._ranges[name]))
 
     def fill(self, flat: Flat, kind: str, into: torch.Tensor) -> None:
         for name, start, numel, offset in flat.pieces:

@@ -1,67 +1,53 @@
 """The DeepSpeed engine: the only file that imports deepspeed.
 
-Invariant: the recipe decides what is computed (batch, precision, optimiser, clipping), ds_configs/ only how
-the engine does it. What both set is an error, so neither can silently win.
+Invariant: a step that the guard's verdict is against leaves weights and moments as they are, whichever the
+optimiser and the ZeRO stage.
 """
 
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from deepspeed.utils import logger
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from pipeline.errors import Diverged, UserError
 from pipeline.learner import Learner
 from pipeline.train import elastic
-from pipeline.train.distributed import World
+from pipeline.train.average import Average
+from pipeline.train.distributed import gathered
+from pipeline.train.engine_config import ADAM_EPS
+from pipeline.train.watchdog import SLOW
 from pipeline.training_recipe import TrainingRecipe
 
 Engine = deepspeed.DeepSpeedEngine
-WEIGHTS = "weights.safetensors"
+WEIGHTS, WEIGHTS_EMA = "weights.safetensors", "weights_ema.safetensors"
 NUMBERS = "engine.json"
-OF_THE_RECIPE = {
-    "train_batch_size": "data.global_batch",
-    "train_micro_batch_size_per_gpu": "engine.micro_batch",
-    "gradient_accumulation_steps": "data.global_batch",
-    "gradient_clipping": "optim.clip_grad",
-    "optimizer": "optim",
-    "scheduler": "optim",
-    "bf16": "engine.precision",
-    "fp16": "engine.precision",
+LONG = 30.0  # seconds that the ranks may take to find each other without a word
+NAMES = {
+    torch.optim.AdamW: "torch's fused AdamW",
+    DeepSpeedCPUAdam: "DeepSpeed's CPUAdam",
+    MuonWithAuxAdam: "DeepSpeed's Muon, with torch's fused AdamW",
 }
-
-
-def engine_config(recipe: TrainingRecipe, world_size: int) -> dict:
-    """DeepSpeed's configuration: ds_configs/zero<stage>.json and what the recipe decides."""
-    path = _config_directory() / f"zero{recipe.engine.zero_stage}.json"
-    config = json.loads(path.read_text())
-    for key in OF_THE_RECIPE.keys() & config.keys():
-        raise UserError(
-            f"{path}: {key} is set by the recipe, as {OF_THE_RECIPE[key]}; take it out of this file"
-        )
-    config |= {
-        "train_batch_size": recipe.data.global_batch,
-        "train_micro_batch_size_per_gpu": recipe.engine.micro_batch,
-        "gradient_accumulation_steps": recipe.accumulation(world_size),
-        "gradient_clipping": recipe.optim.clip_grad or 0.0,
-        "steps_per_print": None,
-    }
-    if recipe.engine.precision != "fp32":
-        config[recipe.engine.precision] = {"enabled": True}
-        if recipe.engine.zero_stage == 0:
-            # Without ZeRO DeepSpeed adds up 16-bit gradients in 16 bits only.
-            config.pop("data_types", None)
-    return config
 
 
 def connect(timeout_minutes: float) -> None:
@@ -70,10 +56,16 @@ def connect(timeout_minutes: float) -> None:
     Collectives wait longer than `timeout_minutes`: the watchdog is to end a rank, and say where it hung.
     """
     logger.setLevel(logging.WARNING)
-    if get_accelerator().device_name() == "cpu" and os.environ["RANK"] == "0":
-        print("connecting; DeepSpeed's CPU operations are compiled once, for about a minute", file=sys.stderr)
-    timeout = timedelta(minutes=max(10.0, 2 * timeout_minutes))
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    if get_accelerator().device_name() == "cpu":
+        _say_if_compiled(ShareMemCommBuilder())
+    timeout = timedelta(minutes=max(10.0, 2 * SLOW * timeout_minutes))
+    waiting = threading.Timer(LONG, _say_connecting)
+    waiting.daemon = True
+    waiting.start()
+    try:
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    finally:
+        waiting.cancel()
     if get_accelerator().device_name() == "cpu":
         dist.barrier()  # now every rank has opened every other's buffer, and the names are not needed
         name = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(
@@ -83,20 +75,75 @@ def connect(timeout_minutes: float) -> None:
         Path("/dev/shm", name).unlink(missing_ok=True)
 
 
-def build_engine(recipe: TrainingRecipe, learner: Learner, world: World) -> Engine:
-    """Wrap the learner; AdamW on its parameter groups."""
-    optimizer = torch.optim.AdamW(
-        learner.parameter_groups(recipe.optim.weight_decay), lr=0.0, betas=recipe.optim.betas, fused=True
-    )
+def build_engine(recipe: TrainingRecipe, learner: Learner, config: dict, device: torch.device) -> Engine:
+    """Wrap the learner. config: of `engine_config`."""
     engine, *_ = deepspeed.initialize(
-        model=learner.to(world.device),
-        optimizer=optimizer,
-        config=engine_config(recipe, world.size),
+        model=learner.to(device),
+        optimizer=_optimizer(recipe, learner),
+        config=config,
         dist_init_required=False,
     )
     if recipe.engine.compile:
         engine.compile()
     return engine
+
+
+def optimizer_name(engine: Engine) -> str:
+    """What updates the weights, for the log."""
+    name = NAMES[type(engine.basic_optimizer)]
+    offloads = engine.zero_use_cpu_optimizer()
+    fault = cpu_adam_fault() if offloads else None
+    return name + " on the CPU" * offloads + (f" ({fault})" if fault else "")
+
+
+@cache
+def cpu_adam_fault() -> str | None:
+    """Why DeepSpeed's CPUAdam, which is compiled when it is first used, cannot be."""
+    _say_if_compiled(CPUAdamBuilder())
+    try:
+        CPUAdamBuilder().load()
+    except Exception as error:  # whatever a compiler may meet
+        return f"DeepSpeed's CPUAdam does not build here: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def _say_connecting() -> None:
+    if os.environ["RANK"] == "0":
+        where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        print(f"still connecting at {where}: not all ranks have come", file=sys.stderr, flush=True)
+
+
+def _say_if_compiled(operation: OpBuilder) -> None:
+    built = Path(_get_build_directory(operation.name, verbose=False), f"{operation.name}.so")
+    there = installed_ops.get(operation.name) or built.exists()
+    if os.environ["LOCAL_RANK"] == "0" and not there:
+        print(f"compiling DeepSpeed's {operation.name}, once, for about a minute", file=sys.stderr)
+
+
+def _optimizer(recipe: TrainingRecipe, learner: Learner) -> torch.optim.Optimizer:
+    """On the learner's parameter groups."""
+    groups = learner.parameter_groups(recipe.optim.weight_decay)
+    adam = {"lr": 0.0, "betas": recipe.optim.betas, "eps": ADAM_EPS}
+    if recipe.optim.name == "muon":
+        groups = [half for group in groups for half in _halves(group, learner, recipe, adam)]
+        return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
+    if recipe.engine.offload != "none" and all(gathered(cpu_adam_fault() is None)):
+        return DeepSpeedCPUAdam(groups, **adam)
+    return torch.optim.AdamW(groups, **adam, fused=True)
+
+
+def _halves(group: dict, learner: Learner, recipe: TrainingRecipe, adam: dict) -> list[dict]:
+    """Of a parameter group: the matrices inside transformer blocks for Muon, all else for AdamW."""
+    inside = {id(p) for name, p in learner.named_parameters() if ".blocks." in name and p.ndim == 2}
+    matrices = [p for p in group["params"] if id(p) in inside]
+    others = [p for p in group["params"] if id(p) not in inside]
+    scale = group.get("lr_scale", 1.0) * recipe.optim.muon_lr / recipe.lr
+    muon = {"lr": 0.0, "lr_scale": scale, "momentum": recipe.optim.muon_momentum}
+    halves = [
+        {**group, **muon, "params": matrices, "use_muon": True},
+        {**group, **adam, "params": others, "use_muon": False},
+    ]
+    return [half for half in halves if half["params"]]
 
 
 def set_learning_rate(engine: Engine, rate: float) -> None:
@@ -114,8 +161,9 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
     before the last.
 
     `verdict` is asked with that norm once it is known, before any weight is touched; where it is 1.0 weights
-    and moments stay as they are. The host does not look at it. DeepSpeed itself leaves a step out, too, where
-    the gradient is not finite, and then says that its norm is infinite.
+    and moments stay as they are. The host does not look at it, unless the optimiser is DeepSpeed's own.
+    DeepSpeed itself leaves a step out, too, where the gradient is not finite, and then says that its norm is
+    infinite.
     """
     if not at_boundary(engine):
         engine.step()
@@ -125,12 +173,12 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
         # Without ZeRO and in fp32 DeepSpeed keeps no norm.
         norm = nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
 
-    def ask(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        optimizer.found_inf = verdict(engine.optimizer._global_grad_norm if norm is None else norm)
+    def judged() -> torch.Tensor:
+        return verdict(engine.optimizer._global_grad_norm if norm is None else norm)
 
-    asking = engine.basic_optimizer.register_step_pre_hook(ask)
     try:
-        engine.step()
+        with _asking(engine.basic_optimizer, judged):
+            engine.step()
     except Exception as error:
         if "loss scale already at minimum" in str(error):
             raise Diverged(
@@ -138,34 +186,60 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
                 "(bf16 and fp32 have no loss scale), and the learning rate (optim.base_lr, optim.clip_grad)"
             ) from None
         raise
-    finally:
-        asking.remove()
+    if getattr(engine.optimizer, "cpu_offload", False) and engine.optimizer.overflow:
+        # DeepSpeed 0.19 would go on adding to the sum that overflowed.
+        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
     return engine.get_global_grad_norm() if norm is None else norm
 
 
-def save(engine: Engine, path: Path) -> None:
+@contextmanager
+def _asking(optimizer: torch.optim.Optimizer, verdict: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Let the optimiser leave its steps out where the verdict is 1.0."""
+    if isinstance(optimizer, torch.optim.AdamW):  # reads found_inf on the device
+
+        def ask(*_: object) -> None:
+            optimizer.found_inf = verdict()
+
+        asking = optimizer.register_step_pre_hook(ask)
+        try:
+            yield
+        finally:
+            asking.remove()
+    else:  # DeepSpeed's own do not, so they are not called
+        step = optimizer.step
+        optimizer.step = lambda *args, **kwargs: None if verdict() else step(*args, **kwargs)
+        try:
+            yield
+        finally:
+            del optimizer.step
+
+
+def save(engine: Engine, average: Average | None, path: Path) -> None:
     """Write this rank's part of weights and optimiser state into the folder `path`; every rank calls it."""
-    elastic.save(engine, path / _part(dist.get_rank()))
+    elastic.save(engine, path / _part(dist.get_rank()), average.tensors if average else [])
 
 
-def complete(engine: Engine, path: Path) -> None:
+def complete(engine: Engine, average: Average | None, path: Path) -> None:
     """Add what one rank alone writes, when all have saved: the numbers, and the weights in fp32."""
     writers = dist.get_world_size() if engine.zero_optimization_stage() else 1
     numbers = {**elastic.numbers(engine), "writers": writers}
     (path / NUMBERS).write_text(json.dumps(numbers, indent=1))
     saved = elastic.Saved([path / _part(writer) for writer in range(writers)])
     shapes = {key: getattr(p, "ds_shape", p.shape) for key, p in engine.module.named_parameters()}
-    save_file({key: saved.whole(key).view(shape) for key, shape in shapes.items()}, path / WEIGHTS)
+    files = {WEIGHTS: elastic.WEIGHT} | ({WEIGHTS_EMA: elastic.AVERAGE} if average else {})
+    for file, kind in files.items():
+        save_file({key: saved.whole(key, kind).view(shape) for key, shape in shapes.items()}, path / file)
 
 
-def load(engine: Engine, directory: Path, name: str) -> None:
+def load(engine: Engine, average: Average | None, directory: Path, name: str) -> None:
     """Read what was saved by whatever number of ranks, at whatever ZeRO stage, with whatever micro batch.
 
     Every rank must call it.
     """
     path = directory / name
     numbers = json.loads((path / NUMBERS).read_text())
-    elastic.load(engine, [path / _part(writer) for writer in range(numbers["writers"])], numbers)
+    parts = [path / _part(writer) for writer in range(numbers["writers"])]
+    elastic.load(engine, parts, numbers, average.tensors if average else [])
 
 
 def check_precision(recipe: TrainingRecipe) -> None:
@@ -183,9 +257,3 @@ def disconnect() -> None:
 
 def _part(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
-
-
-def _config_directory() -> Path:
-    package = Path(__file__).parents[1]
-    installed = package / "ds_configs"
-    return installed if installed.is_dir() else package.parent / "ds_configs"

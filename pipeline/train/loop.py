@@ -16,7 +16,9 @@ from pipeline.data.failures import Failures
 from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.train import checkpoint, engine, run_directory, wandb_run
+from pipeline.train.average import Average
 from pipeline.train.distributed import agreed, find_world
+from pipeline.train.engine_config import engine_config
 from pipeline.train.guard import Guard
 from pipeline.train.hardware import device_name
 from pipeline.train.metrics import Log, Window
@@ -24,24 +26,26 @@ from pipeline.train.pace import Pace
 from pipeline.train.profiler import Profiler
 from pipeline.train.retreat import retreat, write_samples
 from pipeline.train.schedule import learning_rate
-from pipeline.train.stopping import Stopping
+from pipeline.train.stopping import UNWRITTEN, Stopping
 from pipeline.train.task import Task
 from pipeline.train.trace import Trace, take_back
 from pipeline.train.watchdog import Watchdog
 
 
-def train(task: Task, data: Sequence[str], run: Path) -> None:
+def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | None = None) -> None:
     """Train on the shard sets `data`, or the recipe's own where that is empty, in the run directory `run`;
     continue where it stands.
 
-    Every rank calls it. Raises UserError for what the user can mend, before anything is written; StoppedEarly
-    where a signal ended it before its time; Diverged where the guard gives up.
+    deepspeed_config: the user's file instead of one of ds_configs/. Every rank calls it. Raises UserError for
+    what the user can mend, before anything is written; StoppedEarly where a signal ended it before its time;
+    Diverged where the guard gives up.
     """
     # ---- Who we are, and whether what is asked is possible
     recipe = task.recipe
     stopping = Stopping()
     world = find_world()
     accumulation = recipe.accumulation(world.size)
+    config = engine_config(recipe, world.size, deepspeed_config)
     wandb_run.check(recipe)
     run_directory.check(run, recipe)
     reader = ShardReader(recipe.sources(data), recipe.data)
@@ -57,7 +61,9 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
     unchecked = agreed(lambda: reader.check_bytes(world.rank, world.size))
     agreed(lambda: engine.check_precision(recipe))
     lock = agreed(lambda: run_directory.begin(run, recipe) if world.rank == 0 else None)
-    model = engine.build_engine(recipe, method, world)
+    model = engine.build_engine(recipe, method, config, world.device)
+    decay = recipe.train.ema_decay
+    average = Average(model, decay) if decay else None
 
     # ---- Continue where the run directory stands
     checkpoints = run / "checkpoints"
@@ -75,9 +81,9 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
         step, window = state["step"], Window(state["window"])
         guard = Guard(recipe.guard, recipe.engine.precision, world.device, state["guard"])
         if found:
-            engine.load(model, checkpoints, found.name)
+            engine.load(model, average, checkpoints, found.name)
         log = agreed(lambda: open_log(step, guard) if world.rank == 0 else None)
-        trace = Trace(run, world.rank) if recipe.data.trace else None
+        trace = agreed(lambda: Trace(run, world.rank) if recipe.data.trace else None)
         place = world.device, world.rank, world.size, step
         loader = Loader(
             reader, recipe, method.noise_size, *place, threads, guard.offset, failures, task.labelled
@@ -89,15 +95,21 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
         run_directory.check_continuation(newest, checkpoint.read_state(newest), identity)
     step, window, guard, log, trace, loader = stand(newest)
     saved_step = step
+    agreed(lambda: checkpoint.sweep(checkpoints, step) if log else None)
+    device = device_name(world.device)
+    start = {"step": step, "world_size": world.size, "device": device, "deepspeed": config}
+    described = run, recipe, reader.described()
+    agreed(lambda: run_directory.describe(*described, **start, before=log.found) if log else None)
     if log:
-        checkpoint.sweep(checkpoints, step)
-        device = device_name(world.device)
-        start = {"step": step, "before": log.found, "world_size": world.size, "device": device}
-        run_directory.describe(run, recipe, reader.described(), **start)
         log.note(
             f"{task.title}: {num_samples} images, {total_steps} steps of "
             f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch} "
             f"on {device}, {recipe.engine.precision}" + (f", continued after step {step}" if step else "")
+        )
+        log.note(
+            f"ZeRO {recipe.engine.zero_stage}"
+            + (f" by {deepspeed_config}" if deepspeed_config else "")
+            + f"; weights are updated by {engine.optimizer_name(model)}"
         )
         if unchecked:
             log.note(unchecked)
@@ -115,11 +127,11 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
             "recipe": recipe.model_dump(mode="json"),
             "versions": run_directory.versions(),
         }
-        if log:
-            log.flush()
-        task.show(step)
-        checkpoint.save(model, checkpoints, step, state, recipe.train, world)
-        watchdog.alive()
+        with watchdog.patient():
+            agreed(lambda: log.flush() if log else None)
+            with stopping.writing():
+                task.show(step)
+            checkpoint.save(model, average, checkpoints, step, state, recipe.train, world)
 
     # ---- Train
     pace, profiler = Pace(recipe, task.forward_flops(), world), None
@@ -149,15 +161,21 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
                 guard.hear(parts["loss"])
             norm = engine.step(model, guard.verdict)
             if trace:
-                trace.write(step, loader.keys(batch.located), batch.images, batch.noise)
+                with stopping.writing():
+                    trace.write(step, loader.keys(batch.located), batch.images, batch.noise)
             watchdog.alive()
         if stopping.reason:
             break
         step += 1
-        if profiler and (traced := profiler.end(step)):
-            log.note(f"profile: {traced}")
+        if profiler:
+            with stopping.writing():
+                if traced := profiler.end(step):
+                    log.note(f"profile: {traced}")
         # The ranks' mean is taken.
-        counts = {"grad_norm": norm, "skipped": guard.close(step, norm), "replaced": replaced * world.size}
+        skipped = guard.close(step, norm)
+        if average:
+            average.update(skipped)
+        counts = {"grad_norm": norm, "skipped": skipped, "replaced": replaced * world.size}
         window.add({**parts, **{k: torch.as_tensor(v, device=world.device) for k, v in counts.items()}})
 
         # ---- Go back, where nothing else helps
@@ -174,16 +192,17 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
         if trouble:
             loader.close()
             reader.reopen()
-            if log:
-                write_samples(run, trouble, loader, guard.offset, recipe.data.global_batch)
-                log.stop(trouble.last, trouble.reason)
-                log.close()
-            if trace:
-                trace.close()
-            found = retreat(
-                run, trouble, guard, recipe.data.global_batch, recipe.train.checkpoint_every, world
-            )
-            step, window, guard, log, trace, loader = stand(found)
+            batch_size, every = recipe.data.global_batch, recipe.train.checkpoint_every
+            with watchdog.patient():
+                with stopping.writing():
+                    if log:
+                        write_samples(run, trouble, loader, guard.offset, batch_size)
+                        log.stop(trouble.last, trouble.reason)
+                        log.close()
+                    if trace:
+                        trace.close()
+                found = retreat(run, trouble, guard, batch_size, every, world)
+                step, window, guard, log, trace, loader = stand(found)
             saved_step = step
             pace.start(step, loader)
             continue
@@ -192,20 +211,20 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
         if says:
             means, speed = window.close(), pace.close(step)
             figures = task.evaluate(step, watchdog.alive) if evaluates else {}
+            line = {
+                "step": step,
+                "time": round(time.time(), 3),
+                "epoch": (guard.offset + step * recipe.data.global_batch) / num_samples,
+                "samples": step * recipe.data.global_batch,
+                **means,
+                **figures,
+                **({"skips": [skip._asdict() for skip in guard.skips]} if guard.skips else {}),
+                "lr": rate,
+                **speed,
+            }
             if log:
-                log.write(
-                    {
-                        "step": step,
-                        "time": round(time.time(), 3),
-                        "epoch": (guard.offset + step * recipe.data.global_batch) / num_samples,
-                        "samples": step * recipe.data.global_batch,
-                        **means,
-                        **figures,
-                        **({"skips": [skip._asdict() for skip in guard.skips]} if guard.skips else {}),
-                        "lr": rate,
-                        **speed,
-                    }
-                )
+                with stopping.writing():
+                    log.write(line)
                 if figures:
                     measured = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
                     log.note(f"step {step}: {measured}")
@@ -216,12 +235,15 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
 
         # ---- Make sure of it
         if saves:
+            if not stopping.settle():
+                break
             window.collect()  # waits for the device, so before the clock stops
             with pace.paused():
                 make_sure()
             saved_step = step
 
-    if step > saved_step and not guard.read(step):  # stopped early, and not in trouble
+    # Stopped early, not in trouble, and with nothing missing that belongs to the steps since.
+    if step > saved_step and stopping.reason != UNWRITTEN and not guard.read(step):
         make_sure()
         saved_step = step
 
@@ -229,12 +251,14 @@ def train(task: Task, data: Sequence[str], run: Path) -> None:
     watchdog.close()
     loader.close()
     reader.close()
-    if trace:
-        trace.close()
-    if log:
-        if not stopping.reason:
-            log.note(f"done: {step} steps, {step * recipe.data.global_batch} images; {run}")
-        log.close()
+    with stopping.writing():
+        if trace:
+            trace.close()
+        if log:
+            log.close()
+    stopping.settle()
+    if log and not stopping.reason:
+        log.note(f"done: {step} steps, {step * recipe.data.global_batch} images; {run}")
     if lock is not None:
         os.close(lock)
     stopping.raise_reason(saved_step)

@@ -20,6 +20,7 @@ from pipeline.errors import AgreedError, UserError
 from pipeline.plan import checkpoint_bytes
 from pipeline.train import checkpoint, engine, run_directory
 from pipeline.train.distributed import World, find_world, gathered, node_name
+from pipeline.train.engine_config import engine_config
 from pipeline.train.hardware import device_name
 from pipeline.train.task import Task
 from pipeline.training_recipe import TrainingRecipe
@@ -41,7 +42,7 @@ class Findings(NamedTuple):
     faults: list[str]
 
 
-def preflight(task: Task, data: Sequence[str], run: Path) -> str:
+def preflight(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | None = None) -> str:
     """Look at everything that `train` with the same arguments needs. Every rank calls it.
 
     Returns the findings, a line each, for a reader. UserError where something is in the way, with the nodes.
@@ -50,7 +51,7 @@ def preflight(task: Task, data: Sequence[str], run: Path) -> str:
     recipe = task.recipe
     world = find_world()
     checks = {
-        "batch": lambda: _batch(recipe, world),
+        "batch": lambda: _batch(recipe, world, deepspeed_config),
         "precision": lambda: engine.check_precision(recipe) or recipe.engine.precision,
         "data": lambda: _data(recipe, data),
         "run": lambda: _run(task, data, run),
@@ -114,8 +115,9 @@ def _difference(rank: Findings, first: Findings) -> str:
     )
 
 
-def _batch(recipe: TrainingRecipe, world: World) -> str:
+def _batch(recipe: TrainingRecipe, world: World, deepspeed_config: Path | None) -> str:
     accumulation = recipe.accumulation(world.size)
+    engine_config(recipe, world.size, deepspeed_config)
     return f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch}"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.data.loader import Loader
 from pipeline.train import checkpoint
-from pipeline.train.distributed import World, from_rank_0, gathered
+from pipeline.train.distributed import World, agreed, from_rank_0, gathered
 from pipeline.train.guard import Guard, Trouble
 
 SAMPLES = "offending-samples.txt"
@@ -31,15 +31,12 @@ def retreat(run: Path, trouble: Trouble, guard: Guard, global_batch: int, every:
             f"and on with the data after step {trouble.last}",
             file=sys.stderr,
         )
-        checkpoint.abandon(checkpoints, back)
-    gathered("abandoned")
+    agreed(lambda: checkpoint.abandon(checkpoints, back) if world.rank == 0 else None)
     found = checkpoint.newest_whole(checkpoints, world.rank, world.size)
     state = checkpoint.read_state(found)
     gathered("read")
-    if world.rank == 0:
-        changed = guard.go_back(trouble, state["step"], in_a_row, state["guard"], global_batch)
-        checkpoint.amend(found, {"guard": changed})
-    gathered("amended")
+    changed = guard.go_back(trouble, state["step"], in_a_row, state["guard"], global_batch)
+    agreed(lambda: checkpoint.amend(found, {"guard": changed}) if world.rank == 0 else None)
     return found
 
 

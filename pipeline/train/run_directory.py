@@ -24,6 +24,7 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "engine.activation_checkpointing",
     "engine.compile",
     "engine.zero_stage",
+    "engine.offload",
     "engine.timeout_minutes",
     "data.sources",  # their content and weights are checked against the checkpoint
     "data.readers",
@@ -45,6 +46,10 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "train.keep_every",
     "train.wandb",
     "train.profile_steps",
+    "guard.window",
+    "guard.spike_z",
+    "guard.skips_in_a_row",
+    "guard.returns",
 }
 LOCK_PATIENCE = 60.0  # seconds: a killed predecessor may still be dying
 
@@ -130,8 +135,8 @@ def lock(run: Path) -> int:
 def describe(run: Path, recipe: TrainingRecipe, data: list[dict], **start: object) -> None:
     """Write recipe.yaml and environment.json; a run that is continued adds to the latter's list of starts.
 
-    data: what the shard sets are. start: step, world_size, device, and before: the last logged step and its
-    time of the run so far, which may have got further than `step`.
+    data: what the shard sets are. start: step, world_size, device, deepspeed: its configuration, and before:
+    the last logged step and its time of the run so far, which may have got further than `step`.
     """
     _replace(run / "recipe.yaml", recipe.to_yaml())
     path = run / "environment.json"

@@ -1,4 +1,4 @@
-"""How a run stops before its end: a signal, a launcher that is gone, data that cannot be read.
+"""How a run stops before its end: a signal, a launcher that is gone, data that cannot be read, a full disk.
 
 Invariant: all ranks stop at the same place, between two steps. Whatever one rank has heard, the others hear
 before the next micro batch is computed, by a tiny all-reduce on the CPU that no device waits for. Until a
@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,13 +22,16 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import AgreedError, StoppedEarly, UserError
-from pipeline.train.distributed import gathered
+from pipeline.train.distributed import gathered, of_storage
+from pipeline.train.watchdog import SLOW
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_GONE = 128
 """Stands among the signal numbers for a launcher that died and left its ranks behind."""
 FAILED = 256
 """More than any signal: some rank could not read its data."""
+UNWRITTEN = 512
+"""Some rank could not write its own files. What was trained since the last checkpoint is trained again."""
 POLL = 1.0  # seconds between two looks at the launcher
 SAME = 1.0
 """Seconds within which the same signal again is the first one, come to a process and to its group."""
@@ -54,7 +59,9 @@ class Stopping:
 
     def connect(self, timeout_minutes: float) -> None:
         """Every rank calls it, after they have joined. It waits longer than the watchdog's time-out."""
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=10 + 2 * timeout_minutes))
+        self._group = dist.new_group(
+            backend="gloo", timeout=timedelta(minutes=10 + 2 * SLOW * timeout_minutes)
+        )
 
     def next(self, loader) -> object | None:
         """The loader's next micro batch, or None on all ranks where one of them was told to stop or cannot
@@ -63,16 +70,35 @@ class Stopping:
         try:
             batch = loader.next()
         except Exception as error:  # all ranks stop for it, and this one raises it in `raise_reason`
-            self._failure = error
-        said = torch.tensor(FAILED if self._failure else self._heard)
+            self._failure = of_storage(error) if isinstance(error, OSError) else error
+            self._heard = max(self._heard, FAILED)
+        self._agree(self._heard)
+        return None if self.reason else batch
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around what this rank writes by itself: where its storage says no, all ranks stop before the next
+        step."""
+        try:
+            yield
+        except OSError as error:
+            self._failure = self._failure or of_storage(error)
+            self._heard = UNWRITTEN
+
+    def settle(self) -> bool:
+        """Whether every rank's writing went well; else all stop. Every rank calls it."""
+        self._agree(self._heard if self._heard == UNWRITTEN else self.reason)
+        return self.reason != UNWRITTEN
+
+    def _agree(self, heard: int) -> None:
+        said = torch.tensor(heard)
         dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
         self.reason = int(said)
-        return None if self.reason else batch
 
     def raise_reason(self, step: int) -> None:
         """Nothing where the run went to its end. Else StoppedEarly, or the error of a rank that could not
-        read its data. Every rank calls it, when everything is saved."""
-        if self.reason == FAILED:
+        read its data or write its files. Every rank calls it, when everything is saved."""
+        if self.reason >= FAILED:
             messages = gathered(f"rank {dist.get_rank()}: {self._failure}" if self._failure else None)
             if self._failure and not isinstance(self._failure, UserError):
                 raise self._failure

@@ -1,7 +1,8 @@
 """A rank that waits for ever ends itself, and leaves word where it waited.
 
 Invariant: a run makes progress, or every rank of it that can run ends within `patience` seconds, with exit
-code 3 and the stacks of all its threads in stacks/rank-R.txt.
+code 3 and the stacks of all its threads in stacks/rank-R.txt. Where it is `patient`, as while a checkpoint is
+written, `SLOW` times as much.
 
 It is a thread that looks at a clock. Where a call holds the interpreter so that no thread can run,
 faulthandler's own timer, which needs no interpreter, does the same a little later, with exit code 1.
@@ -12,11 +13,15 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_CODE = 3
 GRACE = 1.25
 """faulthandler's timer runs so much longer than the thread's patience."""
+SLOW = 6
+"""Times the patience that a checkpoint or a return may take: its time is the storage's."""
 
 
 class Watchdog:
@@ -35,6 +40,17 @@ class Watchdog:
     def alive(self) -> None:
         """Something was done."""
         self.seen = time.monotonic()
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Inside, `SLOW` times as much may pass."""
+        self.alive()
+        self.patience *= SLOW
+        try:
+            yield
+        finally:
+            self.alive()
+            self.patience /= SLOW
 
     def close(self) -> None:
         self.closed.set()

@@ -6,7 +6,9 @@ from runs import SMALL
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 from pipeline.train import engine
+from pipeline.train.average import Average
 from pipeline.train.distributed import find_world
+from pipeline.train.engine_config import engine_config
 from pipeline.train.guard import Guard
 
 
@@ -20,19 +22,20 @@ def tensors(tree: object, path: str = "") -> dict[str, torch.Tensor]:
     return {k: v for key, value in items for k, v in tensors(value, f"{path}.{key}").items()}
 
 
-def everything(model) -> dict[str, torch.Tensor]:
-    """The weights in use, the masters, the moments and the step counters."""
+def everything(model, average) -> dict[str, torch.Tensor]:
+    """The weights in use, the masters, the moments, the step counters and the weights' average."""
     return tensors(
         {
             # With ZeRO-3 a parameter is the rank's share of it; the whole is there only now and then.
             "weights": {name: getattr(p, "ds_tensor", p) for name, p in model.module.named_parameters()},
             "optimizer": model.optimizer.state_dict(),
             "base": list(model.basic_optimizer.state.values()),
+            "average": average.tensors,
         }
     )
 
 
-def train(model, method, guard, step, factor=1.0, broken=False):
+def train(model, average, method, guard, step, factor=1.0, broken=False):
     """One step; `broken`: one weight's gradient is not finite. Returns whether it was skipped."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(4, 3, 32, 32, generator=generator)
@@ -43,10 +46,12 @@ def train(model, method, guard, step, factor=1.0, broken=False):
     model.backward(loss)
     guard.hear(loss)
     norm = engine.step(model, guard.verdict)
-    return bool(guard.close(step, norm))
+    skipped = guard.close(step, norm)
+    average.update(skipped)
+    return bool(skipped)
 
 
-def check(stage: int, precision: str, clip: float | None, world) -> None:
+def check(stage: int, precision: str, clip: float | None, world, **more) -> None:
     settings = {
         **SMALL,
         "engine.zero_stage": stage,
@@ -54,33 +59,35 @@ def check(stage: int, precision: str, clip: float | None, world) -> None:
         "data.global_batch": 4,
         "guard.window": 8,
         "optim.clip_grad": "null" if clip is None else clip,
+        **{key.replace("__", "."): value for key, value in more.items()},
     }
     recipe = load_recipe("demo_emae", [f"{key}={value}" for key, value in settings.items()])
     torch.manual_seed(0)
     method = build_method(recipe)
-    model = engine.build_engine(recipe, method, world)
+    model = engine.build_engine(recipe, method, engine_config(recipe, world.size), world.device)
+    average = Average(model, 0.9)
     guard = Guard(recipe.guard, precision, world.device, None)
     step = 0
     for _ in range(40):  # fp16's loss scale comes down first
         step += 1
-        good = not train(model, method, guard, step)
+        good = not train(model, average, method, guard, step)
         if good and torch.isfinite(guard._losses).all():
             break
     for fault in ({"factor": 50.0}, {"factor": float("nan")}, {"broken": True}):
-        before = everything(model)
+        before = everything(model, average)
         step += 1
-        assert train(model, method, guard, step, **fault), (stage, precision, clip, fault)
-        after = everything(model)
+        assert train(model, average, method, guard, step, **fault), (stage, precision, clip, fault)
+        after = everything(model, average)
         assert before.keys() == after.keys()
         moved = [name for name in before if not torch.equal(before[name], after[name])]
         assert not moved, (stage, precision, clip, fault, moved)
-        while train(model, method, guard, step := step + 1):
+        while train(model, average, method, guard, step := step + 1):
             assert precision == "fp16", (stage, clip, fault)
-        assert any(not torch.equal(value, before[name]) for name, value in everything(model).items())
-        assert all(torch.isfinite(value).all() for value in everything(model).values())
+        assert any(not torch.equal(value, before[name]) for name, value in everything(model, average).items())
+        assert all(torch.isfinite(value).all() for value in everything(model, average).values())
     guard.read(step)
     reasons = {skip.reason for skip in guard.skips}
-    print("zero", stage, precision, "clip", clip, len(before), "tensors;", sorted(reasons))
+    print("zero", stage, precision, "clip", clip, *more.values(), len(before), "tensors;", sorted(reasons))
 
 
 def main() -> None:
@@ -90,6 +97,9 @@ def main() -> None:
         for stage in (0, 1, 2, 3):
             for clip in (None, 0.1):
                 check(stage, precision, clip, world)
+        for stage in (2, 3):
+            check(stage, precision, 0.1, world, engine__offload="optimizer")
+        check(0, precision, None, world, optim__name="muon")
     engine.disconnect()
 
 

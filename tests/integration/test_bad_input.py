@@ -53,6 +53,13 @@ def test_a_global_batch_that_does_not_divide(pretrain):
     assert "data.global_batch: 50 is no multiple of engine.micro_batch x ranks" in message
 
 
+def test_a_deepspeed_config_that_contradicts_the_recipe(pretrain, tmp_path):
+    path = tmp_path / "my.json"
+    path.write_text('{"train_batch_size": 7}')
+    message = pretrain("--deepspeed_config", path)
+    assert f"{path}: train_batch_size is 7, the recipe's data.global_batch is 16" in message
+
+
 def test_a_data_directory_without_manifest(pretrain, tmp_path):
     (tmp_path / "data").mkdir()
     message = pretrain(data=tmp_path / "data")

@@ -8,7 +8,7 @@ from runs import Run
 
 from pipeline.train import checkpoint
 
-SETTINGS = {"train__steps": 100, "train__checkpoint_every": 20, "train__keep_checkpoints": 2}
+SETTINGS = {"train__steps": 60, "train__checkpoint_every": 20, "train__keep_checkpoints": 2}
 
 
 @pytest.fixture
@@ -22,25 +22,29 @@ def small_disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
-def test_a_full_disk_stops_the_run_with_one_line_and_it_continues_when_there_is_room(
-    shards, small_disk, other_run
-):
-    run = Run(shards, small_disk / "run")
-    checkpoints = run.directory / "checkpoints"
-    process = run.start(1, **SETTINGS)
-    run.wait_for(process, (checkpoints / "latest").exists)
-    with open(small_disk / "filler", "wb") as filler:
+def fill(disk):
+    with open(disk / "filler", "wb") as filler:
         while True:
             try:
                 os.write(filler.fileno(), bytes(2**16))
             except OSError:
                 break
+
+
+def test_a_full_disk_stops_all_ranks_with_one_line_and_no_logged_line_is_lost_when_there_is_room(
+    shards, small_disk, other_run
+):
+    run = Run(shards, small_disk / "run")
+    checkpoints = run.directory / "checkpoints"
+    process = run.start(2, **SETTINGS)
+    run.wait_for(process, (checkpoints / "latest").exists)
+    fill(small_disk)  # the metrics of a few steps still fit into what their last block has left
     assert process.wait(60) == 2, run.output.read_text()[-4000:]
     said = run.output.read_text()
     assert said.count("pipeline: error: ") == 1 and "make room" in said and "Traceback" not in said
     whole = checkpoint.newest_whole(checkpoints)
     assert whole and not list(checkpoints.glob("*.partial"))
     (small_disk / "filler").unlink()
-    run.train(1, **SETTINGS)
-    other_run.train(1, **SETTINGS)
+    run.train(2, **SETTINGS)
+    other_run.train(2, **SETTINGS)
     assert run.losses() == other_run.losses()

@@ -27,12 +27,19 @@ def events(lines):
 def test_a_skipped_step_moves_no_bit_of_weights_moments_and_counters():
     finished = subprocess.run(
         [sys.executable, "-m", "skipped_step"],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONPATH": str(HERE),
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",  # DeepSpeed's Muon would be compiled for every shape
+        },
         capture_output=True,
         text=True,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
-    assert finished.stdout.count(" tensors; ") == 24  # precisions x stages x with and without clipping
+    # Precisions x (stages x with and without clipping, two stages with offload, Muon).
+    assert finished.stdout.count(" tensors; ") == 3 * (4 * 2 + 2 + 1)
 
 
 def test_bad_losses_gradients_and_spikes_are_skipped_counted_and_said(shards, tmp_path):

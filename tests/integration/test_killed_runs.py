@@ -3,9 +3,12 @@
 import random
 import time
 
+import pytest
+import torch
 from pytest import approx
 
 from pipeline.train.metrics import OF_THE_MOMENT
+from pipeline.trained import load_run
 
 STEPS = 12
 
@@ -15,8 +18,11 @@ def lasting(lines):
     return [{name: line[name] for name in line.keys() - OF_THE_MOMENT} for line in lines]
 
 
-def test_killed_anywhere_and_started_again_it_ends_with_the_same_losses_to_the_bit(run, other_run):
-    undisturbed = other_run.train(2, train__steps=STEPS, data__trace=True)
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_losses_and_averages_to_the_bit(
+    run, other_run
+):
+    settings = {"train__steps": STEPS, "data__trace": True, "train__ema_decay": 0.8}
+    undisturbed = other_run.train(2, **settings)
     checkpoints = run.directory / "checkpoints"
     late = random.Random(time.time_ns()).randint(5, STEPS - 2)
     print(f"third kill after step {late}")
@@ -26,13 +32,45 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_losses_to_the_b
         lambda: len(run.metrics()) >= late,
     ]
     for moment in moments:
-        run.kill_when(run.start(2, train__steps=STEPS, data__trace=True), moment)
+        run.kill_when(run.start(2, **settings), moment)
         assert not (checkpoints / f"step-{STEPS:08d}").exists()
-    run.train(2, train__steps=STEPS, data__trace=True)
+    run.train(2, **settings)
     assert lasting(run.metrics()) == lasting(undisturbed)
     for rank in (0, 1):
         name = f"samples/rank-{rank}.txt"
         assert (run.directory / name).read_text() == (other_run.directory / name).read_text()
+    averages, expected = (load_run(r.directory, ema=True).method.state_dict() for r in (run, other_run))
+    assert all(torch.equal(averages[name], expected[name]) for name in expected)
+    weights = load_run(run.directory).method.state_dict()
+    assert not torch.equal(weights["encoder.cls_token"], averages["encoder.cls_token"])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_killed_ten_times_at_random_moments_the_losses_are_the_same_to_the_bit(run, other_run, stage):
+    settings = {"train__steps": 120, "engine__zero_stage": stage}
+    undisturbed = other_run.train(2, **settings)
+    checkpoints = run.directory / "checkpoints"
+    seed = time.time_ns()
+    chance = random.Random(seed)
+    print(f"seed {seed}")
+    for kill in range(10):
+        process = run.start(2, **settings)
+        reached = last_step(run)
+        until = 10 * kill + chance.randint(1, 10)
+        if kill % 2:  # while a checkpoint is written, at a random file of it
+            part = chance.choice(["", "rank-00000*", "rank-00001*", "engine.json", "weights*"])
+            run.kill_when(process, lambda part=part: any(checkpoints.glob(f"*.partial/{part}")))
+        else:
+            run.wait_for(process, lambda reached=reached, until=until: last_step(run) >= max(until, reached))
+            time.sleep(chance.uniform(0, 0.2))
+            run.kill_when(process, lambda: True)
+    run.train(2, **settings)
+    assert lasting(run.metrics()) == lasting(undisturbed)
+
+
+def last_step(run) -> int:
+    return max([0, *(line["step"] for line in run.metrics())])
 
 
 def test_a_logged_window_that_a_kill_cut_in_two_has_the_same_mean(run, other_run):

@@ -9,6 +9,7 @@ import pytest
 STEPS = 60
 PATIENCE = 0.3  # minutes
 SETTINGS = {"train__steps": STEPS, "train__checkpoint_every": 20, "engine__timeout_minutes": PATIENCE}
+SETTINGS |= {"data__timeout_s": 10, "data__retries": 0}  # less than that
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])

@@ -71,7 +71,7 @@ def test_a_second_signal_ends_the_run_at_once_and_the_last_checkpoint_is_whole(r
 
 def test_a_signal_while_starting_up_stops_before_the_first_step(run):
     process = run.start(1, train__steps=STEPS)
-    run.wait_for(process, lambda: "connecting" in run.output.read_text())
+    run.wait_for(process, run.directory.exists)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 75, run.output.read_text()[-4000:]
     assert run.metrics() == []

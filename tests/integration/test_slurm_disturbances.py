@@ -102,7 +102,8 @@ def test_a_cut_link_ends_all_ranks_and_the_job_continues_when_it_is_back(shards,
     try:
         cluster = Cluster(tmp_path / "cluster", network)
         try:
-            job = Job(cluster, shards, tmp_path, **LONG, engine__timeout_minutes=0.5)
+            short = {"engine__timeout_minutes": 0.5, "data__timeout_s": 10, "data__retries": 0}
+            job = Job(cluster, shards, tmp_path, **LONG, **short)
             job.submit(TEMPLATE, "--time=60")
             train_on(job, 10)
             ranks = cluster.processes("n1", "pretrain") + cluster.processes("n2", "pretrain")

@@ -15,7 +15,7 @@ def write(directory, step, content=b"weights", keep=10, every=None):
     (partial / "model.pt").write_bytes(content)
     (partial / "inner" / "optimizer.pt").write_bytes(content * 3)
     files = checkpoint.describe(partial, checkpoint.files_of(partial))
-    retention = TrainSection(steps=1, keep_checkpoints=keep, keep_every=every)
+    retention = TrainSection(steps=1, checkpoint_every=1, keep_checkpoints=keep, keep_every=every)
     return checkpoint.publish(directory, step, {"step": step, "files": files}, retention)
 
 
@@ -90,3 +90,21 @@ def test_a_run_that_comes_by_a_damaged_checkpoint_again_replaces_it(tmp_path):
     replaced = write(tmp_path, 5, b"better")
     assert checkpoint.faults(replaced, checkpoint.files_of(replaced)) == []
     assert (replaced / "model.pt").read_bytes() == b"better"
+
+
+@given(
+    st.sets(st.integers(1, 200), min_size=1),
+    st.integers(1, 4),
+    st.integers(1, 10),
+    st.one_of(st.none(), st.integers(1, 200)),
+)
+def test_the_guard_finds_a_way_back_whatever_is_kept_and_whoever_interrupted(steps, keep, every, first):
+    steps = sorted(steps)
+    retention = TrainSection(steps=1, checkpoint_every=every, keep_checkpoints=keep)
+    left = sorted(set(steps) - set(checkpoint.superfluous(steps, retention, first)))
+    scheduled = [step for step in steps if step % every == 0]
+    assert left[-1] == steps[-1]
+    assert [step for step in left if step % every == 0][-keep:] == scheduled[-keep:]
+    before = [step for step in scheduled if first is None or step < first]
+    assert set(before[-1:]) <= set(left)
+    assert len(left) <= keep + 2

@@ -68,10 +68,23 @@ def test_each_zero_stage_shares_one_more_thing_among_the_gpus():
     result = plan(load_recipe("vith14_mae"), gpus=8)
     n, gib = result.parameters, 2**30
     expected = [18 * n, (2 + 4 + 12 / 8) * n, (2 + 16 / 8) * n, 18 / 8 * n]
-    assert [m.states * gib for m in result.memory] == pytest.approx(expected)
-    assert [m.largest_micro_batch for m in result.memory] == sorted(
-        m.largest_micro_batch for m in result.memory
+    assert [m.states * gib for m in result.memory[:4]] == pytest.approx(expected)
+    largest = [m.largest_micro_batch for m in result.memory[:4]]
+    assert largest == sorted(largest)
+
+
+def test_offload_moves_the_optimiser_to_the_host_and_an_average_lies_beside_it():
+    plain, averaged = (
+        plan(load_recipe("vith14_mae", ["engine.zero_stage=2", *more]), gpus=8)
+        for more in ([], ["train.ema_decay=0.9999"])
     )
+    n, gib = plain.parameters, 2**30
+    offloaded = {m.zero_stage: m for m in plain.memory if m.offload == "optimizer"}
+    assert [offloaded[stage].states * gib for stage in (2, 3)] == pytest.approx([(2 + 4 / 8) * n, 2 / 8 * n])
+    assert offloaded[2].host * gib == pytest.approx(16 / 8 * n)
+    more = [(b.states - a.states) * gib for a, b in zip(plain.memory, averaged.memory, strict=True)]
+    assert more == pytest.approx([4 * n, 4 / 8 * n, 4 / 8 * n, 4 / 8 * n, 0, 0])
+    assert averaged.checkpoint_gib == pytest.approx(1.5 * plain.checkpoint_gib)
 
 
 @pytest.mark.parametrize("name", ["vitb16_mae", "vitb16_lomar"])

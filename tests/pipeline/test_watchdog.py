@@ -32,3 +32,10 @@ def test_a_process_that_hangs_ends_and_leaves_its_stack(tmp_path, hang, code):
 
 def test_a_process_that_is_alive_is_left_alone_and_leaves_nothing(tmp_path):
     assert end_of(tmp_path, "for _ in range(10):\n  time.sleep(0.3); dog.alive()\ndog.close()") == (0, None)
+
+
+def test_it_is_patient_with_a_slow_checkpoint_and_no_longer(tmp_path):
+    slow = "with dog.patient():\n  time.sleep(2.5)\n"
+    assert end_of(tmp_path, slow + "dog.close()") == (0, None)
+    returned, stacks = end_of(tmp_path, slow + "def waits_for_ever(): time.sleep(25)\nwaits_for_ever()")
+    assert returned == 3 and "in waits_for_ever" in stacks

@@ -1,0 +1,76 @@
+"""Whatever happens to a file of the newest checkpoint, the same command says so and goes on rightly.
+
+Real runs: too long for every day. The protocol on disk is in tests/pipeline/test_checkpoint.py.
+"""
+
+import shutil
+
+import pytest
+from runs import Run
+
+from pipeline.train import checkpoint
+
+STEPS = 12
+RANKS = 2
+FILES = [
+    "rank-00000.safetensors",
+    "rank-00001.safetensors",
+    "engine.json",
+    "state.json",
+    "weights.safetensors",
+]
+SETTINGS = {"train__steps": STEPS, "engine__zero_stage": 2, "train__ema_decay": 0.9}
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    run = Run(shards, tmp_path_factory.mktemp("finished") / "run")
+    run.train(RANKS, **SETTINGS)
+    assert checkpoint.steps_of(run.directory / "checkpoints") == [4, 8, STEPS]
+    return run
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda path: path.unlink()])
+@pytest.mark.parametrize("file", [*FILES, "weights_ema.safetensors"])
+def test_a_damaged_newest_checkpoint_is_passed_over_and_nothing_wrong_is_trained(run, finished, file, damage):
+    shutil.copytree(finished.directory, run.directory)
+    newest = run.directory / "checkpoints" / checkpoint.name_of(STEPS)
+    assert {path.name for path in newest.iterdir()} == {*FILES, "weights_ema.safetensors"}
+    damage(newest / file)
+    run.train(RANKS, **SETTINGS)
+    assert f"warning: {newest.name} is damaged" in run.output.read_text()
+    assert run.losses() == finished.losses()
+    assert (newest / "weights.safetensors").read_bytes() == (
+        finished.directory / "checkpoints" / newest.name / "weights.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda path: path.unlink()])
+def test_latest_is_for_readers_and_decides_nothing(run, finished, damage):
+    shutil.copytree(finished.directory, run.directory)
+    damage(run.directory / "checkpoints" / "latest")
+    run.train(RANKS, **SETTINGS)
+    assert run.losses() == finished.losses()
+
+
+@pytest.mark.soak
+def test_when_every_checkpoint_is_damaged_the_run_says_what_to_do(run, finished):
+    shutil.copytree(finished.directory, run.directory)
+    for path in (run.directory / "checkpoints").glob("*/engine.json"):
+        path.unlink()
+    process = run.start(RANKS, **SETTINGS)
+    assert process.wait(120) == 2
+    assert "every checkpoint is damaged; mend one, or remove them all" in run.output.read_text()
+    assert run.losses() == finished.losses()
