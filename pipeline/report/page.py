@@ -18,13 +18,22 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.report.figures import (
     accuracy_figure,
-    colour,
     details_figure,
     loss_figure,
     reconstruction_strip,
     time_figure,
 )
-from pipeline.report.history import History, Start, differences, read_history
+from pipeline.report.history import History, differences, read_history
+from pipeline.report.tables import (
+    duration,
+    environments,
+    heading,
+    names_of,
+    number,
+    skipped,
+    table,
+    what_happened,
+)
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -56,8 +65,6 @@ pre { background: #f6f7f9; border-radius: 6px; padding: 1em 1.2em; overflow: aut
 $body
 </body></html>
 """)
-MOST_SKIPS = 40
-"""Rows of the table of skipped steps, a run."""
 
 
 def report(runs: Sequence[Path], out: Path | None = None) -> Path:
@@ -88,11 +95,11 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
         _by_the_clock(shown.get("time")),
         f"<h2>Learning rate, gradient, speed</h2>{_image(shown['details'], 'six curves by step')}"
         f"<p class='note'>{OWN_WORK}</p>",
-        _what_happened(histories),
-        _skipped(histories),
+        what_happened(histories),
+        skipped(histories),
         _reconstructions(histories, folder),
         _recipes(histories),
-        _environments(histories),
+        environments(histories),
     ]
     names = ", ".join(history.name for history in histories)
     page = PAGE.substitute(
@@ -133,12 +140,13 @@ def _under(histories: list[History]) -> str:
 
 def _facts(history: History) -> dict[str, str]:
     last, wanted = history.lines[-1], history.recipe["train"].get("steps")
+    losses = history.column("loss")[1]
     speed, own = [_median(history, name) for name in ("images_per_s", "images_per_s_rank")]
     facts = {
         "steps" if wanted is None else f"of {wanted:,} steps": f"{last['step']:,}",
         f"images, {last['epoch']:.1f} epochs": f"{last['samples']:,}",
-        "loss, the last": _number(history.column("loss")[1][-1:]),
-        "loss, the lowest": _number([min(history.column("loss")[1], default=None)]),
+        "loss, the last": number(losses[-1] if losses else None),
+        "loss, the lowest": number(min(losses, default=None)),
         **{f"{name}, the last": f"{history.column(name)[1][-1]:.2%}" for name in history.accuracies},
         "images/s, median": f"{speed:,.0f}",
         "images/s a rank": f"{own:,.1f}" if own else "not recorded",
@@ -150,7 +158,7 @@ def _facts(history: History) -> dict[str, str]:
         "returns of the guard": f"{len(history.returns)}",
     }
     if history.timed:
-        facts["from start to last line"] = _duration(last["time"] - history.starts[0].time)
+        facts["from start to last line"] = duration(last["time"] - history.starts[0].time)
     return facts
 
 
@@ -170,7 +178,7 @@ def _comparison(histories: list[History]) -> str:
     names = dict.fromkeys(name for known in facts for name in known)
     rows = [[name, *(known.get(name, "") for known in facts)] for name in names]
     stops = "".join(_stop(history) for history in histories if history.stop)
-    return _table(["", *_keys(histories)], rows) + stops
+    return table(["", *names_of(histories)], rows) + stops
 
 
 def _plain(name: str) -> str:
@@ -185,75 +193,13 @@ def _by_the_clock(image: bytes | None) -> str:
     return f"<h2>By the clock</h2>{shown}<p class='note'>{CLOCK}</p>"
 
 
-def _what_happened(histories: list[History]) -> str:
-    """Starts, returns and stops, in their order."""
-    parts = []
-    for history in histories:
-        rows = [(start.time, "", _start_row(start, history)) for start in history.starts]
-        for event in [*history.returns, *([history.stop] if history.stop else [])]:
-            rows.append((event.get("time") or 0.0, " class='trouble'", _event_row(event)))
-        rows.sort(key=lambda row: row[0])
-        lines = "".join(
-            f"<tr{style}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-            for _, style, cells in rows
-        )
-        head = "".join(
-            f"<th>{name}</th>" for name in ("time", "step", "what", "ranks", "ZeRO", "device", "host")
-        )
-        parts.append(f"{_heading(history, histories)}<table><tr>{head}</tr>{lines}</table>")
-    return "<h2>What happened</h2>" + "".join(parts)
-
-
-def _start_row(start: Start, history: History) -> list[str]:
-    if start is history.starts[0]:
-        what = "begun"
-    elif start.repeated:
-        what = f"continued; steps {start.step + 1} to {start.before['step']} were lost and computed again"
-    else:
-        what = "continued; nothing was lost"
-    if start.away is not None:
-        what += f", away for {_duration(start.away)}"
-    facts = start.facts
-    return [
-        _clock(start.time), f"{start.step:,}", what, str(facts["world_size"]), str(facts["zero_stage"]),
-        facts["device"], facts["host"],
-    ]  # fmt: skip
-
-
-def _event_row(event: dict) -> list[str]:
-    when = _clock(event["time"]) if "time" in event else ""
-    if event["event"] == "stop":
-        return [when, f"{event['step']:,}", f"the guard stopped the run: {event['reason']}", "", "", "", ""]
-    first, last = event["trouble"]
-    what = (
-        f"the guard went back from step {event['from_step']}: steps {first} to {last} were skipped in a row, "
-        f"{event['reason']}; on behind {event['skipped_samples']:,} samples"
-    )
-    return [when, f"{event['step']:,}", what, "", "", "", ""]
-
-
-def _skipped(histories: list[History]) -> str:
-    parts = []
-    for history in histories:
-        skips = history.skips
-        if skips:
-            rows = [
-                [f"{skip.step:,}", skip.reason, _number([skip.loss]), _number([skip.grad_norm])]
-                for skip in skips[:MOST_SKIPS]
-            ]
-            table = _table(["step", "why", "loss", "gradient norm"], rows)
-            more = f"<p class='note'>and {len(skips) - MOST_SKIPS} more, in metrics.jsonl</p>"
-            parts.append(_heading(history, histories) + table + (more if len(skips) > MOST_SKIPS else ""))
-    return "<h2>Skipped steps</h2>" + ("".join(parts) or "<p class='note'>None.</p>")
-
-
 def _reconstructions(histories: list[History], folder: Path) -> str:
     parts = []
-    for number, history in enumerate(histories):
+    for index, history in enumerate(histories):
         strip = reconstruction_strip(history)
         if strip:
-            name = "reconstructions.png" if len(histories) == 1 else f"reconstructions-{number + 1}.png"
-            parts.append(_heading(history, histories) + _image(_picture(strip, folder / name), "over time"))
+            name = "reconstructions.png" if len(histories) == 1 else f"reconstructions-{index + 1}.png"
+            parts.append(heading(history, histories) + _image(_picture(strip, folder / name), "over time"))
             whole = _image(history.pictures[-1].read_bytes(), history.pictures[-1].stem)
             parts.append(f"<details><summary>Every view at the newest checkpoint</summary>{whole}</details>")
     return "<h2>Reconstructions over time</h2>" + "".join(parts) if parts else ""
@@ -263,43 +209,11 @@ def _recipes(histories: list[History]) -> str:
     parts = []
     if len(histories) > 1:
         rows = [[key, *map(_value, values)] for key, values in differences(histories).items()]
-        parts.append(_table(["key", *_keys(histories)], rows) if rows else "<p>The same recipe.</p>")
+        parts.append(table(["key", *names_of(histories)], rows) if rows else "<p>The same recipe.</p>")
     for history in histories:
         text = f"<pre>{html.escape(history.recipe_text)}</pre>"
         parts.append(f"<details><summary>{html.escape(history.name)}: recipe.yaml</summary>{text}</details>")
     return f"<h2>Recipe{', and how they differ' if len(histories) > 1 else ''}</h2>" + "".join(parts)
-
-
-def _environments(histories: list[History]) -> str:
-    """Of each run's newest start."""
-    newest = [history.starts[-1].facts for history in histories]
-    rows = [
-        [name, *(str(facts.get(key)) for facts in newest)]
-        for name, key in {"Python": "python", "commit": "commit", "host": "host", "device": "device"}.items()
-    ]
-    packages = dict.fromkeys(name for facts in newest for name in facts["versions"])
-    rows += [[name, *(facts["versions"].get(name, "") for facts in newest)] for name in packages]
-    rows.append(["command", *(" ".join(facts["command"]) for facts in newest)])
-    return "<h2>Environment</h2>" + _table(["", *_keys(histories)], rows)
-
-
-def _keys(histories: list[History]) -> list[str]:
-    return [history.name for history in histories]
-
-
-def _heading(history: History, histories: list[History]) -> str:
-    if len(histories) == 1:
-        return ""
-    shade = colour(histories.index(history))
-    return f"<h3><i class='key' style='background:{shade}'></i>{html.escape(history.name)}</h3>"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{top}</tr>{body}</table>"
 
 
 def _figure(figure: Figure, path: Path) -> bytes:
@@ -324,20 +238,5 @@ def _median(history: History, name: str) -> float:
     return values[len(values) // 2] if values else 0.0
 
 
-def _number(values: Sequence[float | None]) -> str:
-    return f"{values[0]:.4g}" if values and values[0] is not None else "not finite"
-
-
 def _value(value: object) -> str:
     return "" if value is None else str(value)
-
-
-def _clock(moment: float) -> str:
-    return time.strftime("%d %b %H:%M:%S", time.localtime(moment))
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

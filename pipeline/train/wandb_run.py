@@ -50,13 +50,13 @@ class WandbRun:
         try:
             self.run = wandb.init(**options, resume=None if offline else "allow")
             self.said = f"Weights & Biases: {self.run.id}, {'offline' if self.run.offline else self.run.url}"
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise UserError(f"train.wandb: {error}") from None
         except wandb.errors.CommError as error:
             wandb.teardown()  # its service holds on to the run
             self.run = wandb.init(**options, mode="offline")
             why = str(error).splitlines()[0]
             self.said = f"Weights & Biases cannot be reached ({why}): for `wandb sync`, in {self.run.dir}"
-        except wandb.errors.UsageError as error:
-            raise UserError(f"train.wandb: {error}") from None
         self.run.define_metric("*", step_metric="step")
 
     def write(self, line: dict) -> None:
