@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from pipeline.data.reader import ShardReader
+from pipeline.evals.online import OnlineKnn, check_online
 from pipeline.evals.photographs import first_of_set
 from pipeline.evals.picture import picture
 from pipeline.methods import Method, build_method
@@ -41,6 +42,7 @@ class Pretraining(Task):
         return f"{self.recipe.method.name} on {self.recipe.model.name}"
 
     def build(self, reader: ShardReader) -> Method:
+        check_online(self.recipe, reader)
         return self._build(self.recipe)
 
     def parameters(self, reader: ShardReader) -> int:
@@ -55,6 +57,7 @@ class Pretraining(Task):
         self._shown = agreed(lambda: first_of_set(reader, SHOWN, self.recipe.data)).to(world.device)
         self._pictures = run / "reconstructions"
         self._pictures.mkdir(exist_ok=True)
+        self._knn = OnlineKnn(self.recipe, reader, method, world) if self.recipe.evals.knn_every else None
 
     def show(self, step: int) -> None:
         # Drawn by all ranks: ZeRO-3 shares the weights.
@@ -62,3 +65,10 @@ class Pretraining(Task):
         if self._writes:
             drawn.save(self._pictures / "new.png")
             (self._pictures / "new.png").replace(self._pictures / f"{checkpoint.name_of(step)}.png")
+
+    def evaluates(self, step: int, total_steps: int, num_samples: int) -> bool:
+        every = self.recipe.evals.knn_every
+        return every is not None and step % every == 0
+
+    def evaluate(self, step: int, alive: Callable[[], None]) -> dict:
+        return self._knn(alive)

@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from pipeline.method_options import MethodSection
 from pipeline.recipe_file import load
-from pipeline.sections import ModelSection
+from pipeline.sections import EvalsSection, ModelSection
 from pipeline.training_recipe import TrainingRecipe
 
 
@@ -26,6 +26,7 @@ class Recipe(TrainingRecipe):
 
     method: MethodSection
     model: ModelSection
+    evals: EvalsSection = EvalsSection()
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":

@@ -189,6 +189,15 @@ class GuardSection(Section):
     """So many returns without getting past the trouble: the run stops at the next."""
 
 
+class EvalsSection(Section):
+    """What is measured while a run trains: pipeline/evals/online.py."""
+
+    knn_every: int | None = Field(None, ge=1)
+    """Steps between two k-NN classifications of images of the labelled shard set; null: none."""
+    knn_samples: int = Field(5000, ge=1)
+    """Images that take part: a fifth are classified by the others."""
+
+
 class TrainSection(Section):
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0.0)

@@ -63,17 +63,20 @@ class EvaluationLoader:
         world_size: int = 1,
         threads: int = 1,
         resize: int = 256,
+        samples: int | None = None,
     ):
         """data: image size, mean, standard deviation and prefetch; resize: pixels of the shorter side, at
-        least the image size. UserError where there are several shard sets: classes are a single set's."""
+        least the image size; samples: so many, the first of the set; None: all. UserError where there are
+        several shard sets: classes are a single set's."""
         if resize < data.image_size:
             raise ValueError(f"a shorter side of {resize} px holds no square of {data.image_size}")
         self.classes = reader.manifest.classes
         self.reader, self.data, self.batch, self.device = reader, data, batch, device
         self.threads, self.resize = threads, resize
-        batches = -(-reader.num_samples // batch)
+        samples = min(samples or reader.num_samples, reader.num_samples)
+        batches = -(-samples // batch)
         self.first, self.end = (
-            min(reader.num_samples, batch * (batches * part // world_size)) for part in (rank, rank + 1)
+            min(samples, batch * (batches * part // world_size)) for part in (rank, rank + 1)
         )
 
     def __len__(self) -> int:

@@ -64,6 +64,12 @@ class LoMaR(Method):
         metrics = {"reconstruction": reconstruction.detach()}
         return MethodOutput(loss, prediction.detach(), target, visible_ids, predicted_ids, metrics)
 
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """As every method's; the whole image is one large window."""
+        patches = patchify(images, self.patch_size)
+        ids = torch.arange(patches.shape[1], device=images.device).expand(patches.shape[:2])
+        return self.encoder(patches, ids, patches.shape[1])
+
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """One view (K = 1) of windows that tile the whole image; where the last ones overlap, one of them is

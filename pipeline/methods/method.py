@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from pipeline.learner import Learner
-from pipeline.losses import denormalize, normalize_targets
+from pipeline.losses import denormalize, normalize_targets, patchify
 from pipeline.masking import as_mask
 
 
@@ -47,12 +47,19 @@ class Reconstruction(NamedTuple):
 
 
 class Method(Learner):
+    encoder: nn.Module
     patch_size: int
     normalize_targets: bool
 
     @abstractmethod
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
         """images (B, 3, H, W) float32, normalised by mean and std; noise (B, noise_size) float32."""
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """What the encoder makes of whole images: (B, 3, H, W) -> (B, 1 + L, D), the class token first."""
+        patches = patchify(images, self.patch_size)
+        ids = torch.arange(patches.shape[1], device=images.device).expand(patches.shape[:2])
+        return self.encoder(patches, ids)
 
     @abstractmethod
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:

@@ -27,15 +27,17 @@ class WindowEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.apply(initialize_like_mae)
 
-    def forward(self, patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """patches (N, V, P*P*3) that stand at ids (N, V) of their windows -> (N, 1 + window^2, D), class
-        token first.
+    def forward(self, patches: torch.Tensor, ids: torch.Tensor, places: int | None = None) -> torch.Tensor:
+        """patches (N, V, P*P*3) that stand at ids (N, V) of their windows -> (N, 1 + places, D), class token
+        first.
 
-        All other places hold the mask token.
+        places: patches of a window, a square number; None: window^2. All that are not given hold the mask
+        token.
         """
+        places = places or self.window**2
         seen = self.patch_embed(patches)
         count, _, width = seen.shape
-        tokens = self.mask_token.to(seen.dtype).expand(count, self.window**2, width)
+        tokens = self.mask_token.to(seen.dtype).expand(count, places, width)
         tokens = tokens.scatter(1, ids[:, :, None].expand(-1, -1, width), seen)
         tokens = torch.cat([self.cls_token.expand(count, -1, -1), tokens], dim=1)
         for block in self.blocks:

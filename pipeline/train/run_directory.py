@@ -44,6 +44,8 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.keep_every",
+    "evals.knn_every",
+    "evals.knn_samples",
     "train.wandb",
     "train.profile_steps",
     "guard.window",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from runs import Run
 
 from pipeline.evals.knn import knn
 from pipeline.recipe import load_recipe
@@ -93,3 +94,12 @@ def test_a_probe_on_two_ranks_that_was_killed_ends_as_one_that_was_not_on_one(
     assert one == two
     assert one["top1"]["total"] == 42
     assert one["train"]["samples"] + one["held_out"]["samples"] == 60
+
+
+def test_a_run_on_two_ranks_that_share_their_weights_measures_knn(labelled_sets, tmp_path, kept_environment):
+    run = Run(labelled_sets[0], tmp_path / "run")
+    lines = run.train(2, engine__zero_stage=3, train__steps=4, evals__knn_every=2)
+    measured = {line["step"]: line["knn_top1"] for line in lines if "knn_top1" in line}
+    assert measured.keys() == {2, 4}
+    found = knn(str(run.directory), *map(str, labelled_sets), ks=[20])
+    assert found["features"].endswith("step 4, class token")

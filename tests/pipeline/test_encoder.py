@@ -41,6 +41,14 @@ def whole(method, batch):
     return method.encoder(patches, torch.arange(patches.shape[1]).expand(len(batch), -1))
 
 
+@pytest.mark.parametrize("name", ["vitb16_emae", "vitb16_lomar"])
+def test_a_methods_own_tokens_are_the_same(tmp_path, name):
+    path = recipe_file(tmp_path, name, ["method.lomar.window_size=2"])
+    with torch.no_grad():
+        wanted = load_encoder(f"random:{path}")(images())
+        assert torch.allclose(method_of(path).tokens(images()), wanted, atol=1e-5)
+
+
 def test_every_source_gives_the_tokens_of_the_methods_own_encoder(tmp_path):
     path = recipe_file(tmp_path)
     method = method_of(path)
