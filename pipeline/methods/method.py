@@ -8,6 +8,7 @@ from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from pipeline.learner import Learner
 from pipeline.losses import denormalize, normalize_targets, patchify
