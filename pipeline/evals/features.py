@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.evaluation import EvaluationLoader
 from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
 from pipeline.evals.representation import Representation
 from pipeline.sections import DataSection
 from pipeline.train.distributed import World, agreed, gathered, gathered_rows, say
@@ -50,12 +51,16 @@ class Extractor:
         cache: Path | None = None,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """resize: the shorter side before the centre is cut out; None: MAE's, 256 / 224 of images up to 224
+        """UserError where `resize` is too small.
+
+        resize: the shorter side before the centre is cut out; None: MAE's, 256 / 224 of images up to 224
         px, larger ones as they are. cache: a directory for features; None: they are not kept. alive: called
         now and then."""
         self.model, self.world = model.to(world.device), world
         size = model.image_size
         self.resize = resize or (size * 256 // 224 if size <= 224 else size)
+        if self.resize < size:
+            raise UserError(f"--resize {resize}: holds no square of {size} px, the size of the images")
         self.precision, self.batch, self.cache = precision, batch, cache
         self.alive = alive
 
@@ -84,7 +89,7 @@ class Extractor:
         model, world = self.model, self.world
         data = DataSection(image_size=model.image_size, mean=model.mean, std=model.std)
         place = world.device, world.rank, world.size, world.cores
-        return EvaluationLoader(reader, data, self.batch, *place, max(self.resize, model.image_size))
+        return EvaluationLoader(reader, data, self.batch, *place, self.resize)
 
     def _part(self, reader: ShardReader) -> tuple[torch.Tensor, torch.Tensor]:
         loader = self.loader(reader)

@@ -1,0 +1,43 @@
+"""The probe's recipe: MAE's protocol where nothing else is said, impossible ones in one line."""
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.evals.probe_recipe import load_probe_recipe
+
+PIXELS = {"probe": {"weights": "pixels"}}
+
+
+def test_by_itself_it_is_maes_protocol():
+    recipe = load_probe_recipe(PIXELS)
+    assert (recipe.data.global_batch, recipe.data.crop_scale, recipe.data.flip) == (16384, (0.08, 1.0), True)
+    assert recipe.train.epochs == 90 and recipe.probe.warmup_epochs == 10 and 0.1 in recipe.probe.base_lrs
+    assert recipe.total_steps(1_281_167) == 7038
+
+
+def test_an_override_leaves_the_rest_of_the_protocol_as_it_is():
+    recipe = load_probe_recipe(PIXELS, ["data.global_batch=1024", "train.steps=7"])
+    assert recipe.data.holdout == 0.01 and recipe.data.crop_scale == (0.08, 1.0)
+    assert recipe.total_steps(99) == 7 and recipe.train.checkpoint_every == 500
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["data.holdout=0"], "data.holdout: is 0"),
+        (["probe.base_lrs=[0.1, 0.1]"], "probe.base_lrs: .* different"),
+        (["data.crops_per_image=2"], "data.crops_per_image: is not for a probe"),
+        (["data.max_replaced=3"], "data.max_replaced: is not for a probe"),
+        (["probe.pol=mean"], r"probe.pol: unknown key \(did you mean pool\?\)"),
+    ],
+)
+def test_what_is_not_possible_is_refused_in_one_line(overrides, complaint):
+    with pytest.raises(UserError, match=complaint) as refusal:
+        load_probe_recipe(PIXELS, overrides)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    recipe = load_probe_recipe(PIXELS, ["data.global_batch=100", "engine.micro_batch=30"])
+    with pytest.raises(UserError, match=r"data.global_batch: 100 is no multiple"):
+        recipe.accumulation(1)
