@@ -3,9 +3,10 @@
 Invariant: every weight comes from where the user said, or the file is refused with the keys named. Only
 positions may differ: at another image size they are interpolated, which is said.
 
-Understood are a run directory, weights exported for timm (.safetensors), checkpoints of the official MAE code
-(.pth), and `random:RECIPE` or `random:RUN`: the weights that such a run begins with. LoMaR's encoder has
-positions of offsets alone, so it takes the whole image as one large window.
+Understood are a run directory, `ema:RUN` for the moving average of its weights, weights exported for timm
+(.safetensors), checkpoints of the official MAE code (.pth), and `random:RECIPE` or `random:RUN`: the weights
+that such a run begins with. LoMaR's encoder has positions of offsets alone, so it takes the whole image as
+one large window.
 """
 
 import json
@@ -30,7 +31,7 @@ from pipeline.recipe import Recipe, load_recipe
 from pipeline.sections import DataSection
 from pipeline.train.distributed import say
 
-RANDOM = "random:"
+RANDOM, AVERAGE = "random:", "ema:"
 NOT_THE_ENCODERS = ("decoder", "mask_token", "head.")  # of the official checkpoints
 
 
@@ -107,12 +108,14 @@ def _find(weights: str) -> Saved:
         recipe = _recipe_of(weights.removeprefix(RANDOM))
         torch.manual_seed(recipe.seed)
         return _of_method(f"{_words(recipe)}, random weights", build_method(recipe), recipe)
-    path = Path(weights)
-    if path.is_dir():
+    average = weights.startswith(AVERAGE)
+    path = Path(weights.removeprefix(AVERAGE))
+    if average or path.is_dir():
         from pipeline.trained import load_run  # takes seconds to import, and the others do not need it
 
-        run = load_run(path)
-        return _of_method(f"{_words(run.recipe)}, step {run.step}", run.method, run.recipe)
+        run = load_run(path, average)
+        name = f"{_words(run.recipe)}, step {run.step}" + ", moving average" * average
+        return _of_method(name, run.method, run.recipe)
     if not path.is_file():
         raise UserError(
             f"--weights {weights}: no such run directory or file; random:RECIPE gives random weights"

@@ -73,6 +73,7 @@ class ProbeRecipe(RecipeFile):
             "data.max_replaced": self.data.max_replaced,
             "data.crops_per_image": self.data.crops_per_image > 1,
             "train.profile_steps": self.train.profile_steps,
+            "train.ema_decay": self.train.ema_decay,
         }.items():
             if given:
                 raise ValueError(f"{key}: is not for a probe")
