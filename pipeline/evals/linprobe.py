@@ -101,7 +101,8 @@ def linprobe(
         if world.rank == 0:
             log = Log(run, recipe, step, total_steps, [])
             checkpoint.sweep(checkpoints, step)
-            run_directory.describe(run, recipe, step, log.found, world)
+            start = {"step": step, "world_size": world.size, "device": device_name(world.device)}
+            run_directory.describe(run, recipe, sets.train.described(), **start, before=log.found)
             log.note(
                 f"{len(heads.rates)} heads on {model.name}: {samples} images of {sets.classes} classes, "
                 f"{total_steps} steps of {batch} on {world.size} x {device_name(world.device)}"
