@@ -147,9 +147,11 @@ def _turn(batches: Batches, seconds: float) -> tuple[float, float]:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its workers; those of contestants that wait stand still."""
+    """Of this process and its workers, also those that have ended; those of contestants that wait stand
+    still."""
     this = psutil.Process()
-    return sum(sum(process.cpu_times()[:2]) for process in [this, *this.children(recursive=True)])
+    # user, system, and the same of the children that each has waited for
+    return sum(sum(process.cpu_times()[:4]) for process in [this, *this.children(recursive=True)])
 
 
 def _photographs(folder: Path, copies: int) -> Path:

@@ -18,7 +18,7 @@ BOUND = 3 * 1 + 0.5 + 1 + 15  # three tries, two waits, and a busy machine
 
 
 def complaint(run, process, within):
-    assert process.wait(within) == 2
+    assert process.wait(within) == 2, run.output.read_text()[-8000:]
     (line,) = [line for line in run.output.read_text().splitlines() if "pipeline: error: " in line]
     assert "Traceback" not in run.output.read_text()
     return line
