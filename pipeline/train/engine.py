@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
+from typing import Any
 
 import deepspeed
+import ninja
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -30,7 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
-from pipeline.errors import Diverged, UserError
+from pipeline.errors import AgreedError, Diverged, StoppedEarly, UserError
 from pipeline.learner import Learner
 from pipeline.train import elastic
 from pipeline.train.average import Average
@@ -56,6 +58,8 @@ def connect(timeout_minutes: float) -> None:
     Collectives wait longer than `timeout_minutes`: the watchdog is to end a rank, and say where it hung.
     """
     logger.setLevel(logging.WARNING)
+    # Of two ninjas each would compile again what the other has compiled: it is always ours.
+    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     if get_accelerator().device_name() == "cpu":
         _say_if_compiled(ShareMemCommBuilder())
     timeout = timedelta(minutes=max(10.0, 2 * SLOW * timeout_minutes))
@@ -251,8 +255,28 @@ def check_precision(recipe: TrainingRecipe) -> None:
         raise UserError(f"engine.precision: this {accelerator.device_name()} can't compute in {precision}")
 
 
-def disconnect() -> None:
-    dist.destroy_process_group()
+def leaving_together(train: Callable[..., None]) -> Callable[..., None]:
+    """Takes the ranks apart again where `train` ends on all of them: by returning, or by what all raise.
+
+    Left to the end of the process, a connection whose other side has gone can abort it, and with it the exit
+    code is lost. Where one rank alone fails, nobody waits for the others.
+    """
+
+    @wraps(train)
+    def trained(*args: Any) -> None:
+        try:
+            train(*args)
+        except (AgreedError, StoppedEarly, Diverged):
+            _disconnect()
+            raise
+        _disconnect()
+
+    return trained
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _part(rank: int) -> str:

@@ -32,6 +32,7 @@ from pipeline.train.trace import Trace, take_back
 from pipeline.train.watchdog import Watchdog
 
 
+@engine.leaving_together
 def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | None = None) -> None:
     """Train on the shard sets `data`, or the recipe's own where that is empty, in the run directory `run`;
     continue where it stands.
@@ -262,4 +263,3 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
     if lock is not None:
         os.close(lock)
     stopping.raise_reason(saved_step)
-    engine.disconnect()

@@ -3,12 +3,17 @@
 import pytest
 from cluster import Cluster
 from jobs import needs_slurm
-from runs import Run
+from runs import DeepSpeedRun, Run
 
 
 @pytest.fixture
 def run(shards, tmp_path) -> Run:
     return Run(shards, tmp_path / "run")
+
+
+@pytest.fixture
+def deepspeed_run(shards, tmp_path) -> DeepSpeedRun:
+    return DeepSpeedRun(shards, tmp_path / "run")
 
 
 @pytest.fixture

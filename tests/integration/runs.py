@@ -1,4 +1,4 @@
-"""Real runs: processes started as a user starts them, by DeepSpeed's launcher where there are several."""
+"""Real runs: processes started as a user starts them, by a launcher where there are several ranks."""
 
 import json
 import os
@@ -90,7 +90,7 @@ class Run:
         assert process.wait() == -signal.SIGKILL
 
     def ranks(self, process: subprocess.Popen) -> dict[int, int]:
-        """The process ids of the ranks that DeepSpeed's launcher has started, by rank."""
+        """The process ids of the ranks, by rank."""
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -101,9 +101,33 @@ class Run:
             except (OSError, ProcessLookupError):
                 continue  # it has just ended
             environment = dict(word.split("=", 1) for word in words if "=" in word)
-            if "pretrain" in command and "CROSS_SIZE" in environment:
+            if "pretrain" in command and "RANK" in environment:
                 found[int(environment["RANK"])] = int(entry.name)
         return found
+
+
+class DeepSpeedRun(Run):
+    """Under DeepSpeed's launcher, as on a workstation."""
+
+    def launch(self, ranks: int, alone: list[str]) -> list[str]:
+        python, _, *module = alone
+        options = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
+        return [str(Path(python).with_name("deepspeed")), *options, *module]
+
+
+class TorchRun(Run):
+    """Under torchrun."""
+
+    def launch(self, ranks: int, alone: list[str]) -> list[str]:
+        python, _, *module = alone
+        options = ["--standalone", "--nproc-per-node", str(ranks), "-m", "--"]
+        return [str(Path(python).with_name("torchrun")), *options, *module]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class FaultyRun(Run):

@@ -1,23 +1,12 @@
 """The same run under every launcher: plain Python, DeepSpeed's and torch's (srun's: test_slurm_jobs.py)."""
 
-from pathlib import Path
-
 from pytest import approx
-from runs import Run
-
-
-class TorchRun(Run):
-    """Two ranks under torchrun."""
-
-    def command(self, ranks: int, settings: dict) -> list[str]:
-        python, _, *module = super().command(1, settings)
-        options = ["--standalone", "--nproc-per-node", str(ranks), "-m", "--"]
-        return [str(Path(python).with_name("torchrun")), *options, *module]
+from runs import DeepSpeedRun, Run, TorchRun
 
 
 def test_plain_python_torchrun_and_deepspeed_give_the_same_losses(shards, tmp_path):
     alone = Run(shards, tmp_path / "alone").train(1, train__steps=8)
-    runs = [Run(shards, tmp_path / "deepspeed"), TorchRun(shards, tmp_path / "torchrun")]
+    runs = [DeepSpeedRun(shards, tmp_path / "deepspeed"), TorchRun(shards, tmp_path / "torchrun")]
     by_deepspeed, by_torchrun = ([line["loss"] for line in run.train(2, train__steps=8)] for run in runs)
     assert by_torchrun == approx(by_deepspeed, rel=1e-6)
     assert by_deepspeed == approx([line["loss"] for line in alone], rel=1e-5)

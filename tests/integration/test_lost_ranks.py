@@ -13,7 +13,8 @@ SETTINGS |= {"data__timeout_s": 10, "data__retries": 0}  # less than that
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_rank_that_stands_still_or_dies_ends_the_run_and_it_continues(run, number):
+def test_a_rank_that_stands_still_or_dies_ends_the_run_and_it_continues(deepspeed_run, number):
+    run = deepspeed_run
     process = run.start(2, **SETTINGS)
     run.wait_for(process, lambda: len(run.metrics()) >= 22)
     ranks = run.ranks(process)

@@ -24,7 +24,10 @@ def undisturbed(shards, tmp_path_factory):
 SETTINGS = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__log_every": 3}
 
 
-def test_sigusr1_to_one_rank_saves_and_stops_within_a_step_and_the_run_continues_exactly(run, undisturbed):
+def test_sigusr1_to_one_rank_saves_and_stops_within_a_step_and_the_run_continues_exactly(
+    deepspeed_run, undisturbed
+):
+    run = deepspeed_run
     process = run.start(2, **SETTINGS)
     run.wait_for(process, lambda: len(run.metrics()) >= 2)
     before = run.metrics()[-1]["step"]
@@ -78,7 +81,8 @@ def test_a_signal_while_starting_up_stops_before_the_first_step(run):
 
 
 @pytest.mark.parametrize("victim", ["deepspeed", "launch.py"])
-def test_ranks_whose_launcher_was_killed_save_and_end(run, victim):
+def test_ranks_whose_launcher_was_killed_save_and_end(deepspeed_run, victim):
+    run = deepspeed_run
     process = run.start(2, train__steps=10000, train__checkpoint_every=10000)
     run.wait_for(process, lambda: len(run.metrics()) >= 2)
     ranks = run.ranks(process)
