@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
 
@@ -120,10 +121,14 @@ class UrlStore:
     def __init__(self, url: str):
         import fsspec  # heavy, and most runs never need it
 
-        self.place = re.sub(r"//[^/@]*@", "//", url.partition("?")[0].rstrip("/"))  # without a password
+        bare = re.sub(r"(?<![:/])/+$", "", url.partition("?")[0])
+        self.place = re.sub(r"//[^/@]*@", "//", bare)  # without a password
         if "?" in url:
             raise UserError(f"{self.place}: a URL with a query (?...) cannot name a directory; leave it out")
         try:
+            parts = urlsplit(url)
+            if parts.scheme in ("http", "https") and not (parts.hostname and parts.port != 0):
+                raise ValueError("it names no server")
             self._files, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
         except Exception as error:  # some file systems connect here, and each has its own kinds
             reason = " ".join(str(error).split())
