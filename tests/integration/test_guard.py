@@ -85,7 +85,7 @@ def test_a_run_goes_back_and_on_behind_the_data_that_broke_it(undisturbed):
     assert len(bad) == len(set(bad)) == 2 * 16
 
 
-@pytest.mark.parametrize("moment", ["returned", "trained on"])
+@pytest.mark.parametrize("moment", [pytest.param("returned", marks=pytest.mark.soak), "trained on"])
 def test_killed_after_a_return_it_ends_as_if_it_had_not_been(undisturbed, shards, tmp_path, moment):
     run = FaultyRun(shards, tmp_path / "run", [DATA_FAULT])
     latest = run.directory / "checkpoints" / "step-00000012"
