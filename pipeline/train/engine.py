@@ -36,7 +36,7 @@ from pipeline.errors import AgreedError, Diverged, StoppedEarly, UserError
 from pipeline.learner import Learner
 from pipeline.train import elastic
 from pipeline.train.average import Average
-from pipeline.train.distributed import gathered
+from pipeline.train.distributed import gathered, leave
 from pipeline.train.engine_config import ADAM_EPS
 from pipeline.train.watchdog import SLOW
 from pipeline.training_recipe import TrainingRecipe
@@ -263,20 +263,15 @@ def leaving_together(train: Callable[..., None]) -> Callable[..., None]:
     """
 
     @wraps(train)
-    def trained(*args: Any) -> None:
+    def trained(*args: Any, **options: Any) -> None:
         try:
-            train(*args)
+            train(*args, **options)
         except (AgreedError, StoppedEarly, Diverged):
-            _disconnect()
+            leave()
             raise
-        _disconnect()
+        leave()
 
     return trained
-
-
-def _disconnect() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _part(rank: int) -> str:
