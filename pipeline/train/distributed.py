@@ -98,6 +98,12 @@ def joined(timeout_minutes: float) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def leave() -> None:
+    """Take the connection to the other ranks apart, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def node_name() -> str:
     """This machine, in Slurm's words where Slurm started it."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()

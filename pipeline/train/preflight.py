@@ -19,7 +19,7 @@ from pipeline.data.reader import ShardReader
 from pipeline.errors import AgreedError, UserError
 from pipeline.plan import checkpoint_bytes
 from pipeline.train import checkpoint, engine, run_directory
-from pipeline.train.distributed import World, find_world, gathered, node_name
+from pipeline.train.distributed import World, find_world, gathered, leave, node_name
 from pipeline.train.engine_config import engine_config
 from pipeline.train.hardware import device_name
 from pipeline.train.task import Task
@@ -68,7 +68,7 @@ def preflight(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path
     _complain(
         gathered((mine.node, "" if reduced else "the all-reduce gave a wrong sum; test this node's network"))
     )
-    engine.disconnect()
+    leave()
     first = everyone[0]
     nodes = list(dict.fromkeys(rank.node for rank in everyone))
     lines = {
