@@ -66,11 +66,11 @@ class ImageEncoder(nn.Module):
         return self.vit.forward_features(images)
 
 
-def load_encoder(weights: str | Path, image_size: int | None = None, drop_path: float = 0.0) -> ImageEncoder:
+def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEncoder:
     """The encoder that `weights` names (see above), in fp32 on the CPU, in eval mode.
 
-    image_size: of the images it will see; None: the one it was trained on. drop_path: stochastic depth's rate
-    at the last block, for fine-tuning. UserError where there are no such weights or they are no encoder's.
+    image_size: of the images it will see; None: the one it was trained on. UserError where there are no
+    such weights or they are no encoder's.
     """
     saved = _find(str(weights))
     shape = saved.weights["patch_embed.proj.weight"].shape
@@ -89,7 +89,6 @@ def load_encoder(weights: str | Path, image_size: int | None = None, drop_path: 
         num_classes=0,
         norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
         pos_embed="none" if positions is None else "learn",
-        drop_path_rate=drop_path,
     )
     if positions is None:
         for block in vit.blocks:
