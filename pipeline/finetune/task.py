@@ -57,15 +57,11 @@ class Finetuning(Task):
         _check_encoder(encoder, self.recipe)
         self._name, self._classes = encoder.name, len(reader.manifest.classes)
         self._classifier = Classifier(encoder.vit, self._classes, self.recipe)
+        self._flops = _forward_flops(self._classifier, self.recipe.data.image_size)
         return self._classifier
 
     def forward_flops(self) -> int:
-        classifier = self._classifier
-        shapes = {id(p): nn.Parameter(p.to("meta")) for p in classifier.parameters()}
-        size = self.recipe.data.image_size
-        with FlopCounterMode(display=False) as counter:
-            copy.deepcopy(classifier, shapes).to("meta").scores(torch.empty(1, 3, size, size, device="meta"))
-        return counter.get_total_flops()
+        return self._flops
 
     def begin(self, run: Path, reader: ShardReader, learner: Classifier, world: World) -> None:
         self._run, self._world = run, world
@@ -123,6 +119,14 @@ class Finetuning(Task):
             alive()
         totals = [sum(column) for column in zip(*gathered(counts), strict=True)]
         return top_1_and_5(*totals, self._classes)
+
+
+def _forward_flops(classifier: Classifier, size: int) -> int:
+    """Counted on shapes alone, before an engine takes the parameters into its hands."""
+    shapes = {id(p): nn.Parameter(p.to("meta")) for p in classifier.parameters()}
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(classifier, shapes).to("meta").scores(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops()
 
 
 def _check_encoder(encoder: ImageEncoder, recipe: FinetuneRecipe) -> None:
