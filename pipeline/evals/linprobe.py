@@ -97,15 +97,15 @@ def linprobe(
         total_steps = recipe.total_steps(samples)
         batch = recipe.data.global_batch
         feed = (KeptFeatures if recipe.probe.center_crops else RandomCrops)(recipe, sets.train, extract, step)
-        log = None
-        if world.rank == 0:
-            log = Log(run, recipe, step, total_steps, [])
+        log = agreed(lambda: Log(run, recipe, step, total_steps, []) if world.rank == 0 else None)
+        device = device_name(world.device)
+        if log:
             checkpoint.sweep(checkpoints, step)
-            start = {"step": step, "world_size": world.size, "device": device_name(world.device)}
+            start = {"step": step, "world_size": world.size, "device": device}
             run_directory.describe(run, recipe, sets.train.described(), **start, before=log.found)
             log.note(
                 f"{len(heads.rates)} heads on {model.name}: {samples} images of {sets.classes} classes, "
-                f"{total_steps} steps of {batch} on {world.size} x {device_name(world.device)}"
+                f"{total_steps} steps of {batch} on {world.size} x {device}"
                 + (f", continued after step {step}" if step else "")
             )
 
