@@ -9,6 +9,7 @@ import pytest
 from runs import FaultyRun, Run
 
 from data_prep.shard_set import read_manifest
+from pipeline.report.page import report
 
 HERE = Path(__file__).parent
 DATA_FAULT = {"kind": "loss", "data_of_steps": [10, 11]}
@@ -64,6 +65,8 @@ def test_bad_losses_gradients_and_spikes_are_skipped_counted_and_said(shards, tm
     output = run.output.read_text()
     assert all(output.count(f"step {step} is skipped: ") == 1 for step in (3, 6, 12))
     assert run.directory.joinpath("checkpoints", "step-00000013").is_dir()
+    page = report([run.directory]).read_text()
+    assert all(f"<td>{skip['step']}</td><td>{skip['reason']}</td>" in page for skip in said)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,8 @@ def test_a_run_goes_back_and_on_behind_the_data_that_broke_it(undisturbed):
     assert undisturbed.metrics()[-1]["epoch"] * size == pytest.approx(14 * 16 + 48)
     bad = (undisturbed.directory / "offending-samples.txt").read_text().splitlines()
     assert len(bad) == len(set(bad)) == 2 * 16
+    page = report([undisturbed.directory]).read_text()
+    assert "the guard went back from step 11: steps 10 to 11 were skipped in a row" in page
 
 
 @pytest.mark.parametrize("moment", [pytest.param("returned", marks=pytest.mark.soak), "trained on"])
