@@ -34,7 +34,9 @@ def test_an_encoder_is_fine_tuned_and_then_judged_by_jobs_that_wait_for_each_oth
     given = {"WEIGHTS": "random:demo_emae", "VAL": str(val)}
     tuned.submit("finetune_vitl.sh", **given, RECIPE="finetune_tiny", SETS=sets)
     after = f"--dependency=afterok:{tuned.id}"
-    judged.submit("evaluate.sh", after, **given, SETS="data.global_batch=16 train.epochs=1")
+    judged.submit(
+        "evaluate.sh", after, **given, SETS="data.global_batch=16 engine.micro_batch=8 train.epochs=1"
+    )
     assert tuned.wait()["JobState"] == "COMPLETED", tuned.said()
     accuracy = json.loads((tuned.run / "accuracy.json").read_text())
     assert accuracy["step"] == 4 and accuracy["top1"]["total"] == 42
