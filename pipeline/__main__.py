@@ -52,6 +52,14 @@ examples:
     python -m pipeline finetune ... --weights random:vitl16_mae
 exit codes as of pretrain
 """
+PICTURES = """\
+Draw what trained models make of photographs:
+  grid        what of each the model saw, and what it predicted for the rest
+  agreement   the same behind several masks, and how much the predictions agree, as a number too
+  difficulty  how far each masked patch is from what was seen, and the error against that
+  attention   where the class token looks: the last layer's heads, and rollout
+  features    the main directions of the patch features, as colours
+"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,24 +148,44 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "reconstruct",
         _reconstruct,
-        "picture what a run reconstructs",
-        "Draw photographs, what of them the model saw, and what it predicted for the rest.",
-        "example:\n  python -m pipeline reconstruct runs/demo --images photos/ --out reconstruction.png\n",
+        "picture what a run reconstructs and sees",
+        PICTURES,
+        "examples:\n  python -m pipeline reconstruct runs/demo --images photos/ --out reconstruction.png\n"
+        "  python -m pipeline reconstruct runs/mae runs/emae --images photos/ --out pics --kind agreement\n"
+        "  python -m pipeline reconstruct runs/l16 --images cat.jpg --out cat --kind attention features\n",
     )
-    command.add_argument("run", type=Path, metavar="RUN", help="run directory with a checkpoint")
+    command.add_argument("run", type=Path, nargs="+", metavar="RUN", help="run directory with a checkpoint")
     command.add_argument(
-        "--images", type=Path, required=True, metavar="DIR", help="folder of photographs, or one"
+        "--images",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="photographs, or folders",
     )
-    command.add_argument("--out", type=Path, required=True, metavar="PNG", help="where the picture goes")
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="a .png, or a folder for RUN-KIND.png"
+    )
+    command.add_argument(
+        "--kind",
+        nargs="+",
+        default=["grid"],
+        choices=["grid", "agreement", "difficulty", "attention", "features"],
+        help="which pictures (default: grid)",
+    )
     command.add_argument("--count", type=_positive, default=8, metavar="N", help="photographs (default: 8)")
     command.add_argument(
         "--tiles",
         type=_positive,
         default=1,
         metavar="N",
-        help="show each photograph as N x N squares of the model's image size (default: 1)",
+        help="show each photograph as N x N squares of the model's image size; attention and features see it "
+        "whole at that size (default: 1)",
     )
     command.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the masks (default: 0)")
+    command.add_argument(
+        "--seeds", type=_positive, default=3, metavar="N", help="masks that agreement compares (default: 3)"
+    )
 
     command = _command(
         commands,
@@ -468,9 +496,10 @@ def _preflight(args: argparse.Namespace) -> None:
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
-    from pipeline.evals.reconstruct import reconstruct
+    from pipeline.evals.reconstruct import Options, reconstruct
 
-    print(reconstruct(args.run, args.images, args.out, args.count, args.tiles, args.seed))
+    options = Options(args.count, args.tiles, args.seed, args.seeds)
+    print(reconstruct(args.run, args.images, args.out, args.kind, options))
 
 
 def _knn(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,18 @@ from pipeline.errors import UserError
 from pipeline.sections import DataSection
 
 
-def load_photographs(folder: Path, count: int, data: DataSection, size: int) -> torch.Tensor:
-    """The first `count` images in the folder and below, by name: (B, 3, size, size) float32, normalised.
+def load_photographs(places: Sequence[Path], count: int, data: DataSection, size: int) -> torch.Tensor:
+    """The first `count` images of files, and of folders and what is below, by name: (B, 3, size, size)
+    float32, normalised.
 
-    Files that are no images are passed over. UserError where none is left.
+    Files in folders that are no images are passed over. UserError where none is left, and for a file that was
+    named and is none.
     """
-    paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else [folder]
+    paths = [
+        path
+        for place in places
+        for path in (sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place])
+    ]
     images: list[Image.Image] = []
     for path in paths:
         if len(images) == count:
@@ -27,9 +34,10 @@ def load_photographs(folder: Path, count: int, data: DataSection, size: int) -> 
             with Image.open(path) as image:
                 images.append(ImageOps.exif_transpose(image).convert("RGB"))
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue
+            if path in places:
+                raise UserError(f"--images {path}: is no image that can be read") from None
     if not images:
-        raise UserError(f"--images {folder}: no image there that can be read")
+        raise UserError(f"--images {', '.join(map(str, places))}: no image there that can be read")
     return as_batch(images, data, size)
 
 

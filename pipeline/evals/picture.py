@@ -4,21 +4,20 @@ One row a photograph. MAE has one view; EMAE's K parts stand side by side, and t
 patch, the mean prediction of the parts that did not see it: nothing in it is copied from the original.
 """
 
-import math
-
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from pipeline.data.random import Purpose, uniform
+from pipeline.evals.canvas import Column, sheet
 from pipeline.evals.photographs import to_pixels
+from pipeline.evals.tiles import cut, join, unpatchify
 from pipeline.losses import patchify
-from pipeline.methods.method import Method
+from pipeline.methods.method import Method, Reconstruction
 from pipeline.recipe import Recipe
 
-GAP, HEADER, GREY = 6, 26, 0.5
-TILE = 160
-"""Pixels a tile is enlarged to at least, by a whole factor."""
+GREY = 0.5
+"""Of what is not seen, from 0 to 1."""
 
 
 def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> Image.Image:
@@ -26,80 +25,61 @@ def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> I
 
     S is the model's image size. For N > 1 the method sees N x N squares of each image, one by one.
     """
-    size, patch = recipe.data.image_size, recipe.model.patch_size
-    per_side = batch.shape[-1] // size
-    batch = _cut(batch, per_side)
-    noise = torch.from_numpy(uniform(seed, Purpose.MASK, 0, np.arange(len(batch)), method.noise_size))
-    result = method.reconstruct(batch, noise.to(batch.device))
-    batch, result = batch.cpu(), type(result)(*(field.cpu() for field in result))
-    patches = patchify(batch, patch)
-    visible = result.visible[..., None]
-    grey = (torch.full((3,), GREY) - torch.tensor(recipe.data.mean)) / torch.tensor(recipe.data.std)
-    columns = [("original", batch)]
+    per_side = batch.shape[-1] // recipe.data.image_size
+    squares, result = reconstructed(method, cut(batch, per_side), seed)
+    columns = [_column("original", squares, recipe, per_side)]
     views = result.pixels.shape[1]
     for k in range(views):
-        seen = torch.where(visible[:, k], patches, grey.repeat(patch * patch))
         name = f" {k + 1}" if views > 1 else ""
-        columns.append((f"seen{name}", _unpatchify(seen, patch)))
-        columns.append((f"predicted{name}", _unpatchify(result.pixels[:, k], patch)))
+        columns += seen_and_predicted(squares, result, k, name, recipe, per_side)
     if views > 1:
-        unseen = (~visible).float()
+        unseen = (~result.visible[..., None]).float()
         mean = (result.pixels * unseen).sum(1) / unseen.sum(1).clamp(min=1)
-        columns.append(("mean prediction", _unpatchify(mean, patch)))
-    pixels = [(title, to_pixels(_join(squares, per_side), recipe.data)) for title, squares in columns]
-    return _grid(pixels, size * per_side, _footnote(recipe, per_side))
+        mean = unpatchify(mean, recipe.model.patch_size)
+        columns.append(_column("mean prediction", mean, recipe, per_side))
+    return sheet(columns, f"{described(recipe, per_side)}{normalised(recipe)}.")
 
 
-def columns_of(grid: Image.Image, size: int) -> list[Image.Image]:
-    """The columns of a picture of images of `size` pixels (N = 1), without their titles."""
-    tile = size * max(1, -(-TILE // size))
-    edges = range(GAP, grid.width - tile, tile + GAP)
-    return [grid.crop((x, HEADER, x + tile, grid.height - HEADER - GAP)) for x in edges]
+def reconstructed(method: Method, squares: torch.Tensor, seed: int) -> tuple[torch.Tensor, Reconstruction]:
+    """Images (B, 3, S, S) through the method, masked by `seed`; both come back on the CPU."""
+    noise = torch.from_numpy(uniform(seed, Purpose.MASK, 0, np.arange(len(squares)), method.noise_size))
+    result = method.reconstruct(squares, noise.to(squares.device))
+    return squares.cpu(), Reconstruction(*(field.cpu() for field in result))
 
 
-def _cut(images: torch.Tensor, per_side: int) -> torch.Tensor:
-    """(B, 3, N S, N S) to (B N N, 3, S, S), row by row."""
-    batch, channels, side, _ = images.shape
-    size = side // per_side
-    squares = images.reshape(batch, channels, per_side, size, per_side, size)
-    return squares.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, size, size)
+def seen_and_predicted(
+    squares: torch.Tensor, result: Reconstruction, view: int, name: str, recipe: Recipe, per_side: int
+) -> list[Column]:
+    """Two columns: what a view saw, the rest in grey, and what it made of that."""
+    patch = recipe.model.patch_size
+    grey = (torch.full((3,), GREY) - torch.tensor(recipe.data.mean)) / torch.tensor(recipe.data.std)
+    visible = result.visible[:, view, :, None]
+    seen = torch.where(visible, patchify(squares, patch), grey.repeat(patch * patch))
+    return [
+        _column(f"seen{name}", unpatchify(seen, patch), recipe, per_side),
+        _column(f"predicted{name}", unpatchify(result.pixels[:, view], patch), recipe, per_side),
+    ]
 
 
-def _join(squares: torch.Tensor, per_side: int) -> torch.Tensor:
-    """The inverse of `_cut`."""
-    count, channels, size, _ = squares.shape
-    images = squares.reshape(count // per_side**2, per_side, per_side, channels, size, size)
-    return images.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, per_side * size, per_side * size)
+def originals(batch: torch.Tensor, recipe: Recipe) -> Column:
+    """The photographs (B, 3, H, W) as a column."""
+    return Column("original", to_pixels(batch, recipe.data))
 
 
-def _unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, L, P*P*3) in patchify's order back to square images (B, 3, S, S)."""
-    batch, length, _ = patches.shape
-    grid = math.isqrt(length)
-    tiles = patches.reshape(batch, grid, grid, patch_size, patch_size, 3)
-    return tiles.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, grid * patch_size, grid * patch_size)
-
-
-def _footnote(recipe: Recipe, per_side: int) -> str:
+def described(recipe: Recipe, per_side: int) -> str:
+    """The model, and how it saw the photographs, in words."""
     text = f"{recipe.method.name}, patches of {recipe.model.patch_size} px"
     if per_side > 1:
         text += f", each photograph in {per_side} x {per_side} squares of {recipe.data.image_size} px"
-    if recipe.method.normalize_targets:
-        text += "; targets are normalised: mean and contrast of each predicted patch are the original's"
     return text
 
 
-def _grid(columns: list[tuple[str, np.ndarray]], size: int, footnote: str) -> Image.Image:
-    scale = max(1, -(-TILE // size))
-    tile, rows = size * scale, len(columns[0][1])
-    width = len(columns) * (tile + GAP) + GAP
-    canvas = Image.new("RGB", (width, HEADER + rows * (tile + GAP) + HEADER), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
-    for column, (title, tiles) in enumerate(columns):
-        x = GAP + column * (tile + GAP)
-        draw.text((x + tile / 2, HEADER / 2), title, "black", font, anchor="mm")
-        for row, pixels in enumerate(tiles):
-            enlarged = Image.fromarray(pixels).resize((tile, tile), Image.Resampling.NEAREST)
-            canvas.paste(enlarged, (x, HEADER + row * (tile + GAP)))
-    draw.text((GAP, canvas.height - HEADER / 2), footnote, "black", font, anchor="lm")
-    return canvas
+def normalised(recipe: Recipe) -> str:
+    """What a caption must say where targets are normalised; else nothing."""
+    if not recipe.method.normalize_targets:
+        return ""
+    return "; targets are normalised: mean and contrast of each predicted patch are the original's"
+
+
+def _column(title: str, squares: torch.Tensor, recipe: Recipe, per_side: int) -> Column:
+    return Column(title, to_pixels(join(squares, per_side), recipe.data))

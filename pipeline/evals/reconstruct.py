@@ -1,28 +1,97 @@
-"""`python -m pipeline reconstruct`: photographs through a trained method, as a picture."""
+"""`python -m pipeline reconstruct`: photographs through trained methods, as pictures.
 
+Each kind of picture has a file of its own beside this one.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.evals import agreement, attention, difficulty_map, feature_colors, picture
+from pipeline.evals.encoder import load_encoder
 from pipeline.evals.photographs import load_photographs
-from pipeline.evals.picture import picture
-from pipeline.trained import load_run
+from pipeline.trained import Trained, load_run
 
 MOST_TILES = 16
+KINDS = ("grid", "agreement", "difficulty", "attention", "features")
 
 
-def reconstruct(run: Path, images: Path, out: Path, count: int, tiles: int, seed: int) -> str:
-    """Write the picture for the first `count` images of a folder; returns a sentence about it.
+class Options(NamedTuple):
+    """Of the pictures."""
 
-    Each is shown as `tiles` x `tiles` squares of the model's image size, reconstructed one by one.
+    count: int = 8
+    """Photographs, at most."""
+    tiles: int = 1
+    """Squares of the model's image size along a photograph's side. Attention and features are not cut up:
+    they see the photograph whole, at that size."""
+    seed: int = 0
+    """Of the masks."""
+    seeds: int = 3
+    """Masks of each photograph that `agreement` compares."""
+
+
+def reconstruct(
+    runs: Sequence[Path], images: Sequence[Path], out: Path, kinds: Sequence[str], options: Options
+) -> str:
+    """Draw each kind of picture of each run; returns a line for each.
+
+    out: a .png where there is one picture, else a folder for RUN-KIND.png. UserError for what cannot be read,
+    before anything is drawn.
     """
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: give a name that ends in .png")
-    if tiles > MOST_TILES:
-        raise UserError(f"--tiles {tiles}: at most {MOST_TILES}")
-    if not images.exists():
-        raise UserError(f"--images {images}: no such file or folder")
-    trained = load_run(run)
-    batch = load_photographs(images, count, trained.recipe.data, tiles * trained.recipe.data.image_size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture(trained.method, trained.recipe, batch, seed).save(out)
-    return f"{out}: {len(batch)} photographs after step {trained.step}"
+    places = _places(runs, out, kinds)
+    if options.tiles > MOST_TILES:
+        raise UserError(f"--tiles {options.tiles}: at most {MOST_TILES}")
+    if options.seeds < 2:
+        raise UserError(f"--seeds {options.seeds}: two predictions or more can agree")
+    if missing := [path for path in images if not path.exists()]:
+        raise UserError(f"--images {missing[0]}: no such file or folder")
+    said = []
+    for run in runs:
+        trained = load_run(run)
+        data = trained.recipe.data
+        batch = load_photographs(images, options.count, data, options.tiles * data.image_size)
+        for kind in kinds:
+            drawn, sentence = _draw(kind, run, trained, batch, options)
+            place = places[run, kind]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            drawn.save(place)
+            said.append(f"{place}: {len(batch)} photographs after step {trained.step}{sentence}")
+    return "\n".join(said)
+
+
+def _draw(
+    kind: str, run: Path, trained: Trained, batch: torch.Tensor, options: Options
+) -> tuple[Image.Image, str]:
+    recipe, method, _ = trained
+    if kind == "grid":
+        return picture.picture(method, recipe, batch, options.seed), ""
+    if kind == "agreement":
+        seeds = range(options.seed, options.seed + options.seeds)
+        drawn, sentence = agreement.picture(method, recipe, batch, seeds)
+    elif kind == "difficulty":
+        drawn, sentence = difficulty_map.picture(method, recipe, batch, options.seed)
+    else:
+        module = {"attention": attention, "features": feature_colors}[kind]
+        drawn, sentence = module.picture(load_encoder(run, batch.shape[-1]), recipe.data, batch)
+    return drawn, f"; {sentence}"
+
+
+def _places(runs: Sequence[Path], out: Path, kinds: Sequence[str]) -> dict[tuple[Path, str], Path]:
+    if out.suffix.lower() == ".png" and not out.is_dir():
+        if len(runs) * len(kinds) > 1:
+            raise UserError(f"--out {out}: a folder is needed for {len(runs) * len(kinds)} pictures")
+        return {(runs[0], kinds[0]): out}
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"{max(names, key=names.count)}: two runs of this name, whose pictures would be one")
+    if (out.suffix and not out.is_dir()) or out.is_file():
+        raise UserError(f"--out {out}: give a folder, or a name that ends in .png")
+    return {
+        (run, kind): out / f"{name}-{kind}.png"
+        for run, name in zip(runs, names, strict=True)
+        for kind in kinds
+    }
