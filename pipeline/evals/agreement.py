@@ -45,8 +45,8 @@ def picture(
         f"({len(seeds)} mask seeds, {len(batch)} photographs)"
     )
     caption = (
-        f"{described(recipe, per_side)}{normalised(recipe)}. Mean {number}: how far two seeds' predictions of "
-        "a patch that neither saw lie apart, and predictions from the original. Grey: no two seeds predict it."
+        f"{described(recipe, per_side)}{normalised(recipe)}. Mean {number}: how far two seeds' predictions "
+        "of a patch that neither saw lie apart, and predictions from the original. Grey: fewer than two predict it."
     )
     scale = Scale("disagreement, levels of 255", "0", f"{highest:.0f}")
     return sheet(columns, caption, [scale]), number

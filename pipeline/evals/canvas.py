@@ -1,6 +1,6 @@
-"""How pictures are laid out: columns of tiles under titles, scales of colours, a chart, a caption that wraps.
+"""How pictures are laid out: columns of tiles under titles, scales of colours, a chart, a caption.
 
-Invariant: no text is cut off, whatever the number of tiles; every picture has the same type and the same gaps.
+Invariant: no text is cut off, whatever the number of tiles; all pictures have the same type and gaps.
 """
 
 import math
@@ -17,6 +17,8 @@ TILE = 160
 SCALE_WIDTH, SCALE_HEIGHT = 220, 12
 CHART_HEIGHT = 260
 INK, FAINT, ACCENT = "#1a1a1a", "#d9d9d9", "#b5367a"
+NOTHING = 200
+"""Level of grey where a map has no value."""
 FONT, SMALL = ImageFont.load_default(14), ImageFont.load_default(12)
 
 
@@ -46,12 +48,12 @@ class Chart(NamedTuple):
 
 def heat(values: np.ndarray, low: float, high: float, side: int) -> np.ndarray:
     """(B, G, G) to colours from black over red to light yellow: uint8 (B, side, side, 3), without
-    smoothing. NaN is white."""
+    smoothing. NaN is grey."""
     from matplotlib import colormaps  # slow to import, and training draws without it
 
     share = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     colours = (colormaps["inferno"](share)[..., :3] * 255).round().astype(np.uint8)
-    colours[np.isnan(values)] = 255
+    colours[np.isnan(values)] = NOTHING
     return enlarged(colours, side)
 
 

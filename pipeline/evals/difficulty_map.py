@@ -16,7 +16,7 @@ from pipeline.recipe import Recipe
 
 MASKS = 16
 """Seeds whose masks the mean errors are taken over."""
-FEWEST = 20
+FEWEST = 50
 """Patches that a point of the chart stands for, at least."""
 
 
@@ -32,7 +32,7 @@ def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> t
         distances.append(distance_of(result, patch))
         errors.append(error_of(result, squares, recipe))
     shown = [as_maps(maps[0][:, 0], per_side).numpy() for maps in (distances, errors)]
-    middles, means, bars = by_distance(torch.stack(distances), torch.stack(errors), patch / 4)
+    middles, means, bars = by_distance(torch.stack(distances), torch.stack(errors), patch / 2)
     highest = [float(np.nanmax(shown[0])), float(np.nanpercentile(shown[1], 98))]
     side = batch.shape[-1]
     columns = [
@@ -48,8 +48,9 @@ def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> t
     ]
     chart = Chart(f"mean {unit}", "P2Dist, pixels", middles, means, bars)
     caption = (
-        f"{described(recipe, per_side)}. P2Dist is a masked patch's mean distance to what was seen; seen patches "
-        f"are white in the maps. Means over {MASKS} masks of {len(batch)} photographs, with two standard errors."
+        f"{described(recipe, per_side)}. Difficulty: P2Dist, a masked patch's mean distance to what was "
+        f"seen; seen patches are grey in the maps. The chart: means over {MASKS} masks of {len(batch)} "
+        "photographs, with two standard errors."
     )
     sentence = f"mean error {means[0]:.3g} at {middles[0]:.3g} px, {means[-1]:.3g} at {middles[-1]:.3g} px"
     return sheet(columns, caption, scales, chart), sentence

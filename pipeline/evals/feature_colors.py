@@ -23,13 +23,13 @@ def picture(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tu
     alone = torch.stack([main_directions(one)[0] for one in features])
     grid, side = encoder.image_size // encoder.patch_size, batch.shape[-1]
     columns = [Column("original", to_pixels(batch, data))]
-    for title, values in (("all photographs", together), ("each alone", alone)):
-        colours = as_colours(values.reshape(len(batch), grid * grid, 3), of_each=title != "all photographs")
+    for title, values in (("features, together", together), ("features, each alone", alone)):
+        colours = as_colours(values.reshape(len(batch), grid * grid, 3), of_each=values is alone)
         columns.append(Column(title, enlarged(colours.reshape(-1, grid, grid, 3), side)))
     sentence = f"three directions hold {share:.0%} of the variance of {features.shape[-1]}"
     caption = (
-        f"{encoder.name}, {side} px. The last layer's patch features, their three main directions (PCA) as red, "
-        f"green and blue: of all photographs together ({sentence}), and of each alone."
+        f"{encoder.name}, {side} px. The last layer's patch features, their three main directions (PCA) as "
+        f"red, green and blue: of all photographs together ({sentence}), and of each alone."
     )
     return sheet(columns, caption), sentence
 

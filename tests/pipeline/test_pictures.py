@@ -1,0 +1,176 @@
+"""What the pictures of `reconstruct` show, and the numbers beside them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_run import small_run
+from torch.nn import functional as F
+
+from pipeline.__main__ import main
+from pipeline.evals.agreement import agreement
+from pipeline.evals.attention import attention_weights, class_attention
+from pipeline.evals.canvas import MARGIN, Chart, Column, Scale, sheet, wrapped
+from pipeline.evals.difficulty_map import by_distance, distance_of, error_of
+from pipeline.evals.encoder import load_encoder
+from pipeline.evals.feature_colors import main_directions
+from pipeline.evals.picture import reconstructed
+from pipeline.evals.tiles import as_maps, cut, join
+from pipeline.losses import patch_error, patchify
+from pipeline.masking import as_mask
+from pipeline.methods.method import Reconstruction
+from pipeline.trained import load_run
+
+KINDS = ["grid", "agreement", "difficulty", "attention", "features"]
+IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    options = {"lomar": ["method.lomar.window_size=3"]}
+    return {
+        name: small_run(folder / name, f"vitb16_{name}", *options.get(name, ()))
+        for name in ("mae", "emae", "efficient_mae", "lomar")
+    }
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    chance = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pixels = chance.integers(0, 256, (6, 8, 3), np.uint8)
+        Image.fromarray(pixels).resize((80, 60)).save(folder / f"{name}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["mae", "emae", "efficient_mae", "lomar"])
+def test_every_kind_of_every_method_is_drawn(runs, name, photographs, tmp_path, capsys):
+    arguments = ["reconstruct", str(runs[name]), "--images", str(photographs), "--tiles", "2"]
+    assert main([*arguments, "--out", str(tmp_path), "--kind", *KINDS]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{name}-{kind}.png" for kind in KINDS)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said] == [str(tmp_path / f"{name}-{k}.png") for k in KINDS]
+    assert "disagreement" in said[1] and "levels of 255 (3 mask seeds, 2 photographs)" in said[1]
+
+
+def test_disagreement_is_the_mean_difference_where_both_predict(runs):
+    recipe = load_run(runs["mae"]).recipe
+    levels = torch.tensor(recipe.data.std) * 255
+    truth = patchify(IMAGES, 8)
+    visible = torch.stack([as_mask(torch.tensor([[0, 1], [2, 3]]), 36)] * 3)
+    visible[1] = visible[1].roll(4, 1)
+
+    def shifted(by: float, seen: torch.Tensor) -> Reconstruction:
+        moved = truth + by / levels.repeat(64)  # by so many levels of 255
+        return Reconstruction(seen[:, None], torch.where(seen[..., None], 1e6, moved)[:, None])
+
+    same = agreement(IMAGES, [shifted(5.0, seen) for seen in visible], recipe)
+    assert same.disagreement == pytest.approx(0, abs=1e-3) and same.error == pytest.approx(5, rel=1e-4)
+    three = [shifted(by, seen) for by, seen in zip((0.0, 3.0, 9.0), visible, strict=True)]
+    found = agreement(IMAGES, three, recipe)
+    assert found.disagreement == pytest.approx((3 + 9 + 6) / 3, rel=1e-4)
+    assert found.error == pytest.approx((0 + 3 + 9) / 3, rel=1e-4)
+    assert found.by_patch[0, 0].isnan()  # seen by the first and the third
+    assert found.by_patch[0, 4].item() == pytest.approx(9, rel=1e-4)  # seen by the second
+    assert found.by_patch[0, 20].item() == pytest.approx(6, rel=1e-4)
+
+
+def test_mae_and_emae_see_the_same_patches_for_the_same_seed(runs):
+    seen = [reconstructed(load_run(runs[n]).method, IMAGES, seed=3)[1].visible[:, 0] for n in ("mae", "emae")]
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_error_of_a_patch_is_the_losss(tmp_path, normalize):
+    run = small_run(tmp_path / "run", "vitb16_mae", f"method.normalize_targets={normalize}")
+    recipe, method, _ = load_run(run)
+    noise = torch.rand(2, 36, generator=torch.Generator().manual_seed(0))
+    out, result = method(IMAGES, noise), method.reconstruct(IMAGES, noise)
+    error, distance = error_of(result, IMAGES, recipe)[:, 0], distance_of(result, 8)[:, 0]
+    expected = patch_error(out.prediction, out.target)
+    assert torch.allclose(error.gather(1, out.predicted_ids), expected, rtol=1e-3)
+    assert torch.equal(error.isnan(), result.visible[:, 0]) and torch.equal(distance.isnan(), error.isnan())
+    assert error.nanmean().item() == pytest.approx(out.loss.item(), rel=1e-4)
+
+
+def test_means_by_distance_are_of_the_patches_at_that_distance():
+    distance = torch.tensor([2.0] * 60 + [10.0] * 80 + [30.0] * 3 + [torch.nan])
+    error = torch.cat([torch.full((60,), 1.0), torch.tensor([2.0, 4.0] * 40), torch.full((4,), 99.0)])
+    middles, means, bars = by_distance(distance, error, width=4.0)
+    assert middles == [2.0, 10.0] and means == pytest.approx([1.0, 3.0])  # 3 patches make no point
+    assert bars == pytest.approx([0.0, 2 * error[60:140].std().item() / 80**0.5])
+
+
+@pytest.mark.parametrize("name", ["mae", "lomar"])
+def test_attention_is_what_the_layers_use(runs, name):
+    encoder = load_encoder(runs[name])
+    attention, tokens = encoder.vit.blocks[0].attn, torch.randn(2, 37, 32)
+    weights = attention_weights(attention, tokens)
+    value = attention.qkv(tokens)[..., 64:].unflatten(2, (4, 8)).transpose(1, 2)
+    mixed = attention.proj((weights @ value).transpose(1, 2).flatten(2))
+    assert torch.allclose(mixed, attention(tokens), atol=1e-5)
+    heads, rollout = class_attention(encoder, IMAGES)
+    assert heads.shape == (2, 4, 36) and rollout.shape == (2, 36)
+    assert (heads > 0).all() and (heads.sum(2) < 1).all() and (rollout.sum(1) < 1).all()
+
+
+def test_main_directions_are_those_of_the_covariance():
+    features = torch.randn(200, 16) * torch.linspace(3, 0.1, 16)
+    components, share = main_directions(features)
+    values = torch.linalg.eigvalsh(torch.cov(features.T)).flip(0)
+    assert torch.allclose(components.var(dim=0), values[:3], rtol=1e-3)
+    assert share == pytest.approx((values[:3].sum() / values.sum()).item(), rel=1e-3)
+    again, _ = main_directions(features.flip(0))
+    assert torch.allclose(again.flip(0), components, atol=1e-3)
+
+
+def test_tiles_come_back_to_their_places():
+    images = torch.arange(2 * 3 * 12 * 12.0).view(2, 3, 12, 12)
+    assert torch.equal(join(cut(images, 3), 3), images)
+    one_a_patch = F.avg_pool2d(images[:, :1], 2)[:, 0]
+    by_patch = patchify(cut(images, 3), 2)[..., ::3].mean(dim=2)
+    assert torch.allclose(as_maps(by_patch, 3), one_a_patch)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 9])
+def test_no_text_is_cut_off(columns):
+    tiles = [np.full((40, 40, 3), 90, np.uint8)] * 2
+    named = [Column(f"a title of many words {n}", tiles) for n in range(columns)]
+    scales = [Scale("what it means", "0", "99th percentile")] * (1 if columns == 1 else 2)
+    chart = Chart("mean error", "P2Dist, pixels", [1.0, 30.0], [0.01, 0.4], [0.01, 0.05])
+    caption = "Some words that say what this is. " * 12
+    drawn = np.asarray(sheet(named, caption, scales if columns > 1 else (), chart))
+    edge = MARGIN // 2
+    for border in (drawn[:edge], drawn[-edge // 2 :], drawn[:, :edge], drawn[:, -edge:]):
+        assert (border == 255).all()
+    assert " ".join(wrapped(caption, 200)) == caption.strip()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["MAE", "--images", "nowhere", "--out", "x.png"], "--images nowhere: no such file or folder"),
+        (
+            ["MAE", "--images", "IMAGES/notes.txt", "--out", "x.png"],
+            "notes.txt: is no image that can be read",
+        ),
+        (["MAE", "--images", "IMAGES", "--out", "x.jpg"], "give a folder, or a name that ends in .png"),
+        (["MAE", "EMAE", "--images", "IMAGES", "--out", "x.png"], "a folder is needed for 2 pictures"),
+        (["MAE", "MAE", "--images", "IMAGES", "--out", "x"], "two runs of this name"),
+        (["MAE", "--images", "IMAGES", "--out", "x", "--seeds", "1"], "--seeds 1: two predictions"),
+        (["MAE", "--images", "IMAGES", "--out", "x", "--tiles", "17"], "--tiles 17: at most 16"),
+        (["IMAGES", "--images", "IMAGES", "--out", "x"], "no run directory"),
+    ],
+)
+def test_mistakes_of_reconstruct_are_one_line(
+    runs, photographs, tmp_path, capsys, monkeypatch, options, says
+):
+    monkeypatch.chdir(tmp_path)
+    paths = {"MAE": runs["mae"], "EMAE": runs["emae"]}
+    options = [str(paths.get(o, o.replace("IMAGES", str(photographs)))) for o in options]
+    assert main(["reconstruct", *options]) == 2
+    said = capsys.readouterr().err
+    assert says in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
