@@ -52,9 +52,12 @@ run "${launch[@]}" pretrain demo_emae --data "$out/shards" --run "$out/run" "${w
 
 say "Look at what it learned"
 run python -m pipeline reconstruct "$out/run" --images "$shown" --out "$out/reconstruction.png" --tiles 4 --count 6
+run python -m pipeline reconstruct "$out/run" --images "$shown" --out "$out/pictures" --tiles 4 --count 3 \
+  --kind agreement difficulty attention features
 run python -m pipeline report "$out/run"
 
 say "Done"
 echo "picture: $out/reconstruction.png"
+echo "more:    $out/pictures"
 echo "report:  $out/run/report.html"
 echo "shards:  $out/shards/card.md"

@@ -46,7 +46,7 @@ def picture(
     )
     caption = (
         f"{described(recipe, per_side)}{normalised(recipe)}. Mean {number}: how far two seeds' predictions "
-        "of a patch that neither saw lie apart, and predictions from the original. Grey: fewer than two predict it."
+        "of a patch that neither saw lie apart, and predictions from the original. Grey: not predicted twice."
     )
     scale = Scale("disagreement, levels of 255", "0", f"{highest:.0f}")
     return sheet(columns, caption, [scale]), number

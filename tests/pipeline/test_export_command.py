@@ -20,6 +20,7 @@ from pipeline.export.card import spent
 from pipeline.export.target import predictions, tokens
 from pipeline.masking import random_split
 from pipeline.methods import build_method
+from pipeline.recipe import load_recipe
 from pipeline.trained import load_run
 
 IMAGES = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(5))
@@ -205,3 +206,10 @@ def test_compute_of_a_checkpoint_before_the_last_line(mae):
     lines = [json.loads(line) for line in (mae / "metrics.jsonl").read_text().splitlines()]
     starts = json.loads((mae / "environment.json").read_text())["starts"]
     assert spent(lines, starts, 40) == (14400, 4.0, 14.0) and spent(lines, starts, 10) == (3600, 1.0, 2.0)
+
+
+def test_the_documentation_loads_each_format_as_its_model_card_does():
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    recipe = load_recipe("vitb16_mae")
+    for target in [*command.TARGETS.values(), command.OFFICIAL_ENCODER]:
+        assert f"```python\n{target.usage(recipe)}```" in page
