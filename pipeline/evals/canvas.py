@@ -10,16 +10,26 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-GAP, MARGIN, LINE = 6, 12, 20
-"""Pixels between tiles, around everything, and from line to line of text."""
+GAP, MARGIN = 6, 12
+"""Pixels between tiles, and around everything."""
 TILE = 160
 """Pixels that a tile is enlarged to at least, by a whole factor."""
-SCALE_WIDTH, SCALE_HEIGHT = 220, 12
-CHART_HEIGHT = 260
-INK, FAINT, ACCENT = "#1a1a1a", "#d9d9d9", "#b5367a"
 NOTHING = 200
 """Level of grey where a map has no value."""
-FONT, SMALL = ImageFont.load_default(14), ImageFont.load_default(12)
+INK, FAINT, ACCENT = "#1a1a1a", "#d9d9d9", "#b5367a"
+SMALLEST, OF_THE_WIDTH = 14, 1 / 90
+"""Of the type, in pixels: it grows with the picture, which is shown smaller the wider it is."""
+
+
+class Type(NamedTuple):
+    font: ImageFont.FreeTypeFont
+    small: ImageFont.FreeTypeFont
+    size: int
+
+    @property
+    def line(self) -> int:
+        """From line to line."""
+        return round(1.4 * self.size)
 
 
 class Column(NamedTuple):
@@ -70,65 +80,75 @@ def sheet(
     """The picture. All columns have as many tiles, all tiles one size."""
     size, rows = columns[0].tiles[0].shape[0], len(columns[0].tiles)
     tile = size * max(1, -(-TILE // size))
-    width = len(columns) * (tile + GAP) - GAP + 2 * MARGIN
-    lines = wrapped(caption, width - 2 * MARGIN)
-    titles = [wrapped(column.title, tile) for column in columns]
-    top = MARGIN + LINE * max(map(len, titles))
+    inside = len(columns) * (tile + GAP) - GAP
+    type_ = _type(inside, tile)
+    lines = wrapped(caption, inside, type_)
+    titles = [wrapped(column.title, tile, type_) for column in columns]
+    top = MARGIN + type_.line * max(map(len, titles))
     below = top + rows * (tile + GAP) + MARGIN - GAP
-    per_line = max(1, (width - 2 * MARGIN + MARGIN) // (SCALE_WIDTH + MARGIN))
-    scale_block = math.ceil(len(scales) / per_line) * (2 * LINE + SCALE_HEIGHT + GAP)
-    chart_block = CHART_HEIGHT + MARGIN if chart else 0
-    height = below + scale_block + chart_block + LINE * len(lines) + MARGIN
+    scale_width = 15 * type_.size
+    per_line = max(1, (inside + MARGIN) // (scale_width + MARGIN))
+    scale_height = 4 * type_.line
+    top_of_chart = below + math.ceil(len(scales) / per_line) * scale_height
+    top_of_caption = top_of_chart + (18 * type_.size if chart else 0)
 
-    canvas = Image.new("RGB", (width, height), "white")
+    height = top_of_caption + type_.line * len(lines) + MARGIN
+    canvas = Image.new("RGB", (inside + 2 * MARGIN, height), "white")
     draw = ImageDraw.Draw(canvas)
     for number, column in enumerate(columns):
         x = MARGIN + number * (tile + GAP)
-        _text(draw, (x + tile / 2, top - LINE * len(titles[number])), titles[number], "ma")
+        _text(draw, (x + tile / 2, top - type_.line * len(titles[number])), titles[number], "ma", type_)
         for row, pixels in enumerate(column.tiles):
             canvas.paste(Image.fromarray(enlarged(pixels[None], tile)[0]), (x, top + row * (tile + GAP)))
     for number, scale in enumerate(scales):
         line, place = divmod(number, per_line)
-        x = MARGIN + place * (SCALE_WIDTH + MARGIN)
-        _draw_scale(canvas, (x, below + line * (2 * LINE + SCALE_HEIGHT + GAP)), scale)
+        x = MARGIN + place * (scale_width + MARGIN)
+        _draw_scale(canvas, (x, below + line * scale_height), scale_width, scale, type_)
     if chart:
-        _draw_chart(
-            draw, (MARGIN, below + scale_block, width - MARGIN, below + scale_block + CHART_HEIGHT), chart
-        )
-    _text(draw, (MARGIN, height - MARGIN - LINE * len(lines)), lines, "la")
+        box = (MARGIN, top_of_chart, MARGIN + inside, top_of_caption - MARGIN)
+        _draw_chart(draw, box, chart, type_)
+    _text(draw, (MARGIN, top_of_caption), lines, "la", type_)
     return canvas
 
 
-def wrapped(text: str, width: float) -> list[str]:
+def wrapped(text: str, width: float, type_: Type) -> list[str]:
     """Lines no wider than `width` pixels; a single word that is wider stands alone."""
     lines: list[str] = []
     for word in text.split():
-        if lines and FONT.getlength(f"{lines[-1]} {word}") <= width:
+        if lines and type_.font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
     return lines
 
 
-def _text(draw: ImageDraw.ImageDraw, place: tuple[float, float], lines: list[str], anchor: str) -> None:
+def _type(width: int, tile: int) -> Type:
+    size = max(SMALLEST, min(round(width * OF_THE_WIDTH), tile // 8))  # so that a title's words fit
+    return Type(ImageFont.load_default(size), ImageFont.load_default(round(0.86 * size)), size)
+
+
+def _text(
+    draw: ImageDraw.ImageDraw, place: tuple[float, float], lines: list[str], anchor: str, type_: Type
+) -> None:
     for number, line in enumerate(lines):
-        draw.text((place[0], place[1] + number * LINE), line, INK, FONT, anchor=anchor)
+        draw.text((place[0], place[1] + number * type_.line), line, INK, type_.font, anchor=anchor)
 
 
-def _draw_scale(canvas: Image.Image, place: tuple[int, int], scale: Scale) -> None:
+def _draw_scale(canvas: Image.Image, place: tuple[int, int], width: int, scale: Scale, type_: Type) -> None:
     x, y = place
     draw = ImageDraw.Draw(canvas)
-    draw.text((x, y), scale.title, INK, SMALL)
-    ramp = heat(np.linspace(0, 1, SCALE_WIDTH)[None, None], 0, 1, SCALE_WIDTH)[0][:SCALE_HEIGHT]
-    canvas.paste(Image.fromarray(ramp), (x, y + LINE))
-    under = y + LINE + SCALE_HEIGHT + 2
-    draw.text((x, under), scale.low, INK, SMALL)
-    draw.text((x + SCALE_WIDTH, under), scale.high, INK, SMALL, anchor="ra")
+    draw.text((x, y), scale.title, INK, type_.small)
+    ramp = heat(np.linspace(0, 1, width)[None, None], 0, 1, width)[0][: type_.size]
+    canvas.paste(Image.fromarray(ramp), (x, y + type_.line))
+    under = y + type_.line + type_.size + 3
+    draw.text((x, under), scale.low, INK, type_.small)
+    draw.text((x + width, under), scale.high, INK, type_.small, anchor="ra")
 
 
-def _draw_chart(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], chart: Chart) -> None:
-    left, top, right, bottom = box[0] + 44, box[1] + LINE + GAP, box[2] - GAP, box[3] - 2 * LINE
-    draw.text(box[:2], chart.title, INK, FONT)
+def _draw_chart(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], chart: Chart, type_: Type) -> None:
+    left, top, right = box[0] + 3 * type_.size, box[1] + type_.line + GAP, box[2] - type_.size
+    bottom = box[3] - 2 * type_.line - GAP
+    draw.text(box[:2], chart.title, INK, type_.font)
     most_x, step_x = _ticks(max(chart.x))
     most_y, step_y = _ticks(max(y + bar for y, bar in zip(chart.y, chart.bars, strict=True)))
 
@@ -138,17 +158,17 @@ def _draw_chart(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], chart
     for number in range(round(most_y / step_y) + 1):
         y = number * step_y
         draw.line([at(0, y), at(most_x, y)], FAINT)
-        draw.text((left - GAP, at(0, y)[1]), f"{y:g}", INK, SMALL, anchor="rm")
+        draw.text((left - GAP, at(0, y)[1]), f"{y:g}", INK, type_.small, anchor="rm")
     for number in range(round(most_x / step_x) + 1):
         x = number * step_x
-        draw.text((at(x, 0)[0], bottom + GAP), f"{x:g}", INK, SMALL, anchor="ma")
-    draw.text(((left + right) / 2, bottom + LINE + GAP), chart.x_title, INK, SMALL, anchor="ma")
-    points = [at(x, y) for x, y in zip(chart.x, chart.y, strict=True)]
-    draw.line(points, ACCENT, 2)
+        draw.text((at(x, 0)[0], bottom + GAP), f"{x:g}", INK, type_.small, anchor="ma")
+    draw.text(((left + right) / 2, bottom + type_.line), chart.x_title, INK, type_.small, anchor="ma")
+    thick, radius = max(2, type_.size // 7), type_.size / 4
+    draw.line([at(x, y) for x, y in zip(chart.x, chart.y, strict=True)], ACCENT, thick, joint="curve")
     for x, y, bar in zip(chart.x, chart.y, chart.bars, strict=True):
-        draw.line([at(x, y - bar), at(x, y + bar)], ACCENT)
-        centre = at(x, y)
-        draw.ellipse([centre[0] - 3, centre[1] - 3, centre[0] + 3, centre[1] + 3], ACCENT)
+        draw.line([at(x, max(0, y - bar)), at(x, y + bar)], ACCENT, max(1, thick // 2))
+        across, down = at(x, y)
+        draw.ellipse([across - radius, down - radius, across + radius, down + radius], ACCENT)
 
 
 def _ticks(most: float) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pipeline.__main__ import main
 from pipeline.evals.agreement import agreement
 from pipeline.evals.attention import attention_weights, class_attention
-from pipeline.evals.canvas import MARGIN, Chart, Column, Scale, sheet, wrapped
+from pipeline.evals.canvas import MARGIN, Chart, Column, Scale, sheet
 from pipeline.evals.difficulty_map import by_distance, distance_of, error_of
 from pipeline.evals.encoder import load_encoder
 from pipeline.evals.feature_colors import main_directions
@@ -146,7 +146,6 @@ def test_no_text_is_cut_off(columns):
     edge = MARGIN // 2
     for border in (drawn[:edge], drawn[-edge // 2 :], drawn[:, :edge], drawn[:, -edge:]):
         assert (border == 255).all()
-    assert " ".join(wrapped(caption, 200)) == caption.strip()
 
 
 @pytest.mark.parametrize(
