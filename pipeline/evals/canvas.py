@@ -111,6 +111,17 @@ def sheet(
     return canvas
 
 
+def columns_of(picture: Image.Image, size: int) -> list[Image.Image]:
+    """The columns of a sheet of tiles of `size` pixels, without their titles; for one without scales and
+    chart, whose titles take a line."""
+    tile = size * max(1, -(-TILE // size))
+    inside = picture.width - 2 * MARGIN
+    top = MARGIN + _type(inside, tile).line
+    rows = (picture.height - top) // (tile + GAP)
+    edges = range(MARGIN, MARGIN + inside, tile + GAP)
+    return [picture.crop((x, top, x + tile, top + rows * (tile + GAP) - GAP)) for x in edges]
+
+
 def wrapped(text: str, width: float, type_: Type) -> list[str]:
     """Lines no wider than `width` pixels; a single word that is wider stands alone."""
     lines: list[str] = []

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.evals.picture import columns_of
+from pipeline.evals.canvas import columns_of
 from pipeline.report.history import History
 
 COLOURS = ("#1f5a92", "#c8553d", "#3a7d44", "#8a5a9e", "#b07d12", "#45808a")

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from pipeline.__main__ import main
 from pipeline.evals.agreement import agreement
 from pipeline.evals.attention import attention_weights, class_attention
-from pipeline.evals.canvas import MARGIN, Chart, Column, Scale, sheet
+from pipeline.evals.canvas import GAP, MARGIN, Chart, Column, Scale, columns_of, enlarged, sheet
 from pipeline.evals.difficulty_map import by_distance, distance_of, error_of
 from pipeline.evals.encoder import load_encoder
 from pipeline.evals.feature_colors import main_directions
-from pipeline.evals.picture import reconstructed
+from pipeline.evals.photographs import to_pixels
+from pipeline.evals.picture import picture, reconstructed
 from pipeline.evals.tiles import as_maps, cut, join
 from pipeline.losses import patch_error, patchify
 from pipeline.masking import as_mask
@@ -133,6 +134,19 @@ def test_tiles_come_back_to_their_places():
     one_a_patch = F.avg_pool2d(images[:, :1], 2)[:, 0]
     by_patch = patchify(cut(images, 3), 2)[..., ::3].mean(dim=2)
     assert torch.allclose(as_maps(by_patch, 3), one_a_patch)
+
+
+@pytest.mark.parametrize("name", ["mae", "emae"])
+def test_the_columns_of_a_saved_grid_can_be_had_again(runs, name):
+    recipe, method, _ = load_run(runs[name])
+    first, *_, last = columns_of(picture(method, recipe, IMAGES, seed=0), 48)
+    tile = 4 * 48
+    assert first.size == last.size == (tile, 2 * tile + GAP)
+    originals = enlarged(to_pixels(IMAGES, recipe.data), tile)
+    assert (np.asarray(first)[:tile] == originals[0]).all()
+    assert (np.asarray(first)[-tile:] == originals[1]).all() and (np.asarray(last) < 255).any(axis=2)[
+        :, -1
+    ].any()
 
 
 @pytest.mark.parametrize("columns", [1, 2, 9])
