@@ -229,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--encoder-only", action="store_true", help="official: without the decoder, which it has by itself"
     )
+    command.add_argument("--ema", action="store_true", help="the moving average of the weights")
     command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     command.add_argument(
         "--results", type=Path, action="append", default=[], metavar="JSON", help="quote it on the model card"
@@ -547,7 +548,8 @@ def _cache(args: argparse.Namespace) -> Path | None:
 def _export(args: argparse.Namespace) -> None:
     from pipeline.export.command import export
 
-    print(export(args.run, args.out, args.format, args.encoder_only, args.overwrite, args.results))
+    options = {name: getattr(args, name) for name in ("encoder_only", "ema", "overwrite", "results")}
+    print(export(args.run, args.out, args.format, **options))
 
 
 def _report(args: argparse.Namespace) -> None:

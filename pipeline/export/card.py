@@ -86,8 +86,11 @@ class Spent(NamedTuple):
     """The same, times the number of ranks."""
 
 
-def card(run: Path, trained: Trained, target: Target, difference: float, results: Sequence[Path] = ()) -> str:
-    """The text of README.md. results: files of JSON to quote. UserError where one cannot be read."""
+def card(
+    run: Path, trained: Trained, target: Target, difference: float, ema: bool, results: Sequence[Path] = ()
+) -> str:
+    """The text of README.md. ema: the weights are their moving average. results: files of JSON to quote.
+    UserError where one cannot be read."""
     recipe = trained.recipe
     environment = _read(run / "environment.json") if (run / "environment.json").is_file() else {}
     name, paper = PAPERS[recipe.method.name]
@@ -100,7 +103,7 @@ def card(run: Path, trained: Trained, target: Target, difference: float, results
         std=list(recipe.data.std),
         size=recipe.data.image_size,
         data=_data(environment.get("data")),
-        training=_training(recipe, trained.step),
+        training=_training(recipe, trained.step, ema),
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip(),
         compute=_compute(run, environment, trained.step),
         results=_results(results),
@@ -135,13 +138,15 @@ def _data(sets: list[dict] | None) -> str:
     return "\n".join(lines)
 
 
-def _training(recipe: Recipe, step: int) -> str:
-    size = recipe.model.size
+def _training(recipe: Recipe, step: int, ema: bool) -> str:
+    size, optim = recipe.model.size, recipe.optim
+    optimiser = {"adamw": "AdamW", "muon": "Muon and AdamW"}[optim.name]
     return _table(
         {
             "encoder": f"{size.depth} layers, {size.width} wide, {size.heads} heads",
+            "weights": f"moving average, decay {recipe.train.ema_decay}" if ema else "of the last step",
             "steps": f"{step:,}, a batch of {recipe.data.global_batch:,} images each",
-            "optimiser": f"AdamW, betas {list(recipe.optim.betas)}, weight decay {recipe.optim.weight_decay}",
+            "optimiser": f"{optimiser}, betas {list(optim.betas)}, weight decay {optim.weight_decay}",
             "learning rate": f"{recipe.lr:.3g} at its peak, then a cosine",
             "precision": recipe.engine.precision,
             "targets": "pixels, normalised per patch" if recipe.method.normalize_targets else "pixels",

@@ -27,27 +27,34 @@ PARTIAL = ".partial"
 
 
 def export(
-    run: Path, out: Path, target: str, encoder_only: bool, overwrite: bool, results: Sequence[Path] = ()
+    run: Path,
+    out: Path,
+    target: str,
+    *,
+    encoder_only: bool = False,
+    ema: bool = False,
+    overwrite: bool = False,
+    results: Sequence[Path] = (),
 ) -> str:
     """Write the newest checkpoint of `run` to the folder `out`; returns a sentence about it.
 
-    target: one of TARGETS. encoder_only: without the decoder, which only `official` can leave out. overwrite:
-    replace an earlier export. results: files of JSON for the model card. UserError where the format cannot
-    hold the method, or the check fails.
+    target: one of TARGETS. encoder_only: without the decoder, which only `official` can leave out. ema: the
+    weights' moving average. overwrite: replace an earlier export. results: files of JSON for the model card.
+    UserError where the format cannot hold the method, or the check fails.
     """
     if encoder_only and target == "hf-mae":
         raise UserError("--encoder-only: hf-mae is the format with the decoder; the encoder alone is hf")
     chosen = OFFICIAL_ENCODER if encoder_only and target == "official" else TARGETS[target]
     _check_out(out, overwrite)
-    trained = load_run(run)
+    trained = load_run(run, ema)
     _check_method(trained, target)
     partial = out.with_name(out.name + PARTIAL)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir()
-        difference = _write(trained, chosen, target, partial)
-        text = card(run, trained, chosen, difference, results)
+        difference = _write(trained, chosen, target, ema, partial)
+        text = card(run, trained, chosen, difference, ema, results)
         (partial / "README.md").write_text(text)
         _publish(partial, out)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
@@ -79,7 +86,7 @@ def _check_method(trained: Trained, target: str) -> None:
         )
 
 
-def _write(trained: Trained, chosen: Target, name: str, folder: Path) -> float:
+def _write(trained: Trained, chosen: Target, name: str, ema: bool, folder: Path) -> float:
     chosen.write(trained, folder)
     try:
         difference = chosen.difference(trained, folder)
@@ -95,6 +102,7 @@ def _write(trained: Trained, chosen: Target, name: str, folder: Path) -> float:
         "format": name,
         "method": trained.recipe.method.name,
         "step": trained.step,
+        "ema": ema,
         "files": sorted(path.name for path in folder.iterdir()),
         "difference": difference,
     }

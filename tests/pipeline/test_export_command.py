@@ -140,7 +140,7 @@ def test_an_export_of_other_weights_is_refused_and_removed(mae, tmp_path, target
 
     monkeypatch.setitem(command.TARGETS, target, whole._replace(write=write))
     with pytest.raises(UserError, match=f"{target}: loaded again, its features differ from ours by"):
-        command.export(mae, tmp_path / "out", target, False, False)
+        command.export(mae, tmp_path / "out", target)
     assert not list(tmp_path.iterdir())
 
 
@@ -178,6 +178,7 @@ def test_what_is_there_is_not_overwritten_without_being_told(mae, tmp_path, caps
         (["RUN", "OUT", "--format", "hf-mae", "--encoder-only"], "the encoder alone is hf"),
         (["OUT", "RUN", "--format", "timm"], "is there and is no export"),
         (["nowhere", "OUT", "--format", "timm"], "nowhere: no run directory"),
+        (["RUN", "OUT", "--format", "timm", "--ema"], "keeps no moving average"),
         (["RUN", "OUT", "--format", "timm", "--results", "missing.json"], "missing.json: no JSON"),
         (["RUN", "RUN/recipe.yaml/x", "--format", "timm"], "cannot be written"),
     ],
