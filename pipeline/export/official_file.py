@@ -56,10 +56,15 @@ import models_mae  # of github.com/facebookresearch/mae
 import torch
 
 model = models_mae.MaskedAutoencoderViT(
-    img_size={recipe.data.image_size}, patch_size={model.patch_size},
-    embed_dim={size.width}, depth={size.depth}, num_heads={size.heads},
-    decoder_embed_dim={model.decoder_width}, decoder_depth={model.decoder_depth},
-    decoder_num_heads={model.decoder_heads}, norm_pix_loss={recipe.method.normalize_targets},
+    img_size={recipe.data.image_size},
+    patch_size={model.patch_size},
+    embed_dim={size.width},
+    depth={size.depth},
+    num_heads={size.heads},
+    decoder_embed_dim={model.decoder_width},
+    decoder_depth={model.decoder_depth},
+    decoder_num_heads={model.decoder_heads},
+    norm_pix_loss={recipe.method.normalize_targets},
     norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
 )
 model.load_state_dict(torch.load("OUT/{WEIGHTS}", weights_only=True)["model"])

@@ -42,9 +42,9 @@ def empty_model(recipe: Recipe, **more: object) -> torch.nn.Module:
 
 def call(recipe: Recipe, weights: str) -> str:
     """The Python expression that makes the model from a file of weights in OUT."""
-    arguments = "".join(f", {name}={value}" for name, value in model_arguments(recipe).items())
+    arguments = "".join(f"    {name}={value},\n" for name, value in model_arguments(recipe).items())
     name = ARCHITECTURES[recipe.model.name]
-    return f'timm.create_model("{name}"{arguments}, checkpoint_path="OUT/{weights}").eval()'
+    return f'timm.create_model(\n    "{name}",\n{arguments}    checkpoint_path="OUT/{weights}",\n).eval()'
 
 
 def _write(trained: Trained, folder: Path) -> None:
