@@ -96,6 +96,7 @@ def test_a_probe_on_two_ranks_that_was_killed_ends_as_one_that_was_not_on_one(
     assert one["train"]["samples"] + one["held_out"]["samples"] == 60
 
 
+@pytest.mark.soak
 def test_a_run_on_two_ranks_that_share_their_weights_measures_knn(labelled_sets, tmp_path, kept_environment):
     run = Run(labelled_sets[0], tmp_path / "run")
     lines = run.train(2, engine__zero_stage=3, train__steps=4, evals__knn_every=2)
