@@ -1,0 +1,260 @@
+"""A miniature study on CIFAR-10: four methods and two combinations, equal wall time, several seeds.
+
+    CIFAR10_DIR=... python benchmarks/study.py OUT                     about an hour on two CPU cores
+    CIFAR10_DIR=... python benchmarks/study.py OUT --seconds 600 --seeds 5 --methods mae emae
+
+Everything is done by the commands that a user would give: shards, `pretrain`, `knn`, `linprobe`, `finetune`.
+Each result lies in OUT when it is there, and is not computed again: stopped anywhere, the same command goes
+on. How many steps fit into the time is measured first, for each method, on the machine as it is then; so
+nothing else should run beside it. It writes OUT/study.json, OUT/study.md and OUT/study.png.
+
+CIFAR10_DIR holds train.tar and test.tar with <split>/<class>/<number>.jpg. Accuracies are top-1 on all 10,000
+test images; of several seeds the mean, and in brackets the least and the greatest.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+SMALL = {
+    "data.image_size": 32,
+    "data.global_batch": 128,
+    "engine.micro_batch": 128,
+    "engine.precision": "fp32",
+    "model.name": "vit_tiny",
+    "model.patch_size": 4,
+    "model.width": 128,
+    "model.depth": 6,
+    "model.heads": 4,
+    "model.decoder_width": 64,
+    "model.decoder_depth": 2,
+    "model.decoder_heads": 4,
+    "method.lomar.window_size": 4,  # of 8 x 8 patches, as 7 is of 14 x 14
+    "method.efficient_mae.beta": 6.5,  # 26 px at patch 16, in patches of 4
+    "optim.base_lr": 2e-3,
+    "optim.warmup_steps": 50,
+    "train.log_every": 20,
+    "train.checkpoint_every": 10**6,
+}
+METHODS = {
+    "mae": {"method.name": "mae"},
+    "emae": {"method.name": "emae"},
+    "efficient_mae": {"method.name": "efficient_mae"},
+    "lomar": {"method.name": "lomar"},
+    "emae + difficulty": {"method.name": "emae", "method.emae.difficulty_flatten": "true"},
+    "lomar + difficulty": {"method.name": "lomar", "method.lomar.difficulty_flatten": "true"},
+}
+TRIAL = 60  # steps by which a method's speed is measured; the first third is not counted
+CROP = ("--resize", "32")
+FEW = 0.01  # share of the labels in fine-tuning
+FIGURES = ("knn", "probe", "tuned", "loss", "images_per_s", "steps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--seconds", type=float, default=60, help="of pre-training, each (default: 60)")
+    parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    options = parser.parse_args()
+    if "CIFAR10_DIR" not in os.environ:
+        sys.exit("CIFAR10_DIR is not set: name the folder that holds CIFAR-10's train.tar and test.tar")
+    out = options.out
+    for split in ("train", "test"):
+        archive = Path(os.environ["CIFAR10_DIR"]) / f"{split}.tar"
+        _command("data_prep", "folder", archive, out / split, "--shard-size", "2500")
+    rows = {
+        "raw pixels": [_judged(out, out / "pixels", "pixels:32", tuned=False)],
+        "random weights": [
+            _judged(out, out / f"random-{seed}", _random(out, seed)) for seed in range(options.seeds)
+        ],
+    }
+    for name in options.methods:
+        steps = _steps(out, name, options.seconds)
+        rows[name] = [_trained(out, name, seed, steps) for seed in range(options.seeds)]
+    (out / "study.json").write_text(json.dumps({"seconds": options.seconds, "rows": rows}, indent=1) + "\n")
+    (out / "study.md").write_text(_table(rows))
+    _plot(rows, out / "study.png")
+    print(_table(rows))
+
+
+def _steps(out: Path, name: str, seconds: float) -> int:
+    """Steps that fit into the time, by a short run of the same kind."""
+    run = out / "speed" / _file_name(name)
+
+    def measure() -> dict:
+        _pretrain(out, run, name, 0, TRIAL)
+        lines = _metrics(run)[1:]
+        return {"images_per_s": statistics.median(line["images_per_s"] for line in lines)}
+
+    speed = _once(run.with_suffix(".json"), measure)["images_per_s"]
+    return max(1, round(seconds * speed / SMALL["data.global_batch"]))
+
+
+def _trained(out: Path, name: str, seed: int, steps: int) -> dict:
+    run = out / "runs" / f"{_file_name(name)}-{seed}-{steps}"
+    _pretrain(out, run, name, seed, steps)
+    lines = _metrics(run)
+    of_run = {
+        "loss": lines[-1]["loss"],
+        "images_per_s": statistics.median(line["images_per_s"] for line in lines),
+        "steps": steps,
+    }
+    return {**_judged(out, run.with_name(run.name + ".judged"), str(run)), **of_run}
+
+
+def _judged(out: Path, place: Path, weights: str, tuned: bool = True) -> dict:
+    """What some weights are worth: k-NN (k = 20), the probe on centre crops, fine-tuning on few labels."""
+    sets = ("--data", out / "train", "--val", out / "test")
+    cache = ("--cache", place / "features")
+
+    def knn() -> dict:
+        return json.loads(
+            _command("pipeline", "knn", "--weights", weights, *sets, *CROP, *cache, "--k", "20", "--json")
+        )
+
+    def probe() -> dict:
+        settings = ("--set", "data.global_batch=1024", "--set", "train.epochs=20")
+        arguments = ("--weights", weights, *sets, *CROP, *cache, "--run", place / "probe", *settings)
+        return json.loads(_command("pipeline", "linprobe", *arguments, "--center-crops", "--json"))
+
+    def finetune() -> dict:
+        settings = {
+            "data.image_size": 32,
+            "data.subset": FEW,
+            "data.subset_by_class": "true",
+            "evaluation.resize": 32,
+            "train.epochs": 60,
+            "train.checkpoint_every": 10**6,
+        }
+        arguments = ("finetune_tiny", "--weights", weights, *sets, "--run", place / "tuned")
+        _command("pipeline", "finetune", *arguments, *_sets(settings))
+        return json.loads((place / "tuned" / "accuracy.json").read_text())
+
+    figures = {
+        "knn": _once(place / "knn.json", knn)["knn"][0]["top1"]["accuracy"],
+        "probe": _once(place / "probe.json", probe)["top1"]["accuracy"],
+    }
+    if tuned:
+        figures["tuned"] = _once(place / "tuned.json", finetune)["top1"]["accuracy"]
+    return figures
+
+
+def _random(out: Path, seed: int) -> str:
+    """The weights that runs of a seed begin with, as a recipe."""
+    path = out / f"random-{seed}.yaml"
+    recipe = _command(
+        sys.executable,
+        "-c",
+        "import sys; from pipeline.recipe import load_recipe; "
+        "print(load_recipe('vitb16_mae', sys.argv[1:]).to_yaml())",
+        *(f"{key}={value}" for key, value in {**_settings("mae", seed), "train.steps": 1}.items()),
+    )
+    path.write_text(recipe)
+    return f"random:{path}"
+
+
+def _pretrain(out: Path, run: Path, name: str, seed: int, steps: int) -> None:
+    settings = {**_settings(name, seed), "train.steps": steps}
+    _command("pipeline", "pretrain", "vitb16_mae", "--data", out / "train", "--run", run, *_sets(settings))
+
+
+def _settings(name: str, seed: int) -> dict:
+    return {**SMALL, **METHODS[name], "seed": seed}
+
+
+def _sets(settings: dict) -> list[str]:
+    return [f"--set={key}={value}" for key, value in settings.items()]
+
+
+def _once(path: Path, compute: Callable[[], dict]) -> dict:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = compute()
+        new = path.with_name(path.name + ".new")
+        new.write_text(json.dumps(result))
+        new.replace(path)
+    return json.loads(path.read_text())
+
+
+def _command(program: str, *arguments: object) -> str:
+    """What a command prints. Its progress goes to stderr, as ever."""
+    words = [str(word) for word in arguments]
+    command = [program, *words] if program == sys.executable else [sys.executable, "-m", program, *words]
+    if program != sys.executable:
+        print("$", "python -m", program, *words, file=sys.stderr, flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"it ended with exit code {done.returncode}; mend that and start the same command again")
+    return done.stdout
+
+
+def _metrics(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "event" not in line]
+
+
+def _file_name(name: str) -> str:
+    return name.replace(" + ", "-")
+
+
+def _table(rows: dict[str, list[dict]]) -> str:
+    lines = [
+        f"| weights | k-NN, % | linear probe, % | fine-tuned on {FEW:.0%} of labels, % | loss | images/s | "
+        "steps |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, seeds in rows.items():
+        cells = []
+        for figure in FIGURES:
+            values = [seed[figure] for seed in seeds if figure in seed]
+            cells.append(_cell(values, figure))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: list[float], figure: str) -> str:
+    if not values:
+        return ""
+    if figure in ("steps", "images_per_s"):
+        return f"{statistics.mean(values):,.0f}"
+    if figure == "loss":
+        return f"{statistics.mean(values):.3f}"
+    low, mean, high = (100 * value for value in (min(values), statistics.mean(values), max(values)))
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _plot(rows: dict[str, list[dict]], path: Path) -> None:
+    """A dot a seed, a line at the mean."""
+    titles = {"knn": "k-NN", "probe": "linear probe", "tuned": f"fine-tuned, {FEW:.0%} of the labels"}
+    figure, panels = plt.subplots(1, 3, figsize=(12, 0.5 * len(rows) + 1.4), sharey=True)
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
+        for row, seeds in enumerate(rows.values()):
+            values = [100 * seed[key] for seed in seeds if key in seed]
+            panel.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.6)
+            if values:
+                panel.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color="black")
+        panel.set_title(title)
+        panel.set_xlabel("top-1, %")
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(rows)), list(rows))
+    panels[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
