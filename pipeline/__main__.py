@@ -13,6 +13,12 @@ from pathlib import Path
 
 from pipeline.errors import AgreedError, Diverged, StoppedEarly, UserError
 
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and start the same command again"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "ask for access, or name a place where you may write"
+    ),
+}
 EXAMPLES = """\
 examples:
   python -m pipeline pretrain vitl16_emae --data shards/imagenet-train --run runs/l16
@@ -85,10 +91,11 @@ def exit_code_of(command: Callable[[], None]) -> int:
             print(f"pipeline: {stop}", file=sys.stderr, flush=True)
         return 75
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in REMEDIES:
             raise
         _let_rank_0_speak()
-        print(f"pipeline: error: {error}; make room, and start the same command again", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"pipeline: error: {where}{error.strerror}; {REMEDIES[error.errno]}", file=sys.stderr)
         return 2
     except Diverged as error:
         if not _rank():
@@ -627,7 +634,8 @@ def _let_rank_0_speak() -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    text = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return int(text) if text.isdecimal() else 0
 
 
 if __name__ == "__main__":

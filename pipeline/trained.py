@@ -1,7 +1,7 @@
 """A trained method, out of a run directory.
 
-Invariant: the weights are those of the newest whole checkpoint, whatever ZeRO stage, precision and number of
-ranks it was trained with: the fp32 masters.
+Invariant: the weights are those of the newest checkpoint in which they are whole, whatever ZeRO stage,
+precision and number of ranks it was trained with: the fp32 masters.
 """
 
 from pathlib import Path
@@ -33,10 +33,11 @@ def load_run(run: Path, ema: bool = False) -> Trained:
     recipe = load_recipe(run / "recipe.yaml")
     if ema and recipe.train.ema_decay is None:
         raise UserError(f"{run}: keeps no moving average of the weights (train.ema_decay is null)")
-    newest = checkpoint.newest_whole(run / "checkpoints")
+    weights = engine.WEIGHTS_EMA if ema else engine.WEIGHTS
+    newest = checkpoint.newest_whole(run / "checkpoints", only=weights)
     if newest is None:
         raise UserError(f"{run}: has no checkpoint yet; one is written every train.checkpoint_every steps")
     state = checkpoint.read_state(newest)
     method = build_method(recipe)
-    method.load_state_dict(load_file(newest / (engine.WEIGHTS_EMA if ema else engine.WEIGHTS)))
+    method.load_state_dict(load_file(newest / weights))
     return Trained(recipe, method.eval(), state["step"])

@@ -87,17 +87,18 @@ def save(
     together(lambda: publish(directory, step, whole, retention) if alone else None)
 
 
-def newest_whole(directory: Path, rank: int = 0, world_size: int = 1) -> Path | None:
+def newest_whole(directory: Path, rank: int = 0, world_size: int = 1, only: str | None = None) -> Path | None:
     """The newest checkpoint without a fault, None if there is none at all; every rank calls it.
 
-    A damaged one is passed over with a warning. UserError where all are damaged: training from the beginning
-    would overwrite what could perhaps be saved.
+    only: the file that is wanted; the others are not looked at. A damaged checkpoint is passed over with a
+    warning. UserError where all are damaged: training from the beginning would overwrite what could perhaps
+    be saved.
     """
     steps = from_rank_0(steps_of(directory) if rank == 0 else None)
     for step in reversed(steps):
         checkpoint = directory / name_of(step)
         try:
-            files = sorted(read_state(checkpoint)["files"])
+            files = [only] if only else sorted(read_state(checkpoint)["files"])
             found = faults(checkpoint, files[rank::world_size])
         except (ValueError, OSError) as error:
             found = [str(error)]
@@ -224,7 +225,7 @@ def faults(checkpoint: Path, files: list[str]) -> list[str]:
     found = []
     for name in files:
         path = checkpoint / name
-        if not path.is_file():
+        if name not in listed or not path.is_file():
             found.append(f"{path}: missing")
         elif path.stat().st_size != listed[name]["bytes"]:
             found.append(f"{path}: {path.stat().st_size} bytes instead of {listed[name]['bytes']}")

@@ -19,7 +19,7 @@ from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 from pipeline.train import engine
 from pipeline.train.average import Average
-from pipeline.train.distributed import find_world
+from pipeline.train.distributed import find_world, leave
 from pipeline.train.engine_config import engine_config
 from pipeline.train.guard import Guard
 
@@ -110,7 +110,7 @@ def main() -> None:
                 for key, value in uninterrupted.items():
                     torch.testing.assert_close(after[key], value, **tolerance)
                 print("carried", optimizer, source, "to", target, len(saved), "tensors")
-    engine.disconnect()
+    leave()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 from pipeline.train import engine
 from pipeline.train.average import Average
-from pipeline.train.distributed import find_world
+from pipeline.train.distributed import find_world, leave
 from pipeline.train.engine_config import engine_config
 from pipeline.train.guard import Guard
 
@@ -100,7 +100,7 @@ def main() -> None:
         for stage in (2, 3):
             check(stage, precision, 0.1, world, engine__offload="optimizer")
         check(0, precision, None, world, optim__name="muon")
-    engine.disconnect()
+    leave()
 
 
 if __name__ == "__main__":
