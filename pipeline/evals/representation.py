@@ -31,11 +31,7 @@ class Representation(nn.Module):
     @property
     def digest(self) -> str:
         """Of everything that decides what comes out."""
-        digest = hashlib.sha256(repr((self.name, self.image_size, self.mean, self.std)).encode())
-        for key, tensor in sorted(self.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest(self, self.name, self.image_size, self.mean, self.std)
 
 
 class PooledTokens(Representation):
@@ -63,6 +59,15 @@ class Pixels(Representation):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1)
+
+
+def digest(module: nn.Module, *about: object) -> str:
+    """Of a module's weights, and what is said about it."""
+    found = hashlib.sha256(repr(about).encode())
+    for key, tensor in sorted(module.state_dict().items()):
+        found.update(key.encode())
+        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def representation(weights: str, image_size: int | None, pool: Pool) -> Representation:

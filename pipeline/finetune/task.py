@@ -1,6 +1,7 @@
 """Fine-tuning as the loop's task: an encoder becomes a classifier, which is measured on a set of its own.
 
     RUN/accuracy.json    the last measurement: top-1 and top-5 with intervals, and what it is of
+    RUN/weights.json     what the run began with: the encoder in words, and a digest of its weights
 
 Invariant: each sample of the validation set counts exactly once, whatever the number of ranks; a figure is of
 all its samples or there is none.
@@ -21,14 +22,16 @@ from pipeline.errors import UserError
 from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
 from pipeline.evals.encoder import ImageEncoder, load_encoder
 from pipeline.evals.labelled import check_labelled
+from pipeline.evals.representation import digest
 from pipeline.finetune.classifier import Classifier
 from pipeline.finetune.recipe import FinetuneRecipe
 from pipeline.models.sizes import SIZES
-from pipeline.train.distributed import World, agreed, gathered
+from pipeline.train import checkpoint
+from pipeline.train.distributed import World, agreed, from_rank_0, gathered, say
 from pipeline.train.loop import train
 from pipeline.train.task import Task
 
-RESULT = "accuracy.json"
+RESULT, BEGUN = "accuracy.json", "weights.json"
 
 
 def finetune(recipe: FinetuneRecipe, data: str, val: str, run: Path) -> None:
@@ -56,6 +59,7 @@ class Finetuning(Task):
         encoder = load_encoder(self.recipe.weights, self.recipe.data.image_size)
         _check_encoder(encoder, self.recipe)
         self._name, self._classes = encoder.name, len(reader.manifest.classes)
+        self._digest = digest(encoder.vit)
         self._classifier = Classifier(encoder.vit, self._classes, self.recipe)
         self._flops = _forward_flops(self._classifier, self.recipe.data.image_size)
         return self._classifier
@@ -65,12 +69,31 @@ class Finetuning(Task):
 
     def begin(self, run: Path, reader: ShardReader, learner: Classifier, world: World) -> None:
         self._run, self._world = run, world
+        unchecked = agreed(lambda: self._val.check_bytes(world.rank, world.size))
+        if unchecked:
+            say(f"--val {self._place}: {unchecked}")
+        begun = from_rank_0(agreed(self._begun if world.rank == 0 else lambda: None))
+        self._name, self._digest = begun["encoder"], begun["digest"]
         recipe = self.recipe
         threads = recipe.data.threads or world.cores
         place = world.device, world.rank, world.size, threads
         self._loader = EvaluationLoader(
             self._val, recipe.data, recipe.engine.micro_batch, *place, recipe.resize
         )
+
+    def _begun(self) -> dict:
+        """What the run began with, written down at its first start. UserError where nothing is saved yet and
+        the weights are others by now; what is saved holds its own."""
+        path, found = self._run / BEGUN, {"encoder": self._name, "digest": self._digest}
+        if not path.exists():
+            _write(path, found)
+        begun = json.loads(path.read_text())
+        if begun["digest"] != found["digest"] and not checkpoint.steps_of(self._run / "checkpoints"):
+            raise UserError(
+                f"--weights {self.recipe.weights}: are others ({found['encoder']}) than those that "
+                f"{self._run} began with ({begun['encoder']}); give a new --run"
+            )
+        return begun
 
     def evaluates(self, step: int, total_steps: int, num_samples: int) -> bool:
         every = self.recipe.evaluation.every_epochs
@@ -86,15 +109,13 @@ class Finetuning(Task):
             "step": step,
             "weights": self.recipe.weights,
             "encoder": self._name,
+            "digest": self._digest,
             "seed": self.recipe.seed,
             "data": {"place": self._train.places[0], "samples": self._train.num_samples},
             "val": {"place": self._val.places[0], "samples": self._val.num_samples},
             **{name: accuracy.as_json() for name, accuracy in found.items()},
         }
-        if self._world.rank == 0:
-            new = self._run / f"{RESULT}.new"
-            new.write_text(json.dumps(result, indent=1) + "\n")
-            new.replace(self._run / RESULT)
+        agreed(lambda: _write(self._run / RESULT, result) if self._world.rank == 0 else None)
         figures = {}
         for name, accuracy in found.items():
             low, high = accuracy.interval
@@ -119,6 +140,12 @@ class Finetuning(Task):
             alive()
         totals = [sum(column) for column in zip(*gathered(counts), strict=True)]
         return top_1_and_5(*totals, self._classes)
+
+
+def _write(path: Path, tree: dict) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(tree, indent=1) + "\n")
+    new.replace(path)
 
 
 def _forward_flops(classifier: Classifier, size: int) -> int:

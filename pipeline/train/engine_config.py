@@ -97,8 +97,8 @@ def engine_overrides(path: Path, given: Sequence[str]) -> list[str]:
     found = _read(path)
     values = {}
     if (stage := found.get("zero_optimization.stage")) is not None:
-        device = found.get("zero_optimization.offload_optimizer.device", "none")
         values["engine.zero_stage"] = str(stage)
+    if (device := found.get("zero_optimization.offload_optimizer.device")) is not None:
         values["engine.offload"] = {"none": "none", "cpu": "optimizer"}.get(str(device))
         if values["engine.offload"] is None:
             raise UserError(

@@ -15,6 +15,7 @@ import torch
 from pipeline.data.failures import Failures
 from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
+from pipeline.errors import AgreedError
 from pipeline.train import checkpoint, engine, run_directory, wandb_run
 from pipeline.train.average import Average
 from pipeline.train.distributed import agreed, find_world
@@ -38,8 +39,8 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
     continue where it stands.
 
     deepspeed_config: the user's file instead of one of ds_configs/. Every rank calls it. Raises UserError for
-    what the user can mend, before anything is written; StoppedEarly where a signal ended it before its time;
-    Diverged where the guard gives up.
+    what the user can mend, before anything is written, or with everything saved; StoppedEarly where a
+    signal ended it before its time; Diverged where the guard gives up.
     """
     # ---- Who we are, and whether what is asked is possible
     recipe = task.recipe
@@ -92,8 +93,9 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
         return step, window, guard, log, trace, loader
 
     newest = checkpoint.newest_whole(checkpoints, world.rank, world.size)
+    left = checkpoint.read_state(newest) if newest else {}
     if newest:
-        run_directory.check_continuation(newest, checkpoint.read_state(newest), identity)
+        run_directory.check_continuation(newest, left, identity)
     step, window, guard, log, trace, loader = stand(newest)
     saved_step = step
     agreed(lambda: checkpoint.sweep(checkpoints, step) if log else None)
@@ -101,6 +103,7 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
     start = {"step": step, "world_size": world.size, "device": device, "deepspeed": config}
     described = run, recipe, reader.described()
     agreed(lambda: run_directory.describe(*described, **start, before=log.found) if log else None)
+    task.begin(run, reader, method, world)
     if log:
         log.note(
             f"{task.title}: {num_samples} images, {total_steps} steps of "
@@ -115,8 +118,21 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
         if unchecked:
             log.note(unchecked)
 
-    task.begin(run, reader, method, world)
     watchdog = Watchdog(run, world.rank, 60 * recipe.engine.timeout_minutes)
+
+    unmeasured: AgreedError | None = None
+
+    def measure() -> dict:
+        """The task's figures of this step's weights; none where they cannot be measured."""
+        nonlocal unmeasured
+        try:
+            figures = task.evaluate(step, watchdog.alive)
+        except AgreedError as error:
+            unmeasured = error
+            return {}
+        if log and figures:
+            log.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        return figures
 
     def make_sure() -> None:
         """Write a checkpoint, and what the task shows of it."""
@@ -125,6 +141,7 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
             "stream": guard.offset + step * recipe.data.global_batch,
             "window": window.collect(),
             "guard": guard.state(),
+            "unmeasured": unmeasured is not None,
             "recipe": recipe.model_dump(mode="json"),
             "versions": run_directory.versions(),
         }
@@ -139,8 +156,10 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
     if recipe.train.profile_steps and world.rank == 0:
         first, last = recipe.train.profile_steps
         profiler = Profiler(run, first, min(last, total_steps), world.device)
+    if left.get("unmeasured") and task.evaluates(step, total_steps, num_samples):
+        measure()
     pace.start(step, loader)
-    while step < total_steps:
+    while step < total_steps and not unmeasured:
         rate = learning_rate(step, total_steps, warmup_steps, recipe.lr, recipe.optim.min_lr)
         engine.set_learning_rate(model, rate)
         method.set_progress(step / total_steps)
@@ -211,7 +230,7 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
         # ---- Say how it goes
         if says:
             means, speed = window.close(), pace.close(step)
-            figures = task.evaluate(step, watchdog.alive) if evaluates else {}
+            figures = measure() if evaluates else {}
             line = {
                 "step": step,
                 "time": round(time.time(), 3),
@@ -226,10 +245,10 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
             if log:
                 with stopping.writing():
                     log.write(line)
-                if figures:
-                    measured = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-                    log.note(f"step {step}: {measured}")
             guard.skips.clear()
+            if unmeasured:
+                stopping.settle()
+                break
             pace.start(step, loader)
         if log:
             log.advance(step)
@@ -243,7 +262,7 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
                 make_sure()
             saved_step = step
 
-    # Stopped early, not in trouble, and with nothing missing that belongs to the steps since.
+    # Stopped early or not measured, not in trouble, and with nothing missing that belongs to the steps since.
     if step > saved_step and stopping.reason != UNWRITTEN and not guard.read(step):
         make_sure()
         saved_step = step
@@ -258,8 +277,12 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
         if log:
             log.close()
     stopping.settle()
-    if log and not stopping.reason:
+    if log and not stopping.reason and not unmeasured:
         log.note(f"done: {step} steps, {step * recipe.data.global_batch} images; {run}")
     if lock is not None:
         os.close(lock)
     stopping.raise_reason(saved_step)
+    if unmeasured:
+        raise AgreedError(
+            f"{unmeasured}. Everything is saved at step {saved_step}; the same command measures it again"
+        )

@@ -51,5 +51,8 @@ class Task(Protocol):
         return False
 
     def evaluate(self, step: int, alive: Callable[[], None]) -> dict:
-        """Measure the weights: figures for the line of metrics.jsonl. alive: called now and then."""
+        """Measure the weights: figures for the line of metrics.jsonl. alive: called now and then.
+
+        Where it raises AgreedError, the run saves everything, stops, and measures again when it continues.
+        """
         return {}

@@ -1,9 +1,11 @@
 """Fine-tuning trains by the loop that pre-training trains by: what it computes depends on recipe and data."""
 
 import json
+import shutil
 
 from pytest import approx
 from runs import Run
+from smuggling import smuggle
 
 STEPS = 7
 RECIPE = {  # everything that is random is on
@@ -52,3 +54,17 @@ def test_killed_and_continued_to_the_bit_and_on_two_ranks_the_same(labelled_sets
     assert two.accuracy() == one.accuracy() and two.accuracy()["top1"]["total"] == 42
     measured = [[line.get("top1") for line in run.metrics()] for run in (one, two)]
     assert measured[0] == measured[1] and sum(share is not None for share in measured[0]) == 2
+
+
+def test_a_bad_validation_image_costs_no_training(labelled_sets, tmp_path):
+    train, whole = labelled_sets
+    tuning = Tuning((train, shutil.copytree(whole, tmp_path / "val")), tmp_path / "run")
+    (key,) = smuggle(tuning.val, 1)
+    settings = {"train__steps": 2, "evaluation__every_epochs": "null"}
+    assert tuning.start(1, **settings).wait() == 2
+    said, before = tuning.output.read_text(), tuning.losses()
+    assert repr(key) in said and "Everything is saved at step 2" in said and "Traceback" not in said
+    assert len(before) == 2 and (tuning.directory / "checkpoints/latest").read_text() == "step-00000002"
+    shutil.copytree(whole, tuning.val, dirs_exist_ok=True)
+    tuning.train(1, **settings)
+    assert tuning.losses() == before and tuning.accuracy()["top1"]["total"] == 42

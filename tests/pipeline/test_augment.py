@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from scipy.stats import ks_2samp, kstest
 from timm.data import auto_augment
-from timm.data.mixup import Mixup
+from timm.data.mixup import Mixup, rand_bbox
 from timm.data.random_erasing import RandomErasing
 
 from pipeline.augment import erasing, mixing, rand_augment
@@ -138,6 +138,22 @@ def test_the_share_is_drawn_from_beta(alpha):
     tries = numbers(20_000, 2 * mixing.TRIES)
     share = mixing.beta(tries, torch.full((len(tries), 1), alpha))[:, 0]
     assert kstest(share.numpy(), "beta", (alpha, alpha)).pvalue > 1e-3
+
+
+def test_cutmix_cuts_timms_box(monkeypatch):
+    count, height, width = 500, 20, 25
+    drawn = numbers(count, mixing.NUMBERS)
+    first = torch.arange(count).remainder(2).eq(0).float()
+    images = first[:, None, None, None].expand(-1, 3, height, width)
+    mixed, _ = mixing.mix(images, first[:, None], drawn, 0.0, 1.0)
+    shares = mixing.beta(drawn[:, 1 : 1 + 2 * mixing.TRIES], torch.ones(count, 1))[:, 0].numpy()
+    for at in range(0, count, 2):
+        centre = iter(drawn[at, -2:].tolist())
+        monkeypatch.setattr(np.random, "randint", lambda low, high, size, at=centre: int(next(at) * high))
+        top, bottom, left, right = rand_bbox((3, height, width), shares[at])
+        expected = torch.ones(3, height, width)
+        expected[:, top:bottom, left:right] = 0
+        assert torch.equal(mixed[at], expected) and torch.equal(mixed[at + 1], 1 - expected)
 
 
 def test_mixed_targets_have_timms_law():

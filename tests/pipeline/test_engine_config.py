@@ -111,6 +111,17 @@ def test_set_against_the_file_is_refused_and_the_same_is_not(tmp_path):
     assert config_of(path, "engine.zero_stage=3")[0].engine.zero_stage == 3
 
 
+def test_a_file_without_offload_leaves_that_to_the_recipe(tmp_path):
+    recipe = load_recipe("vitl16_mae", ["engine.zero_stage=2", "engine.offload=optimizer"])
+    (tmp_path / "mine.yaml").write_text(recipe.to_yaml())
+    path = given(tmp_path, {"zero_optimization": {"stage": 3}})
+    engine = load_recipe(tmp_path / "mine.yaml", engine_overrides(path, [])).engine
+    assert (engine.zero_stage, engine.offload) == (3, "optimizer")
+    path = given(tmp_path, {"zero_optimization": {"offload_optimizer": {"device": "none"}}})
+    engine = load_recipe(tmp_path / "mine.yaml", engine_overrides(path, [])).engine
+    assert (engine.zero_stage, engine.offload) == (2, "none")
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--deepspeed_config .*nowhere.json: cannot be read"):
         engine_overrides(tmp_path / "nowhere.json", [])

@@ -1,5 +1,7 @@
 """The classifier: MAE's head, layer-wise rates, and randomness by noise alone."""
 
+import shutil
+
 import pytest
 import torch
 from pytest import approx
@@ -11,8 +13,11 @@ from pipeline.evals.encoder import load_encoder
 from pipeline.finetune.classifier import Classifier
 from pipeline.finetune.recipe import FinetuneRecipe, load_finetune_recipe
 from pipeline.finetune.task import Finetuning
+from pipeline.recipe import load_recipe
+from pipeline.train.distributed import World
 
 CLASSES = 5
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), 1)
 ALL_ON = ["classifier.drop_path=0.4", "classifier.erasing=0.5", "classifier.rand_augment=9"]
 PLAIN = ["classifier.mixup=0", "classifier.cutmix=0", "data.image_size=32"]
 
@@ -162,6 +167,38 @@ def test_fine_tuning_begins_with_the_weights_that_it_was_given(labelled_sets):
     own = learner.vit.state_dict()
     kept = [key for key in given if not key.startswith("norm.")]
     assert kept and all(torch.equal(given[key], own[key]) for key in kept)
+
+
+def test_weights_that_have_changed_since_the_run_began_are_refused_until_it_has_saved_some(
+    labelled_sets, tmp_path
+):
+    source, run = tmp_path / "source.yaml", tmp_path / "run"
+    run.mkdir()
+
+    def begin(seed: int) -> str:
+        source.write_text(load_recipe("demo_emae", [f"seed={seed}"]).to_yaml())
+        task = Finetuning(recipe(weights=f"random:{source}"), str(labelled_sets[1]))
+        reader = ShardReader(labelled_sets[0], task.recipe.data)
+        task.begin(run, reader, task.build(reader), ALONE)
+        return (run / "weights.json").read_text()
+
+    begun = begin(0)
+    assert begin(0) == begun
+    with pytest.raises(UserError, match=r"source.yaml: are others .* than those that .*run began with"):
+        begin(1)
+    (run / "checkpoints/step-00000002").mkdir(parents=True)
+    assert begin(1) == begun
+
+
+def test_a_damaged_validation_set_is_found_at_the_start(labelled_sets, tmp_path):
+    train, val = labelled_sets[0], shutil.copytree(labelled_sets[1], tmp_path / "val")
+    shard = next(val.rglob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    task = Finetuning(recipe(), str(val))
+    reader = ShardReader(train, task.recipe.data)
+    learner = task.build(reader)
+    with pytest.raises(UserError, match=shard.name):
+        task.begin(tmp_path, reader, learner, ALONE)
 
 
 def build(recipe: FinetuneRecipe, train, val) -> Classifier:

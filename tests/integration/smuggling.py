@@ -1,0 +1,22 @@
+"""Faults that every check before a run passes."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from data_prep.shard_set import read_index, read_manifest, tar_path
+
+
+def smuggle(shards: Path, count: int) -> list[str]:
+    """Make the first samples of a shard undecodable and every checksum right. Returns their keys."""
+    shard = read_manifest(shards).shards[0]
+    index, path = read_index(shards, shard), tar_path(shards, shard)
+    data = bytearray(path.read_bytes())
+    for offset, size in zip(index.offsets[:count], index.sizes[:count], strict=True):
+        scan = data.index(b"\xff\xda", offset, offset + size)
+        data[scan : offset + size] = bytes(offset + size - scan)
+    path.write_bytes(data)
+    manifest = json.loads((shards / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = hashlib.sha256(data).hexdigest()
+    (shards / "manifest.json").write_text(json.dumps(manifest))
+    return index.keys[:count]
