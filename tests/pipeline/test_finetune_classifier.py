@@ -8,7 +8,7 @@ from pytest import approx
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.data.reader import ShardReader
-from pipeline.errors import UserError
+from pipeline.errors import AgreedError, UserError
 from pipeline.evals.encoder import load_encoder
 from pipeline.finetune.classifier import Classifier
 from pipeline.finetune.recipe import FinetuneRecipe, load_finetune_recipe
@@ -199,6 +199,15 @@ def test_a_damaged_validation_set_is_found_at_the_start(labelled_sets, tmp_path)
     learner = task.build(reader)
     with pytest.raises(UserError, match=shard.name):
         task.begin(tmp_path, reader, learner, ALONE)
+
+
+def test_accuracy_that_cannot_be_written_is_one_line_for_all_ranks(labelled_sets, tmp_path):
+    task = Finetuning(recipe(), str(labelled_sets[1]))
+    reader = ShardReader(labelled_sets[0], task.recipe.data)
+    task.begin(tmp_path, reader, task.build(reader), ALONE)
+    (tmp_path / "accuracy.json.new").mkdir()
+    with pytest.raises(AgreedError, match=r"accuracy.json.new.*start the same command again"):
+        task.evaluate(1, lambda: None)
 
 
 def build(recipe: FinetuneRecipe, train, val) -> Classifier:
