@@ -27,7 +27,9 @@ def compare(run, full_precision, precision, stage, ranks):
     assert any((weight.view(torch.int32) & 0x1FFF).any() for weight in weights.values())
 
 
-@pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("fp16", 1)])
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("bf16", 1), pytest.param("fp16", 1, marks=pytest.mark.soak)]
+)
 def test_half_precision_follows_full_precision(run, full_precision, precision, stage):
     compare(run, full_precision, precision, stage, ranks=1)
 

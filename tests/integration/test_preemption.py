@@ -80,7 +80,7 @@ def test_a_signal_while_starting_up_stops_before_the_first_step(run):
     assert run.metrics() == []
 
 
-@pytest.mark.parametrize("victim", ["deepspeed", "launch.py"])
+@pytest.mark.parametrize("victim", ["deepspeed", pytest.param("launch.py", marks=pytest.mark.soak)])
 def test_ranks_whose_launcher_was_killed_save_and_end(deepspeed_run, victim):
     run = deepspeed_run
     process = run.start(2, train__steps=10000, train__checkpoint_every=10000)

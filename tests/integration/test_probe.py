@@ -59,6 +59,7 @@ def test_knn_counts_the_same_samples_right_on_one_rank_and_on_two(weights, label
     assert {row["top1"]["total"] for row in one["knn"]} == {42}
 
 
+@pytest.mark.soak
 def test_a_probe_on_two_ranks_that_was_killed_ends_as_one_that_was_not_on_one(
     weights, labelled_sets, tmp_path
 ):

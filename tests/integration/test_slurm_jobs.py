@@ -14,7 +14,9 @@ from data_prep.shard_set import read_manifest
 TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "launch.sh")
 
 
-@pytest.mark.parametrize("template", ["pretrain_vitl.sh", "pretrain_vith.sh"])
+@pytest.mark.parametrize(
+    "template", [pytest.param("pretrain_vitl.sh", marks=pytest.mark.soak), "pretrain_vith.sh"]
+)
 def test_a_template_trains_on_two_nodes_as_on_one(cluster, shards, tmp_path, template):
     two, one = (Job(cluster, shards, tmp_path, name) for name in ("two", "one"))
     said = two.train(template)

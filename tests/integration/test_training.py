@@ -47,7 +47,16 @@ def plain(shards):
     return losses, norms
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [
+        (1, 1),
+        (2, 0),
+        pytest.param(2, 1, marks=pytest.mark.soak),
+        pytest.param(2, 2, marks=pytest.mark.soak),
+        (2, 3),
+    ],
+)
 def test_the_losses_are_plain_pytorchs_on_every_zero_stage(run, plain, ranks, stage):
     lines = run.train(ranks, engine__zero_stage=stage, train__steps=STEPS)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
