@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         required=True,
         metavar="WEIGHTS",
-        help="run directory, exported .safetensors, the official MAE's .pth, or random:RECIPE",
+        help="run directory, ema:RUN, exported .safetensors, the official MAE's .pth, or random:RECIPE",
     )
     command.add_argument("--data", required=True, metavar="TRAIN", help="labelled shard set to learn from")
     command.add_argument("--val", required=True, metavar="VAL", help="labelled shard set to be judged on")
@@ -378,7 +378,8 @@ def _encoder_arguments(command: argparse.ArgumentParser) -> None:
         "--weights",
         required=True,
         metavar="WEIGHTS",
-        help="run directory, exported .safetensors, the official MAE's .pth, random:RECIPE, or pixels[:SIZE]",
+        help="run directory, ema:RUN, exported .safetensors, the official MAE's .pth, random:RECIPE, or "
+        "pixels[:SIZE]",
     )
     command.add_argument("--data", required=True, metavar="TRAIN", help="labelled shard set to learn from")
     command.add_argument("--val", required=True, metavar="VAL", help="labelled shard set to be judged on")
@@ -399,7 +400,7 @@ def _encoder_arguments(command: argparse.ArgumentParser) -> None:
         "--resize",
         type=_positive,
         metavar="PX",
-        help="shorter side before the centre is cut out (default: 256/224 of the image size, up to 224)",
+        help="shorter side before the centre is cut out (default: 256/224 of the image size; above 224 px: it)",
     )
     command.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder (default: fp32)"
@@ -548,8 +549,8 @@ def _linprobe(args: argparse.Namespace) -> None:
 
 
 def _cache(args: argparse.Namespace) -> Path | None:
-    is_run = Path(args.weights).is_dir()
-    return args.cache or (Path(args.weights) / "features" if is_run else None)
+    run = Path(args.weights.removeprefix("ema:"))
+    return args.cache or (run / "features" if run.is_dir() else None)
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -90,9 +90,11 @@ evaluate() {
   need VAL "$LABELLED to be judged on"
   need RUN "a directory for the probe, on storage that all nodes see"
   setup
-  local overrides=() pair code=0
+  local overrides=() pair code=0 precision=bf16
+  [ "${DS_ACCELERATOR:-}" != cpu ] || precision=fp32
   for pair in ${SETS:-}; do overrides+=(--set "$pair"); done
-  set -- --weights "$WEIGHTS" --data "$DATA" --val "$VAL"
+  # The features of the k-NN are kept, so that a job that comes back does not extract them again.
+  set -- --weights "$WEIGHTS" --data "$DATA" --val "$VAL" --precision "${PRECISION:-$precision}" --cache "${RUN%/}-features"
   ranks knn "$@" || code=$?
   [ $code -ne 0 ] || ranks linprobe "$@" --run "$RUN" "${overrides[@]}" || code=$?
   finish $code

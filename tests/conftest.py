@@ -55,10 +55,13 @@ def other_shards(photographs, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def kept_environment():
-    """What finding the ranks adds to the environment goes with the test."""
+    """What finding and joining the ranks leaves behind goes with the test."""
+    from pipeline.train.distributed import leave
+
     before = dict(os.environ)
     os.environ["DS_ACCELERATOR"] = "cpu"
     yield
+    leave()
     os.environ.clear()
     os.environ.update(before)
 

@@ -1,4 +1,5 @@
-"""How a sample is cut: torchvision's RandomResizedCrop and RandomHorizontalFlip as pure functions.
+"""How a sample is cut: torchvision's RandomResizedCrop and RandomHorizontalFlip as pure functions; and how
+much of an image MAE's evaluation looks at.
 
 Invariant: box and flip depend on (seed, epoch, sample, image size) alone. The law of the boxes is
 torchvision.transforms.RandomResizedCrop's on the true size of the stored image: ten tries with the area
@@ -11,6 +12,17 @@ import numpy as np
 from pipeline.data.random import Purpose, random_bits
 
 TRIES = 10
+
+
+def crop_share(image_size: int) -> float:
+    """The evaluated square over the image's shorter side: 224/256 up to 224 px, all of it above, as in MAE's
+    build_transform."""
+    return 224 / 256 if image_size <= 224 else 1.0
+
+
+def resize_of(image_size: int) -> int:
+    """Pixels of the shorter side before the centre is cut out, for evaluation at `image_size`."""
+    return int(image_size / crop_share(image_size))
 
 
 def crop_boxes(

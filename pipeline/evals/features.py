@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline.data.crops import resize_of
 from pipeline.data.evaluation import EvaluationLoader
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
@@ -53,15 +55,16 @@ class Extractor:
     ) -> None:
         """UserError where `resize` is too small.
 
-        resize: the shorter side before the centre is cut out; None: MAE's, 256 / 224 of images up to 224
-        px, larger ones as they are. cache: a directory for features; None: they are not kept. alive: called
-        now and then."""
+        resize: the shorter side before the centre is cut out; None: as MAE, `resize_of`. cache: a directory
+        for features; None: they are not kept. Where it cannot be written they are not either, which is said.
+        alive: called now and then."""
         self.model, self.world = model.to(world.device), world
         size = model.image_size
-        self.resize = resize or (size * 256 // 224 if size <= 224 else size)
+        self.resize = resize or resize_of(size)
         if self.resize < size:
             raise UserError(f"--resize {resize}: holds no square of {size} px, the size of the images")
         self.precision, self.batch, self.cache = precision, batch, cache
+        self.keeps = world.rank == 0
         self.alive = alive
 
     def __call__(self, reader: ShardReader) -> Features:
@@ -74,8 +77,8 @@ class Extractor:
         values, labels = agreed(lambda: self._part(reader))
         device = self.world.device
         found = Features(*(gathered_rows(rows.to(device)).cpu() for rows in (values, labels)))
-        if path and self.world.rank == 0:
-            _write(path, found)
+        if path and self.keeps:
+            self.keeps = _write(path, found)
         return found
 
     def batch_of(self, images: torch.Tensor) -> torch.Tensor:
@@ -126,10 +129,18 @@ def _read(path: Path, samples: int) -> Features | None:
     return found if len(found.values) == len(found.labels) == samples else None
 
 
-def _write(path: Path, features: Features) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, features: Features) -> bool:
+    """False, and a line that says so, where the storage does not take them."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    save_file(features._asdict(), temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(features._asdict(), temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        say(f"features are not kept: {path.parent} cannot be written: {error}")
+        with suppress(OSError):
+            temporary.unlink()
+        return False
+    return True

@@ -67,19 +67,26 @@ def classify(
     train: Features, val: Features, ks: Sequence[int], classes: int, world: World
 ) -> dict[int, dict[str, Accuracy]]:
     """For each k the accuracy on `val`, the same on every rank."""
+    counts = gathered(counted(train, val, ks, classes, world))
+    total = len(val.labels)
+    return {k: top_1_and_5(*map(sum, zip(*(c[k] for c in counts), strict=True)), total, classes) for k in ks}
+
+
+def counted(
+    train: Features, val: Features, ks: Sequence[int], classes: int, world: World
+) -> dict[int, tuple[int, int]]:
+    """For each k the `hits` in this rank's blocks of `val`."""
     blocks = -(-len(val.labels) // QUERIES)
     first, end = (QUERIES * (blocks * part // world.size) for part in (world.rank, world.rank + 1))
     similarity, voters = nearest(train, val.values[first:end], max(ks), world.device)
     truth = val.labels[first:end].to(world.device)
-    counted = {k: (0, 0) for k in ks}
+    counts = {k: (0, 0) for k in ks}
     for start in range(0, len(truth), QUERIES):
         part = slice(start, start + QUERIES)
         for k in ks:
             scores = votes(similarity[part, :k], voters[part, :k], classes)
-            counted[k] = tuple(map(sum, zip(counted[k], hits(scores, truth[part]), strict=True)))
-    counts = gathered(counted)
-    total = len(val.labels)
-    return {k: top_1_and_5(*map(sum, zip(*(c[k] for c in counts), strict=True)), total, classes) for k in ks}
+            counts[k] = tuple(map(sum, zip(counts[k], hits(scores, truth[part]), strict=True)))
+    return counts
 
 
 def nearest(

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.data.reader import ShardReader
@@ -34,7 +35,7 @@ from pipeline.train.distributed import agreed, gathered_rows, joined
 from pipeline.train.hardware import device_name, memory_gib
 from pipeline.train.metrics import Log, Window
 from pipeline.train.schedule import learning_rate
-from pipeline.train.stopping import Stopping
+from pipeline.train.stopping import UNWRITTEN, Stopping
 from pipeline.train.watchdog import Watchdog
 
 RESULT = "accuracy.json"
@@ -99,10 +100,11 @@ def linprobe(
         feed = (KeptFeatures if recipe.probe.center_crops else RandomCrops)(recipe, sets.train, extract, step)
         log = agreed(lambda: Log(run, recipe, step, total_steps, []) if world.rank == 0 else None)
         device = device_name(world.device)
+        agreed(lambda: checkpoint.sweep(checkpoints, step) if log else None)
+        start = {"step": step, "world_size": world.size, "device": device}
+        described = run, recipe, sets.train.described()
+        agreed(lambda: run_directory.describe(*described, **start, before=log.found) if log else None)
         if log:
-            checkpoint.sweep(checkpoints, step)
-            start = {"step": step, "world_size": world.size, "device": device}
-            run_directory.describe(run, recipe, sets.train.described(), **start, before=log.found)
             log.note(
                 f"{len(heads.rates)} heads on {model.name}: {samples} images of {sets.classes} classes, "
                 f"{total_steps} steps of {batch} on {world.size} x {device}"
@@ -111,10 +113,9 @@ def linprobe(
 
         def make_sure() -> None:
             """Write a checkpoint."""
-            described = {**identity, "window": window.collect(), "recipe": recipe.model_dump(mode="json")}
-            if log:
-                log.flush()
-            agreed(lambda: _save(heads, checkpoints, step, described, recipe) if log else None)
+            state = {**identity, "window": window.collect(), "recipe": recipe.model_dump(mode="json")}
+            agreed(lambda: log.flush() if log else None)
+            agreed(lambda: _save(heads, checkpoints, step, state, recipe) if log else None)
             watchdog.alive()
 
         # ---- Train
@@ -140,32 +141,33 @@ def linprobe(
             # ---- Say how it goes
             if step % recipe.train.log_every == 0 or step == total_steps:
                 means = window.close()
-                means.pop("skipped")
                 took = time.perf_counter() - began
+                line = {
+                    "step": step,
+                    "epoch": step * batch / samples,
+                    "samples": step * batch,
+                    "time": round(time.time(), 3),
+                    "loss": min(means[name] for name in by_rate),
+                    **means,
+                    "lr": rate,
+                    "images_per_s": (step - logged_step) * batch / took,
+                    "data_wait": (feed.waited - waited) / took,
+                    "memory": memory_gib(world.device),
+                }
                 if log:
-                    log.write(
-                        {
-                            "step": step,
-                            "epoch": step * batch / samples,
-                            "samples": step * batch,
-                            "time": round(time.time(), 3),
-                            "loss": min(means.values()),
-                            **means,
-                            "rate": rate,
-                            "images_per_s": (step - logged_step) * batch / took,
-                            "data_wait": (feed.waited - waited) / took,
-                            "memory": memory_gib(world.device),
-                        }
-                    )
+                    with stopping.writing():
+                        log.write(line)
                 began, waited, logged_step = time.perf_counter(), feed.waited, step
             if log:
                 log.advance(step)
 
             # ---- Make sure of it
             if step % recipe.train.checkpoint_every == 0 or step == total_steps:
+                if not stopping.settle():
+                    break
                 make_sure()
                 saved_step = step
-        if step > saved_step:
+        if step > saved_step and stopping.reason != UNWRITTEN:
             make_sure()
             saved_step = step
 
@@ -184,13 +186,15 @@ def linprobe(
                 "steps": step,
                 **_judge(heads, sets.classes, judged, chosen_by, world.device),
             }
-            if log:
-                _write(run / RESULT, result)
-                log.note(f"done: {step} steps; {run / RESULT}")
+            agreed(lambda: _write(run / RESULT, result) if log else None)
         watchdog.close()
         feed.close()
-        if log:
-            log.close()
+        with stopping.writing():
+            if log:
+                log.close()
+        stopping.settle()
+        if log and not stopping.reason:
+            log.note(f"done: {step} steps; {run / RESULT}")
         if lock is not None:
             os.close(lock)
         stopping.raise_reason(saved_step)
@@ -263,7 +267,7 @@ def _save(heads: Heads, directory: Path, step: int, state: dict, recipe: ProbeRe
         save_file(heads.state_dict(), partial / HEADS)
         files = checkpoint.describe(partial, checkpoint.files_of(partial))
         checkpoint.publish(directory, step, {"step": step, **state, "files": files}, recipe.train)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: the checkpoint of step {step} cannot be written: {error}") from None
 
 

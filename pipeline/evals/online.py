@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from pipeline.data.crops import resize_of
 from pipeline.data.evaluation import EvaluationLoader
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
@@ -37,7 +38,7 @@ class OnlineKnn:
             recipe.data,
             recipe.engine.micro_batch,
             *place,
-            size * 256 // 224,
+            resize_of(size),
             recipe.evals.knn_samples,
         )
         self.nothing = torch.zeros(1, 3, size, size, device=world.device)

@@ -32,7 +32,7 @@ class ProbeSection(Section):
     center_crops: bool = False
     """Train on the features of centre crops, extracted once, instead of random resized crops."""
     resize: int | None = Field(None, ge=1)
-    """Pixels of the shorter side before the centre is cut out; null: 256 / 224 of the image size."""
+    """Pixels of the shorter side before the centre is cut out; null: as MAE, `resize_of`."""
 
     @model_validator(mode="after")
     def _possible(self) -> "ProbeSection":

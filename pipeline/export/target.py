@@ -19,8 +19,6 @@ from pipeline.recipe import Recipe
 from pipeline.trained import Trained
 
 CHECKED_IMAGES = 2
-CROP = 224 / 256
-"""The square that is cut out of an image over its shorter side, as ImageNet is evaluated."""
 
 
 class Target(NamedTuple):

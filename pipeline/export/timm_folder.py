@@ -7,8 +7,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from pipeline.data.crops import crop_share
 from pipeline.export.state_dicts import timm_state_dict
-from pipeline.export.target import CROP, Target, check_images, relative_difference, tokens
+from pipeline.export.target import Target, check_images, relative_difference, tokens
 from pipeline.recipe import Recipe
 from pipeline.trained import Trained
 
@@ -68,7 +69,7 @@ def _config(recipe: Recipe) -> dict:
             "input_size": [3, side, side],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": CROP,
+            "crop_pct": crop_share(side),
             "crop_mode": "center",
             "mean": list(recipe.data.mean),
             "std": list(recipe.data.std),

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from pipeline.data.crops import resize_of
 from pipeline.errors import UserError
 from pipeline.export.state_dicts import official_state_dict, timm_state_dict, transformers_state_dict
 from pipeline.export.target import (
-    CROP,
     Target,
     check_images,
     library,
@@ -83,7 +83,7 @@ def _preprocessor(recipe: Recipe) -> dict:
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": int(side / CROP)},
+        "size": {"shortest_edge": resize_of(side)},
         "resample": BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},

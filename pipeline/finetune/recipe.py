@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.data.crops import resize_of
 from pipeline.method_options import Section
 from pipeline.recipe_file import load
 from pipeline.training_recipe import TrainingRecipe
@@ -41,7 +42,7 @@ class EvaluationSection(Section):
     every_epochs: float | None = Field(None, gt=0.0)
     """null: at the end alone, where it always is."""
     resize: int | None = Field(None, ge=1)
-    """Pixels of the shorter side before the centre is cut out; null: 256 / 224 of the image size."""
+    """Pixels of the shorter side before the centre is cut out; null: as MAE, `resize_of`."""
 
 
 class FinetuneRecipe(TrainingRecipe):
@@ -73,7 +74,7 @@ class FinetuneRecipe(TrainingRecipe):
     @property
     def resize(self) -> int:
         """Pixels of the shorter side in evaluation."""
-        return self.evaluation.resize or self.data.image_size * 256 // 224
+        return self.evaluation.resize or resize_of(self.data.image_size)
 
 
 def load_finetune_recipe(

@@ -105,7 +105,7 @@ def accuracy_figure(histories: Sequence[History]) -> Figure | None:
 
 def details_figure(histories: Sequence[History]) -> Figure:
     """Learning rate, gradient norm, throughput, data wait, the ranks' own time, memory or MFU, by step."""
-    knows_mfu = any(line["mfu"] for history in histories for line in history.lines)
+    knows_mfu = any(history.column("mfu")[1] for history in histories)
     own = "A rank's own work, s a step\n(dotted: the slowest rank)"
     panels = [
         ("Learning rate", ["lr"], 1.0, "linear"),

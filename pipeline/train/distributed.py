@@ -21,7 +21,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import AgreedError, UserError
+from pipeline.errors import AgreedError, StoppedEarly, UserError
 
 T = TypeVar("T")
 PORTS = range(20000, 32768)  # below the usual range of ephemeral ports
@@ -88,14 +88,17 @@ def find_world() -> World:
 
 @contextmanager
 def joined(timeout_minutes: float) -> Iterator[World]:
-    """Connected with the other ranks, without DeepSpeed: for what trains no large model."""
+    """Connected with the other ranks, without DeepSpeed: for what trains no large model. They part where all
+    end: by returning, or by what all raise; where one fails alone, it waits for nobody."""
     world = find_world()
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10 + 2 * timeout_minutes))
     try:
         yield world
-    finally:
-        dist.destroy_process_group()
+    except (AgreedError, StoppedEarly):
+        leave()
+        raise
+    leave()
 
 
 def leave() -> None:

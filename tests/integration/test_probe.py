@@ -12,6 +12,9 @@ from runs import Run
 
 from pipeline.evals.knn import knn
 from pipeline.recipe import load_recipe
+from pipeline.report.figures import loss_figure
+from pipeline.report.history import read_history
+from pipeline.report.page import report
 
 TINY = ("model.width=32", "model.depth=2", "data.image_size=32", "model.patch_size=8")
 
@@ -95,6 +98,26 @@ def test_a_probe_on_two_ranks_that_was_killed_ends_as_one_that_was_not_on_one(
     assert one == two
     assert one["top1"]["total"] == 42
     assert one["train"]["samples"] + one["held_out"]["samples"] == 60
+
+
+def test_a_probe_has_a_report_and_stops_on_all_ranks_where_it_cannot_write(labelled_sets, tmp_path):
+    train, val = labelled_sets
+    run = tmp_path / "run"
+    command = ["linprobe", "--weights", "pixels:16", "--center-crops", "--data", train, "--val", val]
+    command += ["--set=data.global_batch=16", "--set=data.holdout=0.2", "--set=train.steps=4"]
+    command += ["--set=train.log_every=1", "--lr", 0.1, 1, "--run", run]
+    finished(started(1, *command))
+    history = read_history(run)
+    assert history.losses == ["loss", "loss_0.1", "loss_1"]
+    assert len(history.column("lr")[1]) == 4 and loss_figure([history]).axes
+    assert "of 4 steps" in report([run]).read_text()
+
+    (run / "accuracy.json.new").mkdir()  # in the way
+    processes = started(2, *command)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    said = [line for text in errors for line in text.splitlines() if "error" in line or "Traceback" in line]
+    assert len(said) == 1 and "accuracy.json.new" in said[0], errors
 
 
 @pytest.mark.soak

@@ -1,10 +1,11 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.data.crops import crop_boxes, flips
+from pipeline.data.crops import crop_boxes, flips, resize_of
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 
@@ -50,3 +51,8 @@ def test_an_image_too_long_for_any_box_gives_torchvisions_central_one():
 
 def test_half_of_the_samples_are_flipped():
     assert abs(flips(0, np.zeros(10000, int), np.arange(10000)).mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize(("size", "resize"), [(32, 36), (48, 54), (224, 256), (225, 225), (384, 384)])
+def test_evaluation_resizes_as_mae_does(size, resize):
+    assert resize_of(size) == resize

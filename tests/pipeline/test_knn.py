@@ -1,17 +1,19 @@
 """k-NN on frozen features: scikit-learn's answers, every sample once, a cache that can be trusted."""
 
 import json
+import resource
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.__main__ import main
+from pipeline.__main__ import _cache, main
 from pipeline.data.reader import ShardReader
 from pipeline.evals import knn as module
 from pipeline.evals.features import Extractor, Features
-from pipeline.evals.knn import KS, TEMPERATURE, classify, knn, nearest, votes
+from pipeline.evals.knn import KS, TEMPERATURE, classify, counted, knn, nearest, votes
 from pipeline.evals.representation import representation
 from pipeline.train.distributed import World
 
@@ -70,6 +72,42 @@ def test_features_are_extracted_once_and_are_those_of_the_images(labelled_sets, 
     assert len(list((tmp_path / "cache").iterdir())) == 3  # other images, or cut otherwise: others
     kept.write_bytes(kept.read_bytes()[:-100])
     assert torch.equal(extract(reader).values, features.values) and len(kept.read_bytes()) > 100
+
+
+@pytest.mark.parametrize("place", ["a file in its way", "a full disk"])
+def test_features_that_cannot_be_kept_are_said_once_and_used(labelled_sets, tmp_path, capsys, place):
+    cache, limit = tmp_path / "cache", resource.getrlimit(resource.RLIMIT_FSIZE)
+    if place == "a full disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    else:
+        cache.write_text("")
+    model = representation("pixels:16", None, "class_token")
+    extract = Extractor(model, ALONE, resize=16, cache=cache)
+    try:
+        found = [extract(ShardReader(part)) for part in labelled_sets]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [len(features.labels) for features in found] == [60, 42]
+    said = capsys.readouterr().err
+    assert said.startswith(f"features are not kept: {cache} cannot be written: ") and said.count("\n") == 1
+    assert cache.is_file() or not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_the_ranks_count_together_what_one_counts(ranks):
+    train, val = clouds(900, 1), clouds(1700, 2)
+    parts = [counted(train, val, KS, CLASSES, ALONE._replace(rank=r, size=ranks)) for r in range(ranks)]
+    alone = counted(train, val, KS, CLASSES, ALONE)
+    for k in KS:
+        assert tuple(map(sum, zip(*(part[k] for part in parts), strict=True))) == alone[k]
+    assert sum(part[KS[0]] != (0, 0) for part in parts) == min(ranks, 4)  # blocks
+
+
+def test_features_of_a_run_and_of_its_average_are_kept_in_the_run(tmp_path):
+    given = {"cache": None}
+    for weights in (tmp_path, f"ema:{tmp_path}"):
+        assert _cache(Namespace(weights=str(weights), **given)) == tmp_path / "features"
+    assert _cache(Namespace(weights="random:demo_emae", **given)) is None
 
 
 def test_the_command_prints_what_it_found(labelled_sets, capsys, kept_environment):
