@@ -400,7 +400,7 @@ def _encoder_arguments(command: argparse.ArgumentParser) -> None:
         "--resize",
         type=_positive,
         metavar="PX",
-        help="shorter side before the centre is cut out (default: 256/224 of the image size; above 224 px: it)",
+        help="shorter side before the centre is cut out (default: as MAE, 256/224 of sizes up to 224)",
     )
     command.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder (default: fp32)"

@@ -128,7 +128,8 @@ def details_figure(histories: Sequence[History]) -> Figure:
             axes.set_title(title)
             axes.set_yscale(scale)
             if scale == "linear":
-                axes.set_ylim(0, 1.08 * axes.dataLim.ymax or 1)
+                most = axes.dataLim.ymax  # infinite where no run has the column
+                axes.set_ylim(0, 1.08 * most if 0 < most < np.inf else 1)
             else:
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
