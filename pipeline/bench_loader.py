@@ -23,7 +23,8 @@ from pipeline.data.loader import Loader, Planned, Planner, prefetch_of
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
 from pipeline.plan import plan
-from pipeline.recipe import Recipe, Source
+from pipeline.recipe import Recipe
+from pipeline.sections import Source
 
 STAGES = {"decode": "decode", "decode and augment": "augment"}
 """What is measured of DALI's work, and after which stage its graph ends."""
