@@ -25,7 +25,7 @@ def numbers(count: int, width: int, epoch: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def pictures(photographs) -> list[Image.Image]:
     """Photographs of 64 x 48 px, and flat ones."""
-    paths = sorted(photographs.rglob("*.jp*g"))[:10]
+    paths = sorted(p for p in photographs.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))[:10]
     found = [Image.open(path).convert("RGB").resize((64, 48)) for path in paths]
     return [*found, Image.new("RGB", (64, 48), (7, 7, 7)), Image.new("RGB", (64, 48), (255, 0, 128))]
 
