@@ -1,5 +1,6 @@
 """The node-local cache: bounded, shared, and never trusted without a checksum."""
 
+import fcntl
 import hashlib
 import os
 import signal
@@ -53,7 +54,13 @@ def digest(reader):
 
 
 def held(directory):
-    return sum(path.stat().st_size for path in directory.iterdir())
+    """Bytes there at one moment: nothing is added while the cache's lock is held. None where a file went meanwhile."""
+    with open(directory / "lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return sum(path.stat().st_size for path in directory.iterdir())
+        except FileNotFoundError:
+            return None
 
 
 def test_each_shard_is_fetched_once_and_then_read_from_the_disk(shards, store, tmp_path):
@@ -75,10 +82,7 @@ def test_the_bound_holds_at_every_moment_and_what_was_read_last_stays(shards, st
     def watch():
         nonlocal largest
         while not done.is_set():
-            try:
-                largest = max(largest, held(tmp_path))
-            except FileNotFoundError:  # evicted between being listed and looked at
-                continue
+            largest = max(largest, held(tmp_path) or 0)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
