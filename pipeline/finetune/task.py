@@ -34,10 +34,12 @@ from pipeline.train.task import Task
 RESULT, BEGUN = "accuracy.json", "weights.json"
 
 
-def finetune(recipe: FinetuneRecipe, data: str, val: str, run: Path) -> None:
+def finetune(
+    recipe: FinetuneRecipe, data: str, val: str, run: Path, deepspeed_config: Path | None = None
+) -> None:
     """Fine-tune the recipe's weights on the labelled shard set `data`, and judge them on `val`; as `train`
     says."""
-    train(Finetuning(recipe, val), [data], run)
+    train(Finetuning(recipe, val), [data], run, deepspeed_config)
 
 
 class Finetuning(Task):

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.__main__ import exit_code_of
 from pipeline.data.order import rank_positions
 from pipeline.data.random import Purpose, uniform
 from pipeline.data.reader import ShardReader
+from pipeline.exits import exit_code_of
 from pipeline.methods import Method, MethodOutput, build_method
 from pipeline.pretraining import pretrain
 from pipeline.recipe import load_recipe

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 from pytest import approx
 from runs import Run
@@ -23,33 +24,36 @@ RECIPE = {  # everything that is random is on
 }
 
 
+ZERO_3 = Path(__file__).parents[2] / "ds_configs/zero3.json"
+
+
 class Tuning(Run):
     """A run of `finetune`, from random weights."""
 
-    def __init__(self, sets, directory):
+    def __init__(self, sets, directory, *options):
         super().__init__(sets[0], directory)
-        self.val = sets[1]
+        self.val, self.options = sets[1], options
 
     def command(self, ranks, settings):
         small = "random:demo_emae"
         sets = [f"--set={key}={value}" for key, value in {**RECIPE, **settings}.items()]
-        arguments = ["finetune", "finetune_tiny", "--weights", small, "--data", str(self.shards)]
-        return self.launched(
-            ranks, "pipeline", [*arguments, "--val", str(self.val), "--run", str(self.directory), *sets]
-        )
+        places = ["--data", str(self.shards), "--val", str(self.val), "--run", str(self.directory)]
+        arguments = ["finetune", "finetune_tiny", "--weights", small, *places, *self.options, *sets]
+        return self.launched(ranks, "pipeline", arguments)
 
     def accuracy(self):
         return json.loads((self.directory / "accuracy.json").read_text())
 
 
 def test_killed_and_continued_to_the_bit_and_on_two_ranks_the_same(labelled_sets, tmp_path):
-    one, two = (Tuning(labelled_sets, tmp_path / name) for name in ("one", "two"))
+    one = Tuning(labelled_sets, tmp_path / "one")
+    two = Tuning(labelled_sets, tmp_path / "two", "--deepspeed_config", str(ZERO_3))
     one.kill_when(one.start(1), lambda: len(one.losses()) >= 6)
     before = one.losses()
     assert len(before) < STEPS and (one.directory / "checkpoints/latest").read_text() == "step-00000004"
     one.train(1)  # steps 5 and 6 once more
     assert one.losses()[: len(before)] == before and len(one.losses()) == STEPS
-    two.train(2, engine__zero_stage=3)
+    two.train(2)
     assert [loss for _, loss in two.losses()] == approx([loss for _, loss in one.losses()], abs=1e-5)
     assert two.accuracy() == one.accuracy() and two.accuracy()["top1"]["total"] == 42
     measured = [[line.get("top1") for line in run.metrics()] for run in (one, two)]

@@ -54,7 +54,7 @@ def digest(reader):
 
 
 def held(directory):
-    """Bytes there at one moment: nothing is added while the cache's lock is held. None where a file went meanwhile."""
+    """Bytes there at one moment (nothing is added under the lock); None where a file went meanwhile."""
     with open(directory / "lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from pipeline.__main__ import _cache, main
+from pipeline.__main__ import main
+from pipeline.commands.judge import _cache
 from pipeline.data.reader import ShardReader
 from pipeline.evals import knn as module
 from pipeline.evals.features import Extractor, Features
