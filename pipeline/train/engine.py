@@ -26,7 +26,6 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 from deepspeed.utils import logger
 from safetensors.torch import save_file
 from torch import nn
@@ -46,9 +45,9 @@ WEIGHTS, WEIGHTS_EMA = "weights.safetensors", "weights_ema.safetensors"
 NUMBERS = "engine.json"
 LONG = 30.0  # seconds that the ranks may take to find each other without a word
 NAMES = {
-    torch.optim.AdamW: "torch's fused AdamW",
-    DeepSpeedCPUAdam: "DeepSpeed's CPUAdam",
-    MuonWithAuxAdam: "DeepSpeed's Muon, with torch's fused AdamW",
+    "AdamW": "torch's fused AdamW",
+    "DeepSpeedCPUAdam": "DeepSpeed's CPUAdam",
+    "MuonWithAuxAdam": "DeepSpeed's Muon, with torch's fused AdamW",
 }
 
 
@@ -94,7 +93,7 @@ def build_engine(recipe: TrainingRecipe, learner: Learner, config: dict, device:
 
 def optimizer_name(engine: Engine) -> str:
     """What updates the weights, for the log."""
-    name = NAMES[type(engine.basic_optimizer)]
+    name = NAMES[type(engine.basic_optimizer).__name__]
     offloads = engine.zero_use_cpu_optimizer()
     fault = cpu_adam_fault() if offloads else None
     return name + " on the CPU" * offloads + (f" ({fault})" if fault else "")
@@ -129,6 +128,9 @@ def _optimizer(recipe: TrainingRecipe, learner: Learner) -> torch.optim.Optimize
     groups = learner.parameter_groups(recipe.optim.weight_decay)
     adam = {"lr": 0.0, "betas": recipe.optim.betas, "eps": ADAM_EPS}
     if recipe.optim.name == "muon":
+        # Importing it compiles, for two seconds.
+        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
         groups = [half for group in groups for half in _halves(group, learner, recipe, adam)]
         return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
     if recipe.engine.offload != "none" and all(gathered(cpu_adam_fault() is None)):

@@ -40,16 +40,14 @@ class Run:
         arguments = [*self.PROGRAM[1:], *data, "--run", str(self.directory), *sets]
         return self.launched(ranks, self.PROGRAM[0], arguments)
 
-    @staticmethod
-    def launched(ranks: int, program: str, arguments: list[str]) -> list[str]:
-        if ranks == 1:
-            return [sys.executable, "-m", program, *arguments]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launcher = Path(sys.executable).with_name("deepspeed")
-        options = ["--num_accelerators", str(ranks), "--master_port", str(port), "--module"]
-        return [str(launcher), *options, program, *arguments]
+    def launched(self, ranks: int, program: str, arguments: list[str]) -> list[str]:
+        alone = [sys.executable, "-m", program, *arguments]
+        return alone if ranks == 1 else self.launch(ranks, alone)
+
+    def launch(self, ranks: int, alone: list[str]) -> list[str]:
+        """`alone`, one rank's command, on several ranks: the environment says which, as under srun."""
+        script = Path(__file__).with_name("launch_ranks.sh")
+        return ["bash", str(script), str(ranks), str(free_port()), *alone]
 
     def start(self, ranks: int = 1, **settings) -> subprocess.Popen:
         settings = {key.replace("__", "."): value for key, value in settings.items()}
