@@ -20,7 +20,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A.%a.out
-set -euo pipefail
 
 # ==== Set these, here or in the environment =================================================================
 SOURCE=${SOURCE:-} # folder, imagenet, imagenet21k, openimages, coco
@@ -29,11 +28,9 @@ OUT=${OUT:-}
 OPTIONS=${OPTIONS:-}
 # =============================================================================================================
 
-SHARDMAE=${SHARDMAE:-${SLURM_SUBMIT_DIR:-$PWD}}
-[ -f "$SHARDMAE/slurm/launch.sh" ] || { echo "error: $SHARDMAE is not ShardMAE's repository; set SHARDMAE" >&2; exit 2; }
-# shellcheck source=slurm/launch.sh
+[ -f "${SHARDMAE:=${SLURM_SUBMIT_DIR:-$PWD}}/slurm/launch.sh" ] ||
+  { echo "error: $SHARDMAE is not ShardMAE's repository; set SHARDMAE" >&2; exit 2; }
 . "$SHARDMAE/slurm/launch.sh"
-
 choose SOURCE "$SOURCE" folder imagenet imagenet21k openimages coco
 need SRC "where the archives or images are"
 need OUT "the shard set's directory, on storage that all nodes see"

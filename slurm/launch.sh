@@ -4,6 +4,7 @@
 # A job ends in one of four ways. Done: exit 0. Something to mend, said above in one line: exit 2, or 4 where the
 # guard gave up. Stopped early (75: time limit, pre-emption) or failed (a node, a rank, a network): it is put back
 # into the queue and continues from its last checkpoint, unless it has come no further in RETRIES starts.
+set -euo pipefail
 
 RETRIES=${RETRIES:-3}
 SRUN_OPTIONS=()

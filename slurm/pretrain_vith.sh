@@ -25,16 +25,13 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-set -euo pipefail
 
 # ==== Set these two, here or in the environment =============================================================
 DATA=${DATA:-}
 RUN=${RUN:-}
 # =============================================================================================================
 
-SHARDMAE=${SHARDMAE:-${SLURM_SUBMIT_DIR:-$PWD}}
-[ -f "$SHARDMAE/slurm/launch.sh" ] || { echo "error: $SHARDMAE is not ShardMAE's repository; set SHARDMAE" >&2; exit 2; }
-# shellcheck source=slurm/launch.sh
+[ -f "${SHARDMAE:=${SLURM_SUBMIT_DIR:-$PWD}}/slurm/launch.sh" ] ||
+  { echo "error: $SHARDMAE is not ShardMAE's repository; set SHARDMAE" >&2; exit 2; }
 . "$SHARDMAE/slurm/launch.sh"
-
 pretrain vith14
