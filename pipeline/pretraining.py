@@ -16,6 +16,7 @@ from pipeline.train import checkpoint
 from pipeline.train.distributed import World, agreed
 from pipeline.train.loop import train
 from pipeline.train.task import Task
+from pipeline.whole_file import replacing
 
 SHOWN = 4
 """Images of the shard set whose reconstruction is drawn at every checkpoint."""
@@ -63,8 +64,8 @@ class Pretraining(Task):
         # Drawn by all ranks: ZeRO-3 shares the weights.
         drawn = picture(self._method, self.recipe, self._shown, self.recipe.seed)
         if self._writes:
-            drawn.save(self._pictures / "new.png")
-            (self._pictures / "new.png").replace(self._pictures / f"{checkpoint.name_of(step)}.png")
+            with replacing(self._pictures / f"{checkpoint.name_of(step)}.png") as new:
+                drawn.save(new, "PNG")
 
     def evaluates(self, step: int, total_steps: int, num_samples: int) -> bool:
         every = self.recipe.evals.knn_every

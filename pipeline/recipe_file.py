@@ -31,7 +31,7 @@ class RecipeFile(Section):
 
     def differences(self, other: "RecipeFile") -> dict[str, tuple[Any, Any]]:
         """Keys whose values differ, as "a.b.c": (value here, value there)."""
-        mine, theirs = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        mine, theirs = flat(self.model_dump(mode="json")), flat(other.model_dump(mode="json"))
         return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
 
@@ -72,6 +72,14 @@ def checked(kind: type[AnyRecipe], tree: dict, where: str, overrides: Sequence[s
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A tree's values by their keys' paths, "a.b.c"."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -137,13 +145,6 @@ def _override(tree: dict, overrides: Sequence[str]) -> None:
         rival = RIVALS.get(keys)
         if rival and rival not in given and isinstance(tree.get(rival[0]), dict):
             tree[rival[0]].pop(rival[1], None)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _as_json(tree: dict) -> str:

@@ -7,10 +7,8 @@ decides what is in it: weights, images, how they are cut and in which precision 
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -25,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evals.representation import Representation
 from pipeline.sections import DataSection
 from pipeline.train.distributed import World, agreed, gathered, gathered_rows, say
+from pipeline.whole_file import replacing
 
 Precision = Literal["fp32", "bf16"]
 BATCH = 128
@@ -131,16 +130,11 @@ def _read(path: Path, samples: int) -> Features | None:
 
 def _write(path: Path, features: Features) -> bool:
     """False, and a line that says so, where the storage does not take them."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(features._asdict(), temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with replacing(path, shared=True) as new:
+            save_file(features._asdict(), new)
     except (OSError, SafetensorError) as error:
         say(f"features are not kept: {path.parent} cannot be written: {error}")
-        with suppress(OSError):
-            temporary.unlink()
         return False
     return True

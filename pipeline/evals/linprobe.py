@@ -12,7 +12,6 @@ The heads are not DeepSpeed's: LARS needs each weight whole, and they are far sm
 they share.
 """
 
-import json
 import os
 import time
 from pathlib import Path
@@ -37,6 +36,7 @@ from pipeline.train.metrics import Log, Window
 from pipeline.train.schedule import learning_rate
 from pipeline.train.stopping import UNWRITTEN, Stopping
 from pipeline.train.watchdog import Watchdog
+from pipeline.whole_file import write_json
 
 RESULT = "accuracy.json"
 HEADS = "heads.safetensors"
@@ -186,7 +186,7 @@ def linprobe(
                 "steps": step,
                 **_judge(heads, sets.classes, judged, chosen_by, world.device),
             }
-            agreed(lambda: _write(run / RESULT, result) if log else None)
+            agreed(lambda: write_json(run / RESULT, result) if log else None)
         watchdog.close()
         feed.close()
         with stopping.writing():
@@ -269,9 +269,3 @@ def _save(heads: Heads, directory: Path, step: int, state: dict, recipe: ProbeRe
         checkpoint.publish(directory, step, {"step": step, **state, "files": files}, recipe.train)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: the checkpoint of step {step} cannot be written: {error}") from None
-
-
-def _write(path: Path, result: dict) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(result, indent=1) + "\n")
-    new.replace(path)

@@ -18,7 +18,7 @@ from pipeline.evals.features import Features
 from pipeline.evals.knn import classify
 from pipeline.methods.method import Method
 from pipeline.recipe import Recipe
-from pipeline.train.distributed import World, agreed, gathered, gathered_rows
+from pipeline.train.distributed import World, equally_many, gathered_rows
 
 K = 20
 QUERIES = 1 / 5
@@ -55,11 +55,7 @@ class OnlineKnn:
     @torch.no_grad()
     def _features(self, alive: Callable[[], None]) -> Features:
         values, labels = [self.method.tokens(self.nothing)[:0, 0].float()], [torch.empty(0).long()]
-        batches = iter(self.loader)
-        while True:
-            batch = agreed(lambda: next(batches, None))
-            if not any(gathered(batch is not None)):
-                break
+        for batch in equally_many(self.loader):
             tokens = self.method.tokens(self.nothing if batch is None else batch.images)
             if batch is not None:
                 values.append(tokens[:, 0].float())

@@ -27,9 +27,10 @@ from pipeline.finetune.classifier import Classifier
 from pipeline.finetune.recipe import FinetuneRecipe
 from pipeline.models.sizes import SIZES
 from pipeline.train import checkpoint
-from pipeline.train.distributed import World, agreed, from_rank_0, gathered, say
+from pipeline.train.distributed import World, agreed, equally_many, from_rank_0, gathered, say
 from pipeline.train.loop import train
 from pipeline.train.task import Task
+from pipeline.whole_file import write_json
 
 RESULT, BEGUN = "accuracy.json", "weights.json"
 
@@ -88,7 +89,7 @@ class Finetuning(Task):
         the weights are others by now; what is saved holds its own."""
         path, found = self._run / BEGUN, {"encoder": self._name, "digest": self._digest}
         if not path.exists():
-            _write(path, found)
+            write_json(path, found)
         begun = json.loads(path.read_text())
         if begun["digest"] != found["digest"] and not checkpoint.steps_of(self._run / "checkpoints"):
             raise UserError(
@@ -117,7 +118,7 @@ class Finetuning(Task):
             "val": {"place": self._val.places[0], "samples": self._val.num_samples},
             **{name: accuracy.as_json() for name, accuracy in found.items()},
         }
-        agreed(lambda: _write(self._run / RESULT, result) if self._world.rank == 0 else None)
+        agreed(lambda: write_json(self._run / RESULT, result) if self._world.rank == 0 else None)
         figures = {}
         for name, accuracy in found.items():
             low, high = accuracy.interval
@@ -125,14 +126,8 @@ class Finetuning(Task):
         return figures
 
     def _measured(self, alive: Callable[[], None]) -> dict[str, Accuracy]:
-        """All ranks take as many batches, because ZeRO-3's take part in each other's: an empty one at the
-        end where there is none."""
         size, device, counts = self.recipe.data.image_size, self._world.device, [0, 0, 0]
-        batches = iter(self._loader)
-        while True:
-            batch = agreed(lambda: next(batches, None))
-            if not any(gathered(batch is not None)):
-                break
+        for batch in equally_many(self._loader):
             if batch is None:
                 self._classifier.scores(torch.zeros(1, 3, size, size, device=device))
             else:
@@ -142,12 +137,6 @@ class Finetuning(Task):
             alive()
         totals = [sum(column) for column in zip(*gathered(counts), strict=True)]
         return top_1_and_5(*totals, self._classes)
-
-
-def _write(path: Path, tree: dict) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(tree, indent=1) + "\n")
-    new.replace(path)
 
 
 def _forward_flops(classifier: Classifier, size: int) -> int:

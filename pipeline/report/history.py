@@ -7,11 +7,12 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from pipeline.errors import UserError
+from pipeline.recipe_file import flat
 
 SPEED = ("images_per_s", "images_per_s_rank", "data_wait", "mfu", "memory")
 RANKS = ("rank_time", "slowest_time", "slowest_rank", "slowest_host")
@@ -129,14 +130,6 @@ def read_history(run: Path) -> History:
         recipe_text=recipe_text,
         pictures=sorted((run / "reconstructions").glob("step-*.png")),
     )
-
-
-def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """A recipe's keys as "a.b.c"."""
-    pairs: dict[str, Any] = {}
-    for key, value in tree.items():
-        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return pairs
 
 
 def differences(histories: list[History]) -> dict[str, list]:

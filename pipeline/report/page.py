@@ -34,6 +34,7 @@ from pipeline.report.tables import (
     table,
     what_happened,
 )
+from pipeline.whole_file import write_whole
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -107,9 +108,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
         under=html.escape(_under(histories)),
         body="\n".join(body),
     )
-    partial = out.with_name(out.name + ".new")
-    partial.write_text(page)
-    partial.replace(out)
+    write_whole(out, page)
     return out
 
 

@@ -33,6 +33,7 @@ from pipeline.sections import TrainSection
 from pipeline.train import engine
 from pipeline.train.average import Average
 from pipeline.train.distributed import World, from_rank_0, gathered
+from pipeline.whole_file import write_whole
 
 STATE = "state.json"
 LATEST = "latest"
@@ -155,7 +156,7 @@ def publish(directory: Path, step: int, state: dict, retention: TrainSection) ->
         _remove(final)
     partial.rename(final)
     _sync_directory(directory)
-    _write(directory / LATEST, final.name)
+    write_whole(directory / LATEST, final.name)
     skipped = (state.get("guard") or {}).get("row")
     for old in superfluous(steps_of(directory), retention, skipped[0] if skipped else None):
         _remove(directory / name_of(old))
@@ -182,7 +183,7 @@ def abandon(directory: Path, step: int) -> None:
     for newer in steps_of(directory):
         if newer > step:
             _remove(directory / name_of(newer))
-    _write(directory / LATEST, name_of(step))
+    write_whole(directory / LATEST, name_of(step))
 
 
 def amend(checkpoint: Path, state: dict) -> None:
@@ -216,7 +217,7 @@ def read_state(checkpoint: Path) -> dict:
 
 def write_state(checkpoint: Path, state: dict) -> None:
     """Write state.json, with a checksum of its own."""
-    _write(checkpoint / STATE, json.dumps({**state, "checksum": _checksum(state)}, indent=1))
+    write_whole(checkpoint / STATE, json.dumps({**state, "checksum": _checksum(state)}, indent=1))
 
 
 def faults(checkpoint: Path, files: list[str]) -> list[str]:
@@ -236,15 +237,6 @@ def faults(checkpoint: Path, files: list[str]) -> list[str]:
 
 def _checksum(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -11,7 +11,7 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -180,6 +180,17 @@ def agreed(what: Callable[[], T]) -> T:
     if faults:
         raise AgreedError("; ".join(faults))
     return done
+
+
+def equally_many(batches: Iterable[T]) -> Iterator[T | None]:
+    """This rank's batches, then None as long as another rank has one: for what all ranks do together, as
+    ZeRO-3 computes. Every rank calls it. AgreedError on all where one cannot get its next."""
+    own = iter(batches)
+    while True:
+        batch = agreed(lambda: next(own, None))
+        if not any(gathered(batch is not None)):
+            return
+        yield batch
 
 
 def of_storage(error: OSError) -> UserError:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.recipe_file import flat
 from pipeline.training_recipe import TrainingRecipe
 
 ADAM_EPS = 1e-8
@@ -160,19 +161,12 @@ def _read(path: Path) -> dict[str, object]:
         raise UserError(f"--deepspeed_config {path}: not JSON: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"--deepspeed_config {path}: not a JSON object")
-    return {key: value for key, value in _flat(tree).items() if value != "auto"}
+    return {key: value for key, value in flat(tree).items() if value != "auto"}
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _nested(flat: dict[str, object]) -> dict:
+def _nested(values: dict[str, object]) -> dict:
     tree: dict = {}
-    for key, value in flat.items():
+    for key, value in values.items():
         *sections, name = key.split(".")
         section = tree
         for part in sections:

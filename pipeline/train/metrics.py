@@ -18,6 +18,7 @@ from pipeline.train.distributed import all_ranks_mean
 from pipeline.train.progress import Progress
 from pipeline.train.wandb_run import WandbRun
 from pipeline.training_recipe import TrainingRecipe
+from pipeline.whole_file import write_whole
 
 OF_THE_MOMENT = {
     "time",
@@ -152,7 +153,5 @@ def _take_back(path: Path, step: int, returns: list[dict]) -> dict | None:
             kept.append(missing.pop(0))
         elif at <= step and "event" not in entry:
             kept.append(entry)
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept + missing))
-    os.replace(temporary, path)
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept + missing))
     return last

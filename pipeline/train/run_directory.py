@@ -17,6 +17,7 @@ from pathlib import Path
 from pipeline.errors import UserError
 from pipeline.recipe_file import load
 from pipeline.training_recipe import TrainingRecipe
+from pipeline.whole_file import write_json, write_whole
 
 PACKAGES = ("shardmae", "torch", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy")
 FREE = {  # keys that may change when a run is continued: they say how it is done, not what is trained
@@ -101,7 +102,7 @@ def begin(run: Path, recipe: TrainingRecipe) -> int:
     descriptor = lock(run)
     check(run, recipe)  # again: the lock's last holder may have begun another recipe
     if not (run / "recipe.yaml").exists():
-        _replace(run / "recipe.yaml", recipe.to_yaml())
+        write_whole(run / "recipe.yaml", recipe.to_yaml())
     return descriptor
 
 
@@ -140,7 +141,7 @@ def describe(run: Path, recipe: TrainingRecipe, data: list[dict], **start: objec
     data: what the shard sets are. start: step, world_size, device, deepspeed: its configuration, and before:
     the last logged step and its time of the run so far, which may have got further than `step`.
     """
-    _replace(run / "recipe.yaml", recipe.to_yaml())
+    write_whole(run / "recipe.yaml", recipe.to_yaml())
     path = run / "environment.json"
     try:
         starts = json.loads(path.read_text())["starts"]
@@ -156,7 +157,7 @@ def describe(run: Path, recipe: TrainingRecipe, data: list[dict], **start: objec
         "versions": versions(),
         "commit": _commit(),
     }
-    _replace(path, json.dumps({**start, "data": data, "starts": [*starts, start]}, indent=1) + "\n")
+    write_json(path, {**start, "data": data, "starts": [*starts, start]})
 
 
 def versions() -> dict[str, str]:
@@ -177,12 +178,3 @@ def _commit() -> str | None:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

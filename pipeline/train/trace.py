@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from pipeline.whole_file import write_whole
+
 
 def take_back(run: Path, step: int) -> None:
     """Remove what any rank wrote from `step` on, also those that are gone; rank 0 calls it, before the others
@@ -19,9 +21,7 @@ def take_back(run: Path, step: int) -> None:
     for path in (run / "samples").glob("*rank-*.txt"):
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and int(line.split(" ", 1)[0]) < step]
-        temporary = path.with_suffix(".new")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        write_whole(path, "".join(kept))
 
 
 class Trace:

@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+HERE = Path(__file__).parent
 SMALL = {  # a model small enough that starting up takes longer than training
     "model.width": 32,
     "model.depth": 2,
@@ -40,21 +42,22 @@ class Run:
         arguments = [*self.PROGRAM[1:], *data, "--run", str(self.directory), *sets]
         return self.launched(ranks, self.PROGRAM[0], arguments)
 
-    def launched(self, ranks: int, program: str, arguments: list[str]) -> list[str]:
+    @classmethod
+    def launched(cls, ranks: int, program: str, arguments: Sequence[str]) -> list[str]:
         alone = [sys.executable, "-m", program, *arguments]
-        return alone if ranks == 1 else self.launch(ranks, alone)
+        return alone if ranks == 1 else cls.launch(ranks, alone)
 
-    def launch(self, ranks: int, alone: list[str]) -> list[str]:
+    @staticmethod
+    def launch(ranks: int, alone: list[str]) -> list[str]:
         """`alone`, one rank's command, on several ranks: the environment says which, as under srun."""
-        script = Path(__file__).with_name("launch_ranks.sh")
-        return ["bash", str(script), str(ranks), str(free_port()), *alone]
+        return ["bash", str(HERE / "launch_ranks.sh"), str(ranks), str(free_port()), *alone]
 
     def start(self, ranks: int = 1, **settings) -> subprocess.Popen:
         settings = {key.replace("__", "."): value for key, value in settings.items()}
         with open(self.output, "w") as output:
             return subprocess.Popen(
                 self.command(ranks, settings),
-                env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(Path(__file__).parent)},
+                env=environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -107,7 +110,8 @@ class Run:
 class DeepSpeedRun(Run):
     """Under DeepSpeed's launcher, as on a workstation."""
 
-    def launch(self, ranks: int, alone: list[str]) -> list[str]:
+    @staticmethod
+    def launch(ranks: int, alone: list[str]) -> list[str]:
         python, _, *module = alone
         options = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
         return [str(Path(python).with_name("deepspeed")), *options, *module]
@@ -116,10 +120,15 @@ class DeepSpeedRun(Run):
 class TorchRun(Run):
     """Under torchrun."""
 
-    def launch(self, ranks: int, alone: list[str]) -> list[str]:
+    @staticmethod
+    def launch(ranks: int, alone: list[str]) -> list[str]:
         python, _, *module = alone
         options = ["--standalone", "--nproc-per-node", str(ranks), "-m", "--"]
         return [str(Path(python).with_name("torchrun")), *options, *module]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(HERE), **more}
 
 
 def free_port() -> int:
@@ -134,3 +143,12 @@ class FaultyRun(Run):
     def __init__(self, shards: Path, directory: Path, faults: list[dict]):
         super().__init__(shards, directory)
         self.PROGRAM = ("faulty", json.dumps(faults))
+
+
+def printed(module: str, *arguments: str, ranks: int = 1) -> str:
+    """What a module of this folder prints, which must end well."""
+    once = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # Muon would be compiled for every shape
+    command = Run.launched(ranks, module, arguments)
+    finished = subprocess.run(command, env=environment(**once), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    return finished.stdout

@@ -1,0 +1,37 @@
+"""Files that are replaced whole.
+
+Invariant: under a file's name there is all of its new content, and that is on the disk, or what was there
+before.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Make `text` the content of the file, in a directory that is there."""
+    with replacing(path) as new:
+        new.write_text(text)
+
+
+def write_json(path: Path, tree: dict) -> None:
+    """Make `tree` the content of the file, for people too."""
+    write_whole(path, json.dumps(tree, indent=1) + "\n")
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Where to write the file that takes the place of `path` when the block is done; nothing is left of it
+    where the block raises. shared: other processes may do the same at the same time."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new" if shared else f"{path.name}.new")
+    try:
+        yield new
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        with suppress(OSError):
+            new.unlink()
