@@ -172,8 +172,10 @@ class Loader:
         failures: Failures | None = None,
         labelled: bool = False,
     ):
-        """step: the first global step; offset: stream positions that the run has skipped so far; labelled:
-        whether batches have labels, which the shard set must hold."""
+        """step: the first global step; offset: stream positions that the run has skipped so far, all crops of
+        an image or none; labelled: whether batches have labels, which the shard set must hold."""
+        if offset % recipe.data.crops_per_image:
+            raise ValueError(f"offset {offset}: cuts through an image's {recipe.data.crops_per_image} crops")
         self.reader, self.recipe, self.device = reader, recipe, device
         self.rank, self.world_size = rank, world_size
         self.stream, self.step, self.offset = reader.stream(recipe.seed), step, offset

@@ -15,21 +15,23 @@ from pipeline.errors import UserError
 
 T = TypeVar("T")
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second try, doubled before each further one
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try
 QUIET = 5.0  # seconds between two lines on stderr
 STOP_POLL = 0.2  # seconds
 
 
 class Patience(NamedTuple):
-    """timeout_s: seconds without a sign of life that end a try; retries: tries after the first."""
+    """timeout_s: seconds without a sign of life that end a try; retries: tries after the first; first_wait_s:
+    seconds before the second try, doubled before each further one."""
 
     timeout_s: float
     retries: int
+    first_wait_s: float = FIRST_WAIT
 
     @property
     def waits(self) -> list[float]:
         """Seconds before each retry."""
-        return [min(LONGEST_WAIT, FIRST_WAIT * 2**number) for number in range(self.retries)]
+        return [min(LONGEST_WAIT, self.first_wait_s * 2**number) for number in range(self.retries)]
 
     @property
     def bound(self) -> float:
@@ -42,12 +44,16 @@ class Stopped(Exception):
 
 
 def patiently(
-    attempt: Callable[[Callable[[], None]], T], where: str, patience: Patience, stop: threading.Event
+    attempt: Callable[[Callable[[], None]], T],
+    where: str,
+    patience: Patience,
+    stop: threading.Event,
+    warn: Callable[[str], None],
 ) -> T:
     """`attempt(alive)`, tried again after every OSError and after `timeout_s` without a call of `alive()`.
 
-    `where` names the file in messages. FileNotFoundError and PermissionError are final. Raises UserError in
-    the end, Stopped soon after `stop` is set.
+    `where` names the file in messages, and `warn` takes one for every try that failed. FileNotFoundError and
+    PermissionError are final. Raises UserError in the end, Stopped soon after `stop` is set.
     """
     for number, wait in enumerate([*patience.waits, None]):
         try:
@@ -63,7 +69,7 @@ def patiently(
                     f"{where}: cannot be read (tries: {number + 1}): {reason}; when the storage answers "
                     "again, the same command continues"
                 ) from None
-            _say(f"{where}: {reason}; try {number + 2} of {patience.retries + 1} in {wait:g} s")
+            warn(f"{where}: {reason}; try {number + 2} of {patience.retries + 1} in {wait:g} s")
             if stop.wait(wait):
                 raise Stopped from None
     raise AssertionError("unreachable")
@@ -100,17 +106,20 @@ class _Try(threading.Thread):
         return value
 
 
-_lock = threading.Lock()
-_last_line, _swallowed = 0.0, 0
+class Warnings:
+    """Lines on stderr, at most one every `QUIET` seconds; the next says how many were not shown."""
 
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._last: float | None = None
+        self._swallowed = 0
 
-def _say(line: str) -> None:
-    """A line on stderr, at most one every `QUIET` seconds; the next says how many were not shown."""
-    global _last_line, _swallowed
-    with _lock:
-        if time.monotonic() - _last_line < QUIET and _last_line:
-            _swallowed += 1
-            return
-        more = f" (and {_swallowed} like it since the last line)" if _swallowed else ""
-        _last_line, _swallowed = time.monotonic(), 0
-    print(f"warning: {line}{more}", file=sys.stderr, flush=True)
+    def __call__(self, line: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if self._last is not None and now - self._last < QUIET:
+                self._swallowed += 1
+                return
+            more = f" (and {self._swallowed} like it since the last line)" if self._swallowed else ""
+            self._last, self._swallowed = now, 0
+        print(f"warning: {line}{more}", file=sys.stderr, flush=True)

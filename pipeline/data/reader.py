@@ -42,7 +42,7 @@ from data_prep.shard_set import (
 from pipeline.data.cache import Cache, Original
 from pipeline.data.mixture import Mixture
 from pipeline.data.order import Stream
-from pipeline.data.patience import Patience, patiently
+from pipeline.data.patience import FIRST_WAIT, Patience, Warnings, patiently
 from pipeline.data.store import LocalStore, Span, Store, coalesced, open_store
 from pipeline.data.subset import Part, in_part
 from pipeline.errors import UserError
@@ -78,9 +78,10 @@ class ShardReader:
         sources: str | Path | Sequence[Source],
         data: DataSection | None = None,
         part: Part = "training",
+        first_wait_s: float = FIRST_WAIT,
     ):
         """sources: one set, or several. data: how to read them, its subset and its holdout; part: which of
-        the two parts that these make.
+        the two parts that these make; first_wait_s: seconds before a read is tried a second time.
 
         Raises UserError where a set is missing, unfinished or damaged, or the part is empty.
         """
@@ -88,7 +89,8 @@ class ShardReader:
             sources = [Source(path=str(sources))]
         self.sources, self.data, self.part = sources, data or DataSection(), part
         self._closed = threading.Event()
-        self._patience = Patience(self.data.timeout_s, self.data.retries)
+        self._patience = Patience(self.data.timeout_s, self.data.retries, first_wait_s)
+        self._warn = Warnings()
         self._cache = self._open_cache()
         self.sets = [self._open_set(source.path) for source in sources]
         self._check_cache()
@@ -257,9 +259,7 @@ class ShardReader:
                 check_shard_files(store.directory, manifest)
             else:
                 where = f"{store.place}/{MANIFEST}"
-                data = patiently(
-                    lambda alive: store.whole(MANIFEST, alive), where, self._patience, self._closed
-                )
+                data = self._patiently(where, lambda alive: store.whole(MANIFEST, alive))
                 manifest = parse_manifest(data, where)
         except ShardSetError as error:
             raise UserError(str(error)) from None
@@ -300,13 +300,13 @@ class ShardReader:
 
     def _read(self, place: ShardSet, shard: Shard, spans: Sequence[Span]) -> list[bytes]:
         name = tar_path("", shard).name
+        where = f"{place.store.place}/{name}"
 
         def read(spans: Sequence[Span]) -> list[bytes]:
-            return self._patiently(place, name, lambda alive: place.store.read(name, spans, alive))
+            return self._patiently(where, lambda alive: place.store.read(name, spans, alive))
 
         if self._cache is None:
             return read(spans)
-        where = f"{place.store.place}/{name}"
         original = Original(where, shard.sha256, shard.bytes, lambda *span: read([span])[0])
         return self._cache.read(original, spans)
 
@@ -384,14 +384,15 @@ class ShardReader:
     def _whole_index(self, shard: int, extension: str = "jpg") -> ShardIndex:
         place, entry = self._shards[shard]
         name = idx_path("", entry).name
-        data = self._patiently(place, name, lambda alive: place.store.whole(name, alive))
+        where = f"{place.store.place}/{name}"
+        data = self._patiently(where, lambda alive: place.store.whole(name, alive))
         try:
-            return verified_index(data, entry, extension, f"{place.store.place}/{name}")
+            return verified_index(data, entry, extension, where)
         except ShardSetError as error:
             raise UserError(str(error)) from None
 
-    def _patiently(self, place: ShardSet, name: str, attempt):
-        return patiently(attempt, f"{place.store.place}/{name}", self._patience, self._closed)
+    def _patiently(self, where: str, attempt):
+        return patiently(attempt, where, self._patience, self._closed, self._warn)
 
 
 def _is_local(place: ShardSet) -> bool:

@@ -90,17 +90,19 @@ def counted(
 
 
 def nearest(
-    train: Features, queries: torch.Tensor, k: int, device: torch.device
+    train: Features, queries: torch.Tensor, k: int, device: torch.device, block: int = NEIGHBOURS
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and class of the k nearest training images of each query (Q, D): (Q, k) both, nearest first."""
+    """Cosine and class of the k nearest training images of each query (Q, D): (Q, k) both, nearest first.
+
+    block: training images that are looked at together, which changes nothing but memory and time."""
     queries = F.normalize(queries.to(device), dim=1)
     similarity = queries.new_empty(len(queries), 0)
     classes = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
-    for start in range(0, len(train.values), NEIGHBOURS):
-        block = F.normalize(train.values[start : start + NEIGHBOURS].to(device), dim=1)
-        labels = train.labels[start : start + NEIGHBOURS].to(device)
+    for start in range(0, len(train.values), block):
+        values = F.normalize(train.values[start : start + block].to(device), dim=1)
+        labels = train.labels[start : start + block].to(device)
         merged = [
-            _best(similarity[part], classes[part], queries[part] @ block.T, labels, k)
+            _best(similarity[part], classes[part], queries[part] @ values.T, labels, k)
             for part in (slice(at, at + QUERIES) for at in range(0, len(queries), QUERIES))
         ]
         if merged:

@@ -12,7 +12,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from pipeline.__main__ import main
 from pipeline.commands.judge import _cache
 from pipeline.data.reader import ShardReader
-from pipeline.evals import knn as module
 from pipeline.evals.features import Extractor, Features
 from pipeline.evals.knn import KS, TEMPERATURE, classify, counted, knn, nearest, votes
 from pipeline.evals.representation import representation
@@ -31,11 +30,10 @@ def clouds(samples: int, seed: int) -> Features:
 
 
 @pytest.mark.parametrize("block", [64, 1 << 16])
-def test_every_answer_is_scikit_learns(monkeypatch, block):
-    monkeypatch.setattr(module, "NEIGHBOURS", block)
+def test_every_answer_is_scikit_learns(block):
     train, val = clouds(900, 1), clouds(300, 2)
     found = classify(train, val, KS, CLASSES, ALONE)
-    similarity, voters = nearest(train, val.values, max(KS), ALONE.device)
+    similarity, voters = nearest(train, val.values, max(KS), ALONE.device, block)
     for k in KS:
         theirs = KNeighborsClassifier(
             k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / TEMPERATURE)

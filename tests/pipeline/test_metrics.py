@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import os
 import struct
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,12 +74,27 @@ def test_a_continued_run_is_the_same_wandb_run_and_goes_on_there(recipe, tmp_pat
     assert sorted((line["step"], line["loss"]) for line in lines) == [(1, 2.0), (2, 2.0)]
 
 
-def test_without_the_package_wandb_one_line_says_so(recipe, monkeypatch):
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
-    monkeypatch.delitem(sys.modules, "wandb")
-    with pytest.raises(UserError, match=r"train\.wandb: the package wandb is not installed; pip install"):
-        wandb_run.check(recipe)
-    wandb_run.check(load_recipe("demo_emae"))
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [("tests", "train.wandb: the package wandb is not installed; pip install"), ("null", "nowhere does not")],
+)
+def test_without_the_package_wandb_one_line_says_so_where_the_recipe_asks_for_it(tmp_path, wanted, says):
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in Path(wandb.__file__).parents[1].iterdir():
+        if path.name != "wandb":
+            (packages / path.name).symlink_to(path)
+    command = (
+        f"pipeline pretrain demo_emae --data nowhere --run {tmp_path / 'run'} --set train.wandb={wanted}"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-S", "-m", *command.split()],
+        env=os.environ | {"PYTHONPATH": str(packages)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2 and ended.stderr.startswith(f"pipeline: error: {says}")
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_who_is_not_logged_in_is_told_so(recipe, tmp_path, logged_in_nowhere):

@@ -68,3 +68,9 @@ def test_the_boxes_of_an_images_crops_are_independent(shards):
 def test_a_micro_batch_that_would_cut_an_images_crops_apart_is_refused():
     with pytest.raises(UserError, match=r"data\.crops_per_image: 5 does not divide engine.micro_batch, 8"):
         load_recipe("demo_emae", ["data.crops_per_image=5"])
+
+
+def test_an_offset_that_would_cut_an_images_crops_apart_is_refused(shards):
+    recipe = load_recipe("demo_emae", ["data.crops_per_image=4"])
+    with pytest.raises(ValueError, match="offset 6: cuts through an image's 4 crops"):
+        Loader(ShardReader(shards), recipe, 16, CPU, offset=6)

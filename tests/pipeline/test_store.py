@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from data_prep.shard_file import ShardWriter
 from data_prep.shard_set import Manifest, Shard, read_manifest, shard_name, tar_path, write_manifest
-from pipeline.data import patience
-from pipeline.data.patience import Patience, Stopped, patiently
+from pipeline.data.patience import Patience, Stopped, Warnings, patiently
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
 from pipeline.data.store import LARGEST_READ, coalesced
@@ -26,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.sections import DataSection
 
 SLACK = 3.0  # seconds of a busy machine
+PATIENCE = Patience(0.5, 2, 0.1)
 
 
 @pytest.fixture
@@ -39,14 +39,10 @@ def copied(shards, tmp_path):
     return shutil.copytree(shards, tmp_path / "set")
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
-    monkeypatch.setattr(patience, "FIRST_WAIT", 0.1)
-    monkeypatch.setattr(patience, "_last_line", 0.0)
-
-
-def section(**settings):
-    return DataSection(**{"timeout_s": 0.5, "retries": 2, "window_shards": 2, **settings})
+def reader_of(place, kind=ShardReader, **settings):
+    """One that is soon out of patience: after `PATIENCE.bound` seconds, where the settings say no other."""
+    given = {"timeout_s": PATIENCE.timeout_s, "retries": PATIENCE.retries, "window_shards": 2, **settings}
+    return kind(place, DataSection(**given), first_wait_s=PATIENCE.first_wait_s)
 
 
 def batches_of(reader, size=10):
@@ -85,7 +81,7 @@ def failure_of(reader):
 
 
 def test_a_set_behind_a_url_is_read_as_the_one_on_the_disk(shards, store):
-    assert epoch_of(ShardReader(store.url, section())) == epoch_of(ShardReader(shards, section()))
+    assert epoch_of(reader_of(store.url)) == epoch_of(reader_of(shards))
 
 
 def test_any_file_system_of_fsspec_will_do(shards):
@@ -94,7 +90,7 @@ def test_any_file_system_of_fsspec_will_do(shards):
         if path.is_file():
             memory.pipe_file(f"/set/{path.name}", path.read_bytes())
     try:
-        assert epoch_of(ShardReader("memory://set", section())) == epoch_of(ShardReader(shards, section()))
+        assert epoch_of(reader_of("memory://set")) == epoch_of(reader_of(shards))
     finally:
         memory.rm("/set", recursive=True)
 
@@ -105,26 +101,26 @@ def test_any_file_system_of_fsspec_will_do(shards):
 )
 def test_a_url_that_cannot_be_opened_is_named_at_once(place):
     with pytest.raises(UserError, match=re.escape(place)):
-        ShardReader(place, section())
+        reader_of(place)
 
 
 def test_a_url_without_a_set_is_named(store):
     store.directory = store.directory.parent
     with pytest.raises(UserError, match=r"/set/manifest.json: is missing"):
-        ShardReader(store.url, section())
+        reader_of(store.url)
 
 
 def test_a_set_that_must_not_be_read_is_named_at_once(store):
     store.fault = lambda name: "forbidden"
     began = time.monotonic()
     with pytest.raises(UserError, match=r"/set/manifest.json: must not be read: the server says 403"):
-        ShardReader(store.url, section(timeout_s=30.0, retries=5))
+        reader_of(store.url, timeout_s=30.0, retries=5)
     assert time.monotonic() - began < SLACK
 
 
 def test_a_password_in_a_url_is_shown_to_nobody(store):
     with pytest.raises(UserError) as caught:
-        ShardReader("http://user:secret@127.0.0.1:1/set", section(retries=0))
+        reader_of("http://user:secret@127.0.0.1:1/set", retries=0)
     assert "secret" not in str(caught.value)
 
 
@@ -135,10 +131,10 @@ def test_a_password_in_a_url_is_shown_to_nobody(store):
 @pytest.mark.parametrize("suffix", [".tar", ".idx"])
 def test_a_fault_that_passes_costs_nothing_but_time(shards, store, fault, suffix, capfd):
     store.only(suffix, fault, times=2)
-    reader = ShardReader(store.url, section())
+    reader = reader_of(store.url)
     began = time.monotonic()
-    assert epoch_of(reader) == epoch_of(ShardReader(shards, section()))
-    assert time.monotonic() - began < Patience(0.5, 2).bound + SLACK
+    assert epoch_of(reader) == epoch_of(reader_of(shards))
+    assert time.monotonic() - began < PATIENCE.bound + SLACK
     warning = capfd.readouterr().err
     assert (
         warning.startswith(f"warning: {store.url}/") and f"{suffix}: " in warning and "try 2 of 3" in warning
@@ -147,7 +143,7 @@ def test_a_fault_that_passes_costs_nothing_but_time(shards, store, fault, suffix
 
 def test_a_server_that_sends_less_than_it_was_asked_for_is_asked_again(shards, store, capfd):
     store.only(".tar", "short", times=2)
-    assert epoch_of(ShardReader(store.url, section())) == epoch_of(ShardReader(shards, section()))
+    assert epoch_of(reader_of(store.url)) == epoch_of(reader_of(shards))
     assert "bytes came instead of" in capfd.readouterr().err
 
 
@@ -155,19 +151,19 @@ def test_a_server_that_sends_less_than_it_was_asked_for_is_asked_again(shards, s
 @pytest.mark.parametrize("suffix", [".tar", ".idx"])
 def test_a_fault_that_stays_ends_in_one_line_that_names_the_file(store, fault, suffix):
     store.only(suffix, fault)
-    message, took = failure_of(ShardReader(store.url, section()))
+    message, took = failure_of(reader_of(store.url))
     assert message.startswith(f"{store.url}/") and f"{suffix}: cannot be read (tries: 3): " in message
-    assert took < Patience(0.5, 2).bound + SLACK
+    assert took < PATIENCE.bound + SLACK
 
 
 def test_a_server_without_ranges_is_named(store):
     store.only(".tar", "whole")
-    message, _ = failure_of(ShardReader(store.url, section()))
+    message, _ = failure_of(reader_of(store.url))
     assert "range requests" in message
 
 
 def test_batches_before_the_fault_are_delivered_and_the_failure_is_known_in_advance(store):
-    reader = ShardReader(store.url, section(window_shards=1))
+    reader = reader_of(store.url, window_shards=1)
     last = reader.stream(0).plan(0).shards[-1]
     store.only(reader.name(int(last)).rsplit("/", 1)[1], "error")
     size = int(reader.shard_sizes[0])
@@ -178,7 +174,7 @@ def test_batches_before_the_fault_are_delivered_and_the_failure_is_known_in_adva
         next(ahead)
         taken += 1
         time.sleep(0.1)
-    deadline = time.monotonic() + Patience(0.5, 2).bound + SLACK
+    deadline = time.monotonic() + PATIENCE.bound + SLACK
     while ahead.failure is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -192,7 +188,7 @@ def test_batches_before_the_fault_are_delivered_and_the_failure_is_known_in_adva
 
 def test_closing_ends_a_wait_that_nothing_else_would(store):
     store.only(".tar", "stall")
-    ahead = read_ahead(ShardReader(store.url, section(timeout_s=1000.0)))
+    ahead = read_ahead(reader_of(store.url, timeout_s=1000.0))
     threading.Timer(0.3, ahead.close).start()
     began = time.monotonic()
     with pytest.raises(Stopped):
@@ -206,7 +202,7 @@ def test_closing_ends_a_wait_that_nothing_else_would(store):
 def changed_while_running(copied, change):
     """Read a batch, change the shard that is being read, read on; everything is read once, so none is
     cached."""
-    reader = ShardReader(copied, section(window_shards=1))
+    reader = reader_of(copied, window_shards=1)
     first = int(reader.stream(0).plan(0).shards[0])
     reader.read(first, 0)
     change(copied / f"{reader.manifest.shards[first].name}.tar")
@@ -215,11 +211,11 @@ def changed_while_running(copied, change):
 
 def test_a_shard_that_is_deleted_while_it_is_read_is_read_to_its_end(copied, shards):
     reader = changed_while_running(copied, os.unlink)
-    assert epoch_of(reader) == epoch_of(ShardReader(shards, section()))
+    assert epoch_of(reader) == epoch_of(reader_of(shards))
 
 
 def test_a_shard_that_is_deleted_before_it_is_opened_is_named(copied):
-    reader = ShardReader(copied, section())
+    reader = reader_of(copied)
     name = reader.manifest.shards[2].name
     (copied / f"{name}.tar").unlink()
     message, took = failure_of(reader)
@@ -228,13 +224,13 @@ def test_a_shard_that_is_deleted_before_it_is_opened_is_named(copied):
 
 def test_a_local_read_that_hangs_is_given_up(copied):
     """As on a dead NFS server; here a pipe that nobody writes to."""
-    reader = ShardReader(copied, section())
+    reader = reader_of(copied)
     path = tar_path(copied, reader.manifest.shards[2])
     path.unlink()
     os.mkfifo(path)
     message, took = failure_of(reader)
     assert f"{path.name}: cannot be read (tries: 3): no answer for 0.5 s" in message
-    assert took < Patience(0.5, 2).bound + SLACK
+    assert took < PATIENCE.bound + SLACK
     os.close(os.open(path, os.O_RDWR))  # lets the threads go that hang in there
 
 
@@ -257,7 +253,7 @@ def test_a_shard_that_is_replaced_by_another_is_named(copied, other_shards, how)
     if how == "in place":
         reader = changed_while_running(copied, replace)
     else:
-        reader = ShardReader(copied, section())
+        reader = reader_of(copied)
         replace(tar_path(copied, reader.manifest.shards[1]))
     message, took = failure_of(reader)
     assert "no longer holds sample" in message or "truncated" in message
@@ -290,7 +286,7 @@ EVEN = 100_000
 
 @pytest.mark.parametrize("batches", [0.1, 3.3, 4.5, 1000])
 def test_batches_come_in_order_whatever_the_limit_and_memory_stays_under_it(even_shards, batches):
-    reader = ShardReader(even_shards, section())
+    reader = reader_of(even_shards)
     expected = list(islice(batches_of(reader), 30))
     batch = 10 * reader.mean_bytes(0)
     ahead = read_ahead(reader, limit=int(batches * batch))
@@ -318,22 +314,26 @@ def test_neighbours_are_read_together_and_nothing_is_lost(pieces, ascending):
     assert read <= sum(size for _, size in pieces) + 1000 * len(pieces)
 
 
-def test_a_piece_reads_each_shard_front_to_back(shards, monkeypatch):
-    asked = []
-    read = ShardReader.read_many
+class Watched(ShardReader):
+    """Notes what it is asked for."""
 
-    def watched(self, shard, indexes):
-        asked.append((shard, list(indexes)))
-        return read(self, shard, indexes)
+    def __init__(self, *what, **how):
+        self.asked = []
+        super().__init__(*what, **how)
 
-    monkeypatch.setattr(ShardReader, "read_many", watched)
-    reader = ShardReader(shards, section())
+    def read_many(self, shard, indexes):
+        self.asked.append((shard, list(indexes)))
+        return super().read_many(shard, indexes)
+
+
+def test_a_piece_reads_each_shard_front_to_back(shards):
+    reader = reader_of(shards, Watched)
     ahead = ReadAhead(reader, batches_of(reader), 1, 10**9)
     for _ in range(2 * reader.num_samples // 10):
         next(ahead)
     ahead.close()
-    assert all(indexes == sorted(indexes) for _, indexes in asked)
-    assert max(len(indexes) for _, indexes in asked) > 10  # more than a micro batch has of a shard
+    assert all(indexes == sorted(indexes) for _, indexes in reader.asked)
+    assert max(len(indexes) for _, indexes in reader.asked) > 10  # more than a micro batch has of a shard
 
 
 def test_a_programming_error_in_a_try_is_not_tried_again():
@@ -344,7 +344,7 @@ def test_a_programming_error_in_a_try_is_not_tried_again():
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        patiently(attempt, "x", Patience(1, 5), threading.Event())
+        patiently(attempt, "x", Patience(1, 5), threading.Event(), Warnings())
     assert len(tries) == 1
 
 
@@ -355,4 +355,4 @@ def test_a_slow_try_that_shows_signs_of_life_is_left_alone():
             alive()
         return "done"
 
-    assert patiently(attempt, "x", Patience(0.4, 0), threading.Event()) == "done"
+    assert patiently(attempt, "x", Patience(0.4, 0), threading.Event(), Warnings()) == "done"
