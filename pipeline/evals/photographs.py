@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,17 +16,13 @@ from pipeline.sections import DataSection
 
 
 def load_photographs(places: Sequence[Path], count: int, data: DataSection, size: int) -> torch.Tensor:
-    """The first `count` images of files, and of folders and what is below, by name: (B, 3, size, size)
-    float32, normalised.
+    """The first `count` images of files, and of folders and what is below, by name and one of each sub-folder
+    in turn: (B, 3, size, size) float32, normalised.
 
     Files in folders that are no images are passed over. UserError where none is left, and for a file that was
     named and is none.
     """
-    paths = [
-        path
-        for place in places
-        for path in (sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place])
-    ]
+    paths = [path for place in places for path in (_files_below(place) if place.is_dir() else [place])]
     images: list[Image.Image] = []
     for path in paths:
         if len(images) == count:
@@ -39,6 +36,15 @@ def load_photographs(places: Sequence[Path], count: int, data: DataSection, size
     if not images:
         raise UserError(f"--images {', '.join(map(str, places))}: no image there that can be read")
     return as_batch(images, data, size)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    met: Counter[Path] = Counter()
+    turn: dict[Path, int] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        turn[path] = met[path.parent]
+        met[path.parent] += 1
+    return sorted(turn, key=turn.__getitem__)
 
 
 def first_of_set(reader: ShardReader, count: int, data: DataSection) -> torch.Tensor:
