@@ -1,4 +1,4 @@
-"""docs/tutorial.md, every command of it, from its fenced blocks as they stand: only the schedule is shorter."""
+"""docs/tutorial.md, followed: every command in its fenced blocks as it stands. Only the schedule is shorter."""
 
 import json
 import os

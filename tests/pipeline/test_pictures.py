@@ -14,12 +14,13 @@ from pipeline.evals.canvas import GAP, MARGIN, Chart, Column, Scale, columns_of,
 from pipeline.evals.difficulty_map import by_distance, distance_of, error_of
 from pipeline.evals.encoder import load_encoder
 from pipeline.evals.feature_colors import main_directions
-from pipeline.evals.photographs import to_pixels
+from pipeline.evals.photographs import load_photographs, to_pixels
 from pipeline.evals.picture import picture, reconstructed
 from pipeline.evals.tiles import as_maps, cut, join
 from pipeline.losses import patch_error, patchify
 from pipeline.masking import as_mask
 from pipeline.methods.method import Reconstruction
+from pipeline.sections import DataSection
 from pipeline.trained import load_run
 
 KINDS = ["grid", "agreement", "difficulty", "attention", "features"]
@@ -55,6 +56,16 @@ def test_every_kind_of_every_method_is_drawn(runs, name, photographs, tmp_path, 
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in said] == [str(tmp_path / f"{name}-{k}.png") for k in KINDS]
     assert "disagreement" in said[1] and "levels of 255 (3 mask seeds, 2 photographs)" in said[1]
+
+
+def test_few_photographs_of_class_folders_are_of_all_classes(tmp_path):
+    shades = {"a/1.png": 0, "a/2.png": 60, "a/3.png": 120, "b/1.png": 180, "c/1.png": 240}
+    for name, shade in shades.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / name)
+    data = DataSection()
+    drawn = to_pixels(load_photographs([tmp_path], 4, data, 8), data)[:, 0, 0, 0]
+    assert drawn.tolist() == [0, 180, 240, 60]
 
 
 def test_disagreement_is_the_mean_difference_where_both_predict(runs):
