@@ -1,4 +1,4 @@
-"""docs/tutorial.md, followed: every command in its fenced blocks as it stands. Only the schedule is shorter."""
+"""docs/tutorial.md, followed: its commands as they stand in its fenced blocks, with a shorter schedule."""
 
 import json
 import os
