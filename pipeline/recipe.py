@@ -22,6 +22,7 @@ from pipeline.training_recipe import TrainingRecipe
 class Recipe(TrainingRecipe):
     """What is pre-trained, on what, and how. `load_recipe` makes one."""
 
+    COMMAND = "pretrain"
     OF_OTHERS = {"classifier": "finetune"}  # noqa: RUF012 (not a field)
 
     method: MethodSection

@@ -22,6 +22,8 @@ SHIPPED = Path(__file__).parent / "recipes"
 class RecipeFile(Section):
     """What every kind of recipe can do: be written out whole, and be compared."""
 
+    COMMAND: ClassVar[str]
+    """Of `python -m pipeline`, which takes this kind."""
     OF_OTHERS: ClassVar[dict[str, str]] = {}
     """Sections that only other kinds have, and the command that takes these."""
 
@@ -53,7 +55,10 @@ def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[st
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
     for section in kind.OF_OTHERS.keys() & tree.keys():
-        raise UserError(f"{path}: is a recipe for `{kind.OF_OTHERS[section]}`: it has a section {section}")
+        raise UserError(
+            f"{path}: is a recipe for `{kind.OF_OTHERS[section]}`: it has a section {section}; "
+            f"give one of `{kind.COMMAND}`"
+        )
     return checked(kind, tree, str(path), overrides)
 
 

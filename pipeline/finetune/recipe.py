@@ -48,6 +48,7 @@ class EvaluationSection(Section):
 class FinetuneRecipe(TrainingRecipe):
     """What is fine-tuned, on what, and how. `load_finetune_recipe` makes one."""
 
+    COMMAND = "finetune"
     OF_OTHERS = {"method": "pretrain"}  # noqa: RUF012 (not a field)
 
     weights: str | None = None
