@@ -10,23 +10,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import ninja
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
-from deepspeed.git_version_info import installed_ops
-from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.ops.op_builder import CPUAdamBuilder
-from deepspeed.ops.op_builder.builder import OpBuilder
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-from deepspeed.utils import logger
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
@@ -39,6 +31,16 @@ from pipeline.train.distributed import gathered, leave
 from pipeline.train.engine_config import ADAM_EPS
 from pipeline.train.watchdog import SLOW
 from pipeline.training_recipe import TrainingRecipe
+
+with redirect_stdout(sys.stderr):  # what it logs, now and later: stdout is for results
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.utils import logger
 
 Engine = deepspeed.DeepSpeedEngine
 WEIGHTS, WEIGHTS_EMA = "weights.safetensors", "weights_ema.safetensors"

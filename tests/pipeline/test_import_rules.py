@@ -1,6 +1,7 @@
 """The house rules: who may import whom. See docs/architecture.md."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +93,10 @@ def test_a_mistake_in_recipe_data_or_run_waits_for_no_heavy_import(mistake):
         "assert code == 2 and not heavy, (code, heavy)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_what_deepspeed_says_leaves_standard_output_to_results():
+    code = "from pipeline.train import engine; engine.logger.warning('now')"
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    assert found.stdout == b"" and b"now" in found.stderr
