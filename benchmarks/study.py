@@ -5,19 +5,24 @@
 
 Everything is done by the commands that a user would give: shards, `pretrain`, `knn`, `linprobe`, `finetune`.
 Each result lies in OUT when it is there, and is not computed again: stopped anywhere, the same command goes
-on. How many steps fit into the time is measured first, for each method, on the machine as it is then; so
-nothing else should run beside it. It writes OUT/study.json, OUT/study.md and OUT/study.png.
+on. How many steps fit into the time is measured first, for each method, on the machine as it is then: nothing
+else should run in those minutes. From then on a run is so many steps, whatever runs beside it. It writes
+OUT/study.json, OUT/study.md and OUT/study.png.
 
-CIFAR10_DIR holds train.tar and test.tar with <split>/<class>/<number>.jpg. Accuracies are top-1 on all 10,000
-test images; of several seeds the mean, and in brackets the least and the greatest.
+CIFAR10_DIR holds train.tar and test.tar with <split>/<class>/<number>.jpg. Pre-training sees all 50,000
+training images; k-NN and probe learn from the labels of a fifth, fine-tuning from those of a hundredth.
+Accuracies are top-1 on all 10,000 test images. Disagreement and error are of pixels, in levels of 255, on 64
+test images behind five masks each. Of several seeds the mean, and in brackets the least and the greatest.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,9 +38,9 @@ SMALL = {
     "engine.precision": "fp32",
     "model.name": "vit_tiny",
     "model.patch_size": 4,
-    "model.width": 128,
-    "model.depth": 6,
-    "model.heads": 4,
+    "model.width": 96,
+    "model.depth": 4,
+    "model.heads": 3,
     "model.decoder_width": 64,
     "model.decoder_depth": 2,
     "model.decoder_heads": 4,
@@ -56,8 +61,18 @@ METHODS = {
 }
 TRIAL = 60  # steps by which a method's speed is measured; the first third is not counted
 CROP = ("--resize", "32")
-FEW = 0.01  # share of the labels in fine-tuning
-FIGURES = ("knn", "probe", "tuned", "loss", "images_per_s", "steps")
+SOME, FEW = 0.2, 0.01  # shares of the labels: for k-NN and the probe, and in fine-tuning
+PICTURES = 64
+FIGURES = {
+    "knn": "k-NN, %",
+    "probe": "linear probe, %",
+    "tuned": f"fine-tuned on {FEW:.0%} of labels, %",
+    "loss": "loss",
+    "disagreement": "disagreement",
+    "error": "error",
+    "images_per_s": "images/s",
+    "steps": "steps",
+}
 
 
 def main() -> None:
@@ -75,6 +90,7 @@ def main() -> None:
     for split in ("train", "test"):
         archive = Path(os.environ["CIFAR10_DIR"]) / f"{split}.tar"
         _command("data_prep", "folder", archive, out / split, "--shard-size", "2500")
+    speeds = {name: _speed(out, name) for name in options.methods}
     rows = {
         "raw pixels": [_judged(out, out / "pixels", "pixels:32", tuned=False)],
         "random weights": [
@@ -82,16 +98,18 @@ def main() -> None:
         ],
     }
     for name in options.methods:
-        steps = _steps(out, name, options.seconds)
-        rows[name] = [_trained(out, name, seed, steps) for seed in range(options.seeds)]
+        steps = max(1, round(options.seconds * speeds[name] / SMALL["data.global_batch"]))
+        rows[name] = [
+            _trained(out, name, seed, steps) | {"images_per_s": speeds[name]} for seed in range(options.seeds)
+        ]
     (out / "study.json").write_text(json.dumps({"seconds": options.seconds, "rows": rows}, indent=1) + "\n")
     (out / "study.md").write_text(_table(rows))
     _plot(rows, out / "study.png")
     print(_table(rows))
 
 
-def _steps(out: Path, name: str, seconds: float) -> int:
-    """Steps that fit into the time, by a short run of the same kind."""
+def _speed(out: Path, name: str) -> float:
+    """Images per second, by a short run of the same kind."""
     run = out / "speed" / _file_name(name)
 
     def measure() -> dict:
@@ -99,35 +117,46 @@ def _steps(out: Path, name: str, seconds: float) -> int:
         lines = _metrics(run)[1:]
         return {"images_per_s": statistics.median(line["images_per_s"] for line in lines)}
 
-    speed = _once(run.with_suffix(".json"), measure)["images_per_s"]
-    return max(1, round(seconds * speed / SMALL["data.global_batch"]))
+    return _once(run.with_suffix(".json"), measure)["images_per_s"]
 
 
 def _trained(out: Path, name: str, seed: int, steps: int) -> dict:
     run = out / "runs" / f"{_file_name(name)}-{seed}-{steps}"
     _pretrain(out, run, name, seed, steps)
-    lines = _metrics(run)
-    of_run = {
-        "loss": lines[-1]["loss"],
-        "images_per_s": statistics.median(line["images_per_s"] for line in lines),
-        "steps": steps,
-    }
-    return {**_judged(out, run.with_name(run.name + ".judged"), str(run)), **of_run}
+    place = run.with_name(run.name + ".judged")
+    agreement = _once(place / "agreement.json", lambda: _agreement(out, run, place / "agreement.png"))
+    of_run = {"loss": _metrics(run)[-1]["loss"], **agreement, "steps": steps}
+    return {**_judged(out, place, str(run)), **of_run}
+
+
+def _agreement(out: Path, run: Path, picture: Path) -> dict:
+    """By what `reconstruct` says."""
+    images = out / "pictures"
+    if not images.exists():
+        images.mkdir()
+        with tarfile.open(Path(os.environ["CIFAR10_DIR"]) / "test.tar") as archive:
+            members = sorted((m for m in archive if m.isfile()), key=lambda member: Path(member.name).stem)
+            for member in members[:PICTURES]:
+                (images / member.name.replace("/", "-")).write_bytes(archive.extractfile(member).read())
+    options = ("--kind", "agreement", "--count", PICTURES, "--seeds", 5)
+    said = _command("pipeline", "reconstruct", run, "--images", images, "--out", picture, *options)
+    disagreement, error = re.search(r"disagreement ([\d.]+), error ([\d.]+) levels of 255", said).groups()
+    return {"disagreement": float(disagreement), "error": float(error)}
 
 
 def _judged(out: Path, place: Path, weights: str, tuned: bool = True) -> dict:
     """What some weights are worth: k-NN (k = 20), the probe on centre crops, fine-tuning on few labels."""
     sets = ("--data", out / "train", "--val", out / "test")
-    cache = ("--cache", place / "features")
+    some = ("--labels", SOME, *CROP, "--cache", place / "features")
 
     def knn() -> dict:
         return json.loads(
-            _command("pipeline", "knn", "--weights", weights, *sets, *CROP, *cache, "--k", "20", "--json")
+            _command("pipeline", "knn", "--weights", weights, *sets, *some, "--k", "20", "--json")
         )
 
     def probe() -> dict:
-        settings = ("--set", "data.global_batch=1024", "--set", "train.epochs=20")
-        arguments = ("--weights", weights, *sets, *CROP, *cache, "--run", place / "probe", *settings)
+        settings = ("--set", "data.global_batch=1024", "--set", "train.epochs=60")
+        arguments = ("--weights", weights, *sets, *some, "--run", place / "probe", *settings)
         return json.loads(_command("pipeline", "linprobe", *arguments, "--center-crops", "--json"))
 
     def finetune() -> dict:
@@ -136,7 +165,7 @@ def _judged(out: Path, place: Path, weights: str, tuned: bool = True) -> dict:
             "data.subset": FEW,
             "data.subset_by_class": "true",
             "evaluation.resize": 32,
-            "train.epochs": 60,
+            "train.epochs": 30,
             "train.checkpoint_every": 10**6,
         }
         arguments = ("finetune_tiny", "--weights", weights, *sets, "--run", place / "tuned")
@@ -211,11 +240,7 @@ def _file_name(name: str) -> str:
 
 
 def _table(rows: dict[str, list[dict]]) -> str:
-    lines = [
-        f"| weights | k-NN, % | linear probe, % | fine-tuned on {FEW:.0%} of labels, % | loss | images/s | "
-        "steps |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = [f"| weights | {' | '.join(FIGURES.values())} |", "| --- " * (len(FIGURES) + 1) + "|"]
     for name, seeds in rows.items():
         cells = []
         for figure in FIGURES:
@@ -232,6 +257,8 @@ def _cell(values: list[float], figure: str) -> str:
         return f"{statistics.mean(values):,.0f}"
     if figure == "loss":
         return f"{statistics.mean(values):.3f}"
+    if figure in ("disagreement", "error"):
+        return f"{statistics.mean(values):.1f}"
     low, mean, high = (100 * value for value in (min(values), statistics.mean(values), max(values)))
     return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
