@@ -1,5 +1,7 @@
 """k-NN while a run trains: that of the command, on a part of the set."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -10,8 +12,10 @@ from pipeline.evals.knn import classify
 from pipeline.evals.online import K, OnlineKnn, check_online
 from pipeline.evals.representation import representation
 from pipeline.methods import build_method
+from pipeline.pretraining import Pretraining
 from pipeline.recipe import load_recipe
 from pipeline.train.distributed import World
+from tests.integration.smuggling import smuggle
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), 1)
 SETTINGS = ("model.width=32", "model.depth=2", "data.image_size=32", "evals.knn_every=5")
@@ -41,3 +45,15 @@ def test_data_that_it_cannot_be_measured_on_is_refused(labelled_sets):
     recipe = load_recipe("demo_emae", [*SETTINGS, "evals.knn_samples=20"])
     with pytest.raises(UserError, match=r"evals.knn_every: 20 samples are too few"):
         check_online(recipe, ShardReader(labelled_sets[0]))
+
+
+def test_an_image_that_cannot_be_decoded_is_said_once_and_stops_nothing(labelled_sets, tmp_path, capsys):
+    """Training has the next sample stand in for it, so a figure that is only watched may not end the run."""
+    shards = shutil.copytree(labelled_sets[0], tmp_path / "set")
+    (key,) = smuggle(shards, 1)
+    task = Pretraining(load_recipe("demo_emae", SETTINGS))
+    reader = ShardReader(shards)
+    task.begin(tmp_path, reader, task.build(reader), ALONE)
+    assert task.evaluate(5, lambda: None) == task.evaluate(10, lambda: None) == {}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "not measured at step 5" in said and repr(key) in said
