@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,13 +56,17 @@ def other_shards(photographs, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def kept_environment():
-    """What finding and joining the ranks leaves behind goes with the test."""
+    """What finding and joining the ranks and listening to signals leave behind goes with the test."""
     from pipeline.train.distributed import leave
+    from pipeline.train.stopping import SIGNALS
 
-    before = dict(os.environ)
+    before, heard = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
     os.environ["DS_ACCELERATOR"] = "cpu"
     yield
     leave()
+    signal.set_wakeup_fd(-1)
+    for number, handler in heard.items():
+        signal.signal(number, handler)
     os.environ.clear()
     os.environ.update(before)
 

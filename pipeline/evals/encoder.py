@@ -105,8 +105,10 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
 def _find(weights: str) -> Saved:
     if weights.startswith(RANDOM):
         recipe = _recipe_of(weights.removeprefix(RANDOM))
-        torch.manual_seed(recipe.seed)
-        return _of_method(f"{_words(recipe)}, random weights", build_method(recipe), recipe)
+        with torch.random.fork_rng(devices=[]):  # whoever asks for the weights keeps a generator of its own
+            torch.default_generator.manual_seed(recipe.seed)
+            method = build_method(recipe)
+        return _of_method(f"{_words(recipe)}, random weights", method, recipe)
     average = weights.startswith(AVERAGE)
     path = Path(weights.removeprefix(AVERAGE))
     if average or path.is_dir():

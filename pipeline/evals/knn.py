@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pipeline.errors import UserError
 from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
 from pipeline.evals.features import Extractor, Features
-from pipeline.evals.labelled import open_labelled
+from pipeline.evals.labelled import check_bytes, open_labelled
 from pipeline.evals.representation import Pool, representation
 from pipeline.sections import DataSection
 from pipeline.train.distributed import World, gathered, joined
@@ -47,6 +47,7 @@ def knn(
         few = {"subset": labels, "subset_by_class": True} if labels else {}
         sets = open_labelled(train, val, DataSection(**few))
         ks = _possible(ks, sets.train.num_samples)
+        check_bytes(world, data=sets.train, val=sets.val)
         extract = Extractor(model, world, **extraction)
         features, queries = extract(sets.train), extract(sets.val)
         found = classify(features, queries, ks, sets.classes, world)

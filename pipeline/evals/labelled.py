@@ -1,16 +1,16 @@
 """The labelled shard sets of an evaluation: one to learn from, one to be judged on.
 
-Invariant: both name the same classes in the same order, and they are not the same images.
+Invariant: both name the same classes in the same order, and have no shard in common.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.sections import DataSection
+from pipeline.train.distributed import World, agreed, say
 
 
 class Labelled(NamedTuple):
@@ -25,7 +25,7 @@ class Labelled(NamedTuple):
 def open_labelled(train: str | Path, val: str | Path, data: DataSection) -> Labelled:
     """The sets in two directories or URLs; `data.subset` and `data.holdout` are of the training set.
 
-    UserError where one has no labels, their classes differ, or they are the same set.
+    UserError where one has no labels, their classes differ, or they share a shard.
     """
     whole = data.model_copy(update={"subset": 1.0, "subset_by_class": False, "holdout": 0.0})
     found = Labelled(ShardReader(train, data), ShardReader(val, whole))
@@ -34,7 +34,7 @@ def open_labelled(train: str | Path, val: str | Path, data: DataSection) -> Labe
 
 
 def check_labelled(train: ShardReader, val: ShardReader) -> None:
-    """UserError where one has no labels, their classes differ, or they are the same set."""
+    """UserError where one has no labels, their classes differ, or they share a shard."""
     for option, reader in (("--data", train), ("--val", val)):
         if not reader.manifest.classes:
             raise UserError(
@@ -54,9 +54,13 @@ def check_labelled(train: ShardReader, val: ShardReader) -> None:
         )
 
 
-def labels_of(reader: ShardReader) -> np.ndarray:
-    """The class of every sample, int64 (N,), in the order of the shard set."""
-    return np.concatenate([reader.labels(shard) for shard in range(len(reader.shard_sizes))])
+def check_bytes(world: World, **sets: ShardReader) -> None:
+    """Compare sets, by the options that name them, with their checksums, each rank a part; what is not
+    compared is said. Every rank calls it. AgreedError at a fault."""
+    for option, reader in sets.items():
+        unchecked = agreed(partial(reader.check_bytes, world.rank, world.size))
+        if unchecked:
+            say(f"--{option} {reader.places[0]}: {unchecked}")
 
 
 def _difference(train: list[str], val: list[str]) -> str:

@@ -26,10 +26,10 @@ from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
 from pipeline.evals.features import Extractor, Features
 from pipeline.evals.feeds import KeptFeatures, RandomCrops
 from pipeline.evals.heads import Heads
-from pipeline.evals.labelled import open_labelled
+from pipeline.evals.labelled import check_bytes, open_labelled
 from pipeline.evals.probe_recipe import ProbeRecipe
 from pipeline.evals.representation import Representation, representation
-from pipeline.train import checkpoint, run_directory
+from pipeline.train import checkpoint, run_directory, wandb_run
 from pipeline.train.distributed import agreed, gathered_rows, joined
 from pipeline.train.hardware import device_name, memory_gib
 from pipeline.train.metrics import Log, Window
@@ -65,8 +65,10 @@ def linprobe(
         accumulation = recipe.accumulation(world.size)
         model = representation(recipe.probe.weights, image_size, recipe.probe.pool)
         recipe = _resolved(recipe, model)
+        wandb_run.check(recipe)
         run_directory.check(run, recipe)
         sets = open_labelled(train, val, recipe.data)
+        check_bytes(world, data=sets.train, val=sets.val)
         held_out = ShardReader(train, recipe.data, "held_out") if recipe.data.holdout else None
         lock = agreed(lambda: run_directory.begin(run, recipe) if world.rank == 0 else None)
         watchdog = Watchdog(run, world.rank, 60 * recipe.engine.timeout_minutes)
@@ -179,7 +181,12 @@ def linprobe(
                 "features": model.name,
                 "image_size": model.image_size,
                 "resize": extract.resize,
-                "train": {"data": train, "samples": samples, "labels": recipe.data.subset},
+                "train": {
+                    "data": train,
+                    "samples": samples,
+                    "labels": recipe.data.subset,
+                    "by_class": recipe.data.subset_by_class,
+                },
                 "held_out": {"samples": len(chosen_by.labels) if chosen_by else 0},
                 "val": {"data": val, "samples": len(judged.labels)},
                 "classes": sets.classes,
@@ -204,7 +211,8 @@ def linprobe(
 def format_probe(result: dict) -> str:
     """A table for people."""
     train = result["train"]
-    share = "" if train["labels"] == 1 else f" ({train['labels']:g} of the labels, class-balanced)"
+    share = "" if train["labels"] == 1 else f" ({train['labels']:g} of the labels"
+    share += (", class-balanced" if train["by_class"] else "") + ")" if share else ""
     lines = [
         f"{result['features']}: {train['samples']} training images{share}, {result['held_out']['samples']} "
         f"held out, {result['val']['samples']} to be judged, {result['classes']} classes",

@@ -20,6 +20,15 @@ PROTOCOL = {
 }
 
 
+OF_THE_WEIGHTS = {
+    "data.image_size": "give --image-size",
+    "data.mean": "leave it out",
+    "data.std": "leave it out",
+    "probe.digest": "leave it out",
+}
+OF_RANDOM_CROPS = ("data.crop_scale", "data.crop_ratio", "data.flip")
+
+
 class ProbeSection(Section):
     weights: str
     """What is judged, as pipeline/evals/representation.py understands it."""
@@ -98,4 +107,10 @@ def load_probe_recipe(given: dict[str, dict], overrides: Sequence[str] = ()) -> 
     """PROTOCOL with the keys that are `given`, by section, and "a.b=c" overrides. UserError, one line."""
     sections = PROTOCOL.keys() | given.keys()
     tree = {name: {**PROTOCOL.get(name, {}), **given.get(name, {})} for name in sections}
-    return checked(ProbeRecipe, tree, "linprobe", overrides)
+    recipe = checked(ProbeRecipe, tree, "linprobe", overrides)
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key in OF_THE_WEIGHTS:
+            raise UserError(f"--set {key}: follows from --weights; {OF_THE_WEIGHTS[key]}")
+        if key in OF_RANDOM_CROPS and recipe.probe.center_crops:
+            raise UserError(f"--set {key}: is not for --center-crops; leave one of the two out")
+    return recipe

@@ -21,13 +21,13 @@ from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
 from pipeline.evals.encoder import ImageEncoder, load_encoder
-from pipeline.evals.labelled import check_labelled
+from pipeline.evals.labelled import check_bytes, check_labelled
 from pipeline.evals.representation import digest
 from pipeline.finetune.classifier import Classifier
 from pipeline.finetune.recipe import FinetuneRecipe
 from pipeline.models.sizes import SIZES
 from pipeline.train import checkpoint
-from pipeline.train.distributed import World, agreed, equally_many, from_rank_0, gathered, say
+from pipeline.train.distributed import World, agreed, equally_many, from_rank_0, gathered
 from pipeline.train.loop import train
 from pipeline.train.task import Task
 from pipeline.whole_file import write_json
@@ -72,9 +72,7 @@ class Finetuning(Task):
 
     def begin(self, run: Path, reader: ShardReader, learner: Classifier, world: World) -> None:
         self._run, self._world = run, world
-        unchecked = agreed(lambda: self._val.check_bytes(world.rank, world.size))
-        if unchecked:
-            say(f"--val {self._place}: {unchecked}")
+        check_bytes(world, val=self._val)
         begun = from_rank_0(agreed(self._begun if world.rank == 0 else lambda: None))
         self._name, self._digest = begun["encoder"], begun["digest"]
         recipe = self.recipe

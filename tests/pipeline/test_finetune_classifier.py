@@ -169,6 +169,17 @@ def test_fine_tuning_begins_with_the_weights_that_it_was_given(labelled_sets):
     assert kept and all(torch.equal(given[key], own[key]) for key in kept)
 
 
+def test_the_head_follows_the_fine_tunings_seed_and_random_weights_their_recipes(labelled_sets):
+    def begun(seed: int) -> VisionTransformer:
+        torch.manual_seed(seed)  # as the loop does
+        return build(recipe(), *labelled_sets).vit
+
+    one, same, other = begun(1), begun(1), begun(2)
+    assert torch.equal(one.head.weight, same.head.weight)
+    assert not torch.equal(one.head.weight, other.head.weight)
+    assert torch.equal(one.patch_embed.proj.weight, other.patch_embed.proj.weight)
+
+
 def test_weights_that_have_changed_since_the_run_began_are_refused_until_it_has_saved_some(
     labelled_sets, tmp_path
 ):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.evals.labelled import labels_of, open_labelled
+from pipeline.evals.labelled import open_labelled
 from pipeline.sections import DataSection
 from tests.conftest import build
 
@@ -34,15 +34,3 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
         with pytest.raises(UserError, match=complaint) as refusal:
             open_labelled(train, val, DataSection())
         assert "\n" not in str(refusal.value)
-
-
-def test_labels_stand_in_the_order_of_the_set(tmp_path):
-    found = open_labelled(
-        folder_of(tmp_path, "one", ["a", "b", "c"]),
-        folder_of(tmp_path, "two", ["a", "b", "c"], 9),
-        DataSection(),
-    )
-    names = [found.train.key(0, index) for index in range(3)]
-    assert [found.train.manifest.classes[label] for label in labels_of(found.train)] == [
-        name.split("_")[0] for name in names
-    ]

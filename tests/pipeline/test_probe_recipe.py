@@ -29,6 +29,13 @@ def test_an_override_leaves_the_rest_of_the_protocol_as_it_is():
         (["data.crops_per_image=2"], "data.crops_per_image: is not for a probe"),
         (["data.max_replaced=3"], "data.max_replaced: is not for a probe"),
         (["probe.pol=mean"], r"probe.pol: unknown key \(did you mean pool\?\)"),
+        (["data.image_size=32"], "data.image_size: follows from --weights; give --image-size"),
+        (["data.mean=[0, 0, 0]"], "data.mean: follows from --weights"),
+        (["data.std=[1, 1, 1]"], "data.std: follows from --weights"),
+        (["probe.digest=abc"], "probe.digest: follows from --weights"),
+        (["probe.center_crops=true", "data.crop_scale=[0.2, 1]"], "data.crop_scale: is not for --center"),
+        (["probe.center_crops=true", "data.crop_ratio=[1, 1]"], "data.crop_ratio: is not for --center-crops"),
+        (["probe.center_crops=true", "data.flip=false"], "data.flip: is not for --center-crops"),
     ],
 )
 def test_what_is_not_possible_is_refused_in_one_line(overrides, complaint):
