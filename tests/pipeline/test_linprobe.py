@@ -1,0 +1,96 @@
+"""The probe's rate is chosen on held-out images alone, and both feeds take the same samples."""
+
+import pytest
+import torch
+
+from pipeline.data.reader import ShardReader
+from pipeline.evals.features import Extractor, Features
+from pipeline.evals.feeds import KeptFeatures, RandomCrops
+from pipeline.evals.heads import Heads
+from pipeline.evals.linprobe import _judge, format_probe
+from pipeline.evals.probe_recipe import load_probe_recipe
+from pipeline.evals.representation import representation
+from pipeline.train.distributed import World
+
+CPU = torch.device("cpu")
+RATES = (1.0, 0.1, 0.3)
+CLASSES = 2
+
+
+def heads() -> Heads:
+    """Of one feature x, each with a threshold of its own, above which it says class 1: 1, 2 and 3."""
+    made = Heads(RATES, CLASSES, width=1).eval()
+    with torch.no_grad():
+        made.weight.copy_(torch.tensor([[-1.0], [1.0]]))
+        made.bias.copy_(torch.tensor([[at, -at] for at in (1.0, 2.0, 3.0)]))
+    return made
+
+
+def told(*classes: int) -> Features:
+    """Samples x = 0.5, 1.5, 2.5, 3.5 of these classes."""
+    return Features(torch.arange(4)[:, None] + 0.5, torch.tensor(classes))
+
+
+@pytest.mark.parametrize(
+    ("held_out", "val", "chosen"),
+    [
+        (told(0, 1, 1, 1), told(0, 0, 0, 1), 1.0),  # on val the third is best: never asked
+        (told(0, 0, 0, 1), told(0, 1, 1, 1), 0.3),
+        (told(0, 1, 0, 1), told(0, 1, 1, 1), 0.3),  # the first and the third are equal
+        (None, told(0, 0, 0, 1), 1.0),  # nothing to choose by
+    ],
+)
+def test_the_rate_is_chosen_on_what_was_held_out_and_of_equals_the_smallest(held_out, val, chosen):
+    result = _judge(heads(), CLASSES, val, held_out, CPU)
+    assert result["chosen"] == chosen
+    by_rate = {row["base_lr"]: row for row in result["rates"]}
+    assert result["top1"] == by_rate[chosen]["val"]["top1"]
+    on_val = [((val.values[:, 0] > at).long() == val.labels).sum().item() for at in (1, 2, 3)]
+    assert [by_rate[rate]["val"]["top1"]["correct"] for rate in RATES] == on_val
+
+
+@pytest.mark.parametrize("subset", [1, 0.5])
+def test_both_feeds_take_the_samples_of_the_streams_positions(labelled_sets, tmp_path, subset):
+    """From step 1 on and over the ends of epochs, on each of two ranks."""
+    data = {"global_batch": 16, "holdout": 0.2, "image_size": 24, "subset": subset}
+    given = {"probe": {"weights": "pixels:24"}, "data": data, "engine": {"micro_batch": 4}}
+    recipe = load_probe_recipe(given)
+    reader = ShardReader(labelled_sets[0], recipe.data)
+    model = representation("pixels:24", None, "class_token")
+    worlds = [World(rank, 2, rank, 2, CPU, 1) for rank in range(2)]
+    alone = World(0, 1, 0, 1, CPU, 1)
+    whole = Extractor(model, alone, cache=tmp_path)(reader)  # ranks that are not connected find it there
+    stream = reader.stream(recipe.seed)
+    for world in worlds:
+        extract = Extractor(model, world, cache=tmp_path)
+        kept, crops = (feed(recipe, reader, extract, 1) for feed in (KeptFeatures, RandomCrops))
+        for step in range(1, 5):
+            positions = torch.arange(16 * step, 16 * (step + 1)).chunk(2)[world.rank]
+            samples = stream.locate(positions.numpy()).sample
+            features, labels = kept.next()
+            assert torch.equal(features, whole.values[samples])
+            assert torch.equal(labels, whole.labels[samples])
+            assert torch.equal(labels, torch.cat([crops.next().labels for _ in range(2)]))
+        crops.close()
+
+
+@pytest.mark.parametrize(
+    ("labels", "by_class", "said"),
+    [
+        (1.0, False, "9 training images, 3 held"),
+        (0.5, False, "9 training images (0.5 of the labels), 3 held"),
+        (0.5, True, "9 training images (0.5 of the labels, class-balanced), 3 held"),
+    ],
+)
+def test_the_table_says_which_labels_were_learned_from(labels, by_class, said):
+    found = {"correct": 1, "total": 2}
+    result = {
+        "features": "pixels",
+        "train": {"samples": 9, "labels": labels, "by_class": by_class},
+        "held_out": {"samples": 3},
+        "val": {"samples": 4},
+        "classes": 2,
+        "rates": [{"base_lr": 0.1, "held_out": None, "val": {"top1": found}}],
+        "chosen": 0.1,
+    }
+    assert said in format_probe(result)
