@@ -15,6 +15,7 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.export.target import Target
 from pipeline.recipe import Recipe
+from pipeline.report.history import METRICS, logged
 from pipeline.trained import Trained
 
 PAPERS = {
@@ -86,36 +87,40 @@ class Spent(NamedTuple):
     """The same, times the number of ranks."""
 
 
-def card(
-    run: Path, trained: Trained, target: Target, difference: float, ema: bool, results: Sequence[Path] = ()
-) -> str:
-    """The text of README.md. ema: the weights are their moving average. results: files of JSON to quote.
-    UserError where one cannot be read."""
+def recorded(
+    run: Path, trained: Trained, target: Target, ema: bool, results: Sequence[Path] = ()
+) -> dict[str, str]:
+    """What README.md says before the export is checked. ema: the weights are their moving average. results:
+    files of JSON to quote. UserError where one, or what the run wrote, cannot be read."""
     recipe = trained.recipe
     environment = _read(run / "environment.json") if (run / "environment.json").is_file() else {}
     name, paper = PAPERS[recipe.method.name]
-    return CARD.substitute(
+    return dict(
         tags=", ".join([*target.tags, "vit", "masked-image-modeling", recipe.method.name]),
         title=f"{recipe.model.name}, patch {recipe.model.patch_size}, {recipe.data.image_size} px, {name}",
         summary=f"A vision transformer, pre-trained without labels by {name} ({paper}).",
         usage=target.usage(recipe).strip(),
-        mean=list(recipe.data.mean),
-        std=list(recipe.data.std),
-        size=recipe.data.image_size,
+        mean=str(list(recipe.data.mean)),
+        std=str(list(recipe.data.std)),
+        size=str(recipe.data.image_size),
         data=_data(environment.get("data")),
         training=_training(recipe, trained.step, ema),
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip(),
         compute=_compute(run, environment, trained.step),
         results=_results(results),
-        difference=f"{difference:.1e}",
     )
+
+
+def card(found: dict[str, str], difference: float) -> str:
+    """The text of README.md: what was `recorded`, and what the check measured."""
+    return CARD.substitute(found, difference=f"{difference:.1e}")
 
 
 def spent(lines: list[dict], starts: list[dict], step: int) -> Spent:
     """lines: of metrics.jsonl; starts: of environment.json. Up to `step`."""
-    logged = [line for line in lines if "images_per_s" in line and line["step"] <= step]
+    done = [line for line in lines if "images_per_s" in line and line["step"] <= step]
     images = hours = device_hours = 0
-    for line in logged:
+    for line in done:
         took = (line["samples"] - images) / line["images_per_s"] / 3600
         ranks = [start["world_size"] for start in starts if start["step"] < line["step"]]
         images, hours = line["samples"], hours + took
@@ -156,8 +161,7 @@ def _training(recipe: Recipe, step: int, ema: bool) -> str:
 
 
 def _compute(run: Path, environment: dict, step: int) -> str:
-    path = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = logged(run) if (run / METRICS).is_file() else []
     starts = environment.get("starts", [])
     total = spent(lines, starts, step)
     if not total.images:

@@ -10,8 +10,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from pipeline.errors import UserError
-from pipeline.export.card import card
+from pipeline.export.card import card, recorded
 from pipeline.export.official_file import OFFICIAL, OFFICIAL_ENCODER
 from pipeline.export.onnx_file import ONNX
 from pipeline.export.target import Target
@@ -48,17 +50,19 @@ def export(
     _check_out(out, overwrite)
     trained = load_run(run, ema)
     _check_method(trained, target)
+    found = recorded(run, trained, chosen, ema, results)
     partial = out.with_name(out.name + PARTIAL)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
         partial.mkdir()
         difference = _write(trained, chosen, target, ema, partial)
-        text = card(run, trained, chosen, difference, ema, results)
-        (partial / "README.md").write_text(text)
+        (partial / "README.md").write_text(card(found, difference))
         _publish(partial, out)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}; give another place") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{out}: cannot be written: {_reason(error)}; make room or give another place"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return (
@@ -68,6 +72,8 @@ def export(
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.name:
+        raise UserError(f"{out}: an export makes its folder; give the name of a new one")
     if out.is_dir() and not any(out.iterdir()):
         return
     if not os.path.lexists(out):
@@ -87,12 +93,14 @@ def _check_method(trained: Trained, target: str) -> None:
 
 
 def _write(trained: Trained, chosen: Target, name: str, ema: bool, folder: Path) -> float:
-    chosen.write(trained, folder)
+    try:
+        chosen.write(trained, folder)
+    except RuntimeError as error:  # torch's own, of the storage, too
+        raise UserError(f"--format {name}: cannot be written: {_reason(error)}; removed") from error
     try:
         difference = chosen.difference(trained, folder)
-    except (UserError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--format {name}: it does not load again ({reason}); removed") from error
+    except Exception as error:  # whatever a library raises for a file that it does not take
+        raise UserError(f"--format {name}: it does not load again ({_reason(error)}); removed") from error
     if not difference <= TOLERANCE:
         raise UserError(
             f"--format {name}: loaded again, its features differ from ours by {difference:.1e} of the "
@@ -108,6 +116,11 @@ def _write(trained: Trained, chosen: Target, name: str, ema: bool, folder: Path)
     }
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     return difference
+
+
+def _reason(error: Exception) -> str:
+    """Its first line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _publish(partial: Path, out: Path) -> None:

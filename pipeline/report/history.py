@@ -14,6 +14,7 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.recipe_file import flat
 
+METRICS = "metrics.jsonl"
 SPEED = ("images_per_s", "images_per_s_rank", "data_wait", "mfu", "memory")
 RANKS = ("rank_time", "slowest_time", "slowest_rank", "slowest_host")
 NO_LOSS = {"step", "time", "epoch", "samples", "lr", "grad_norm", "skipped", "skips", "replaced"}
@@ -105,14 +106,10 @@ class History:
 
 def read_history(run: Path) -> History:
     """UserError where `run` is no run directory, or has logged nothing yet."""
-    metrics = run / "metrics.jsonl"
-    if not metrics.is_file():
-        raise UserError(
-            f"{run}: no run directory (no metrics.jsonl); `python -m pipeline pretrain` makes one"
-        )
-    whole = [text for text in metrics.read_text().splitlines(keepends=True) if text.endswith("\n")]
+    if not (run / METRICS).is_file():
+        raise UserError(f"{run}: no run directory (no {METRICS}); `python -m pipeline pretrain` makes one")
+    lines = logged(run)
     try:
-        lines = [json.loads(text) for text in whole]
         starts = json.loads((run / "environment.json").read_text())["starts"]
         recipe_text = (run / "recipe.yaml").read_text()
     except (OSError, ValueError, KeyError) as error:
@@ -130,6 +127,16 @@ def read_history(run: Path) -> History:
         recipe_text=recipe_text,
         pictures=sorted((run / "reconstructions").glob("step-*.png")),
     )
+
+
+def logged(run: Path) -> list[dict]:
+    """What a run has logged, events among it; without a last line that is being written, or that a kill cut
+    short. UserError where it cannot be read."""
+    try:
+        text, _, _ = (run / METRICS).read_text().rpartition("\n")
+        return [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / METRICS}: cannot be read as a run's metrics: {error}") from None
 
 
 def differences(histories: list[History]) -> dict[str, list]:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +191,56 @@ def test_mistakes_are_one_line(mae, tmp_path, capsys, options, says):
     assert main(["export", *options]) == 2
     said = capsys.readouterr().err
     assert says in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["timm", "hf-mae", "official"])
+def test_a_full_disk_is_one_line_and_nothing_is_left(mae, tmp_path, capsys, target):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        assert main(["export", str(mae), str(tmp_path / "out"), "--format", target]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    said = capsys.readouterr().err
+    assert "cannot be written: " in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\x07"])  # the last: a version and nothing else
+def test_a_graph_that_onnx_refuses_is_one_line_and_removed(mae, tmp_path, capsys, monkeypatch, content):
+    broken = command.TARGETS["onnx"]._replace(
+        write=lambda _, out: (out / "encoder.onnx").write_bytes(content)
+    )
+    monkeypatch.setitem(command.TARGETS, "onnx", broken)
+    assert main(["export", str(mae), str(tmp_path / "out"), "--format", "onnx"]) == 2
+    said = capsys.readouterr().err
+    assert "--format onnx: it does not load again" in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_name_is_refused(mae, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(mae), ".", "--format", "timm"]) == 2
+    assert "give the name of a new one" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_the_card_cannot_quote_is_found_before_anything_is_written(mae, tmp_path, monkeypatch):
+    never = command.TARGETS["timm"]._replace(write=lambda *_: pytest.fail("written"))
+    monkeypatch.setitem(command.TARGETS, "timm", never)
+    (tmp_path / "knn.json").write_text('{"knn": ')
+    with pytest.raises(UserError, match=r"knn.json: no JSON that can be read"):
+        command.export(mae, tmp_path / "out", "timm", results=[tmp_path / "knn.json"])
+    run = shutil.copytree(mae, tmp_path / "run")
+    (run / "metrics.jsonl").write_text('{"step": 1, "sam\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read as a run's metrics"):
+        command.export(run, tmp_path / "out", "timm")
+
+
+def test_a_last_line_that_a_kill_cut_short_is_not_on_the_card(mae, tmp_path):
+    run = shutil.copytree(mae, tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "samples": 10900, "ima')
+    assert main(["export", str(run), str(tmp_path / "out"), "--format", "timm"]) == 0
+    assert "| images | 10,800 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_model_card_says_what_the_run_recorded_and_what_nobody_did(mae, tmp_path):
