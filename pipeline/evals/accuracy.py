@@ -10,8 +10,8 @@ import torch
 
 Z = 1.959963984540054
 """95 % of a normal distribution lie within so many standard deviations."""
-FEW_CLASSES = 5
-"""With so many classes or fewer everything is among the first five."""
+FIRST = 5
+"""Classes among which top-5 looks for the true one."""
 
 
 class Accuracy(NamedTuple):
@@ -59,10 +59,10 @@ def ranks_of_truth(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def hits(scores: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
     """How many of B samples have their true class first, and among the first five."""
     ranks = ranks_of_truth(scores, labels)
-    return int((ranks < 1).sum()), int((ranks < FEW_CLASSES).sum())
+    return int((ranks < 1).sum()), int((ranks < FIRST).sum())
 
 
 def top_1_and_5(first: int, five: int, total: int, classes: int) -> dict[str, Accuracy]:
     """By name; without top5 where so few classes make it meaningless."""
     found = {"top1": Accuracy(first, total)}
-    return found if classes <= FEW_CLASSES else {**found, "top5": Accuracy(five, total)}
+    return found if classes <= FIRST else {**found, "top5": Accuracy(five, total)}

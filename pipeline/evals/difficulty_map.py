@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from pipeline.difficulty import patch_distance
+from pipeline.errors import UserError
 from pipeline.evals.canvas import Chart, Column, Scale, heat, sheet
 from pipeline.evals.picture import described, originals, reconstructed, seen_and_predicted
 from pipeline.evals.tiles import as_maps, cut
@@ -33,6 +34,11 @@ def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> t
         errors.append(error_of(result, squares, recipe))
     shown = [as_maps(maps[0][:, 0], per_side).numpy() for maps in (distances, errors)]
     middles, means, bars = by_distance(torch.stack(distances), torch.stack(errors), patch / 2)
+    if not middles:
+        raise UserError(
+            f"--kind difficulty: no distance has {FEWEST} masked patches, which a chart needs; give more "
+            "photographs, or --tiles"
+        )
     highest = [float(np.nanmax(shown[0])), float(np.nanpercentile(shown[1], 98))]
     side = batch.shape[-1]
     columns = [
@@ -79,16 +85,16 @@ def by_distance(
     distance: torch.Tensor, error: torch.Tensor, width: float
 ) -> tuple[list[float], list[float], list[float]]:
     """Mean error by distance, in intervals of `width` pixels: mean distance, mean error, and two standard
-    errors of each interval that holds enough patches."""
+    errors of each interval that holds enough patches; nothing where none does."""
     known = distance.isfinite()
     distance, error = distance[known], error[known]
     interval = (distance / width).long()
-    points = []
+    middles, means, bars = [], [], []
     for number in interval.unique().tolist():
         inside = interval == number
         values = error[inside]
         if len(values) >= FEWEST:
-            bar = 2 * values.std() / math.sqrt(len(values))
-            points.append((distance[inside].mean().item(), values.mean().item(), bar.item()))
-    middles, means, bars = zip(*points, strict=True)
-    return list(middles), list(means), list(bars)
+            middles.append(distance[inside].mean().item())
+            means.append(values.mean().item())
+            bars.append(2 * values.std().item() / math.sqrt(len(values)))
+    return middles, means, bars

@@ -23,6 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.export.state_dicts import misfits
 from pipeline.methods import build_method
 from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.models.relative_position import RelativeAttention
@@ -98,7 +99,9 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
         # Without antialiasing, as in the official MAE code.
         grid = [size // patch] * 2
         saved.weights["pos_embed"] = resample_abs_pos_embed(positions, grid, antialias=False)
-    _fill(vit, saved.weights, str(weights))
+    if wrong := misfits(vit.state_dict(), saved.weights):
+        raise UserError(f"--weights {weights}: do not fit a vision transformer: {wrong}")
+    vit.load_state_dict(saved.weights)
     return ImageEncoder(vit, saved, size).eval()
 
 
@@ -216,20 +219,3 @@ def _grid(saved: Saved) -> int:
 
 def _depth(weights: dict[str, torch.Tensor]) -> int:
     return len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
-
-
-def _fill(vit: VisionTransformer, weights: dict[str, torch.Tensor], source: str) -> None:
-    own = vit.state_dict()
-    wrong = [f"{key} is missing" for key in own.keys() - weights.keys()]
-    wrong += [f"{key} is unknown" for key in weights.keys() - own.keys()]
-    wrong += [
-        f"{key} is {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own.keys() & weights.keys()
-        if own[key].shape != weights[key].shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"--weights {source}: do not fit a vision transformer: {'; '.join(sorted(wrong)[:3])}{more}"
-        )
-    vit.load_state_dict(weights)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data.reader import ShardReader
-from pipeline.errors import UserError
+from pipeline.errors import UserError, some
 from pipeline.sections import DataSection
 from pipeline.train.distributed import World, agreed, say
 
@@ -67,11 +67,7 @@ def _difference(train: list[str], val: list[str]) -> str:
     missing, more = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     parts = []
     if missing:
-        parts.append(f"{len(missing)} are missing, {_some(missing)}")
+        parts.append(f"{len(missing)} are missing, {some([*map(repr, missing)])}")
     if more:
-        parts.append(f"{len(more)} are not there, {_some(more)}")
+        parts.append(f"{len(more)} are not there, {some([*map(repr, more)])}")
     return "; ".join(parts) or "the same names in another order"
-
-
-def _some(names: list[str], at_most: int = 3) -> str:
-    return ", ".join(map(repr, names[:at_most])) + (", ..." if len(names) > at_most else "")

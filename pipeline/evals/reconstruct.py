@@ -49,6 +49,8 @@ def reconstruct(
         raise UserError(f"--seeds {options.seeds}: two predictions or more can agree")
     if missing := [path for path in images if not path.exists()]:
         raise UserError(f"--images {missing[0]}: no such file or folder")
+    if blocked := [above for place in places.values() for above in place.parents if above.is_file()]:
+        raise UserError(f"--out {out}: {blocked[0]} is a file, so no folder can be there")
     said = []
     for run in runs:
         trained = load_run(run)

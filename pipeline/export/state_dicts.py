@@ -6,7 +6,7 @@ named.
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, some
 from pipeline.methods.method import Method
 
 DECODER_ROOT = ("mask_token",)  # the one decoder entry that the official code keeps without "decoder_"
@@ -29,7 +29,8 @@ def load_official_state_dict(method: Method, state: dict[str, torch.Tensor]) -> 
     """
     _need_decoder(method)
     own = {_official_key(name): tensor for name, tensor in _tensors(method).items()}
-    _check_fit(own, state)
+    if wrong := misfits(own, state):
+        raise UserError(f"weights do not fit this model: {wrong}")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])
@@ -116,24 +117,13 @@ def _need_decoder(method: Method) -> None:
         raise UserError(f"{type(method).__name__} has no decoder, so it has no official MAE checkpoint form")
 
 
-def _check_fit(own: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
-    missing = sorted(own.keys() - state.keys())
-    unknown = sorted(state.keys() - own.keys())
+def misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> str:
+    """What is missing, unknown or of another shape in `given`, for a message; empty where it fits."""
+    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     shapes = [
-        f"{key} is {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in sorted(own.keys() & state.keys())
-        if own[key].shape != state[key].shape
+        f"{key} is {tuple(given[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & given.keys())
+        if own[key].shape != given[key].shape
     ]
-    complaints = []
-    if missing:
-        complaints.append(f"missing {_some(missing)}")
-    if unknown:
-        complaints.append(f"unknown {_some(unknown)}")
-    if shapes:
-        complaints.append(_some(shapes))
-    if complaints:
-        raise UserError("weights do not fit this model: " + "; ".join(complaints))
-
-
-def _some(names: list[str], at_most: int = 4) -> str:
-    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+    complaints = ("missing ", missing), ("unknown ", unknown), ("", shapes)
+    return "; ".join(f"{what}{some(names)}" for what, names in complaints if names)

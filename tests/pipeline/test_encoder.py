@@ -121,8 +121,8 @@ def test_relative_positions_of_a_small_square_are_those_inside_a_larger_one():
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (lambda s: s.pop("norm.weight"), "norm.weight is missing"),
-        (lambda s: s.update({"head.bias": torch.zeros(3)}), "head.bias is unknown"),
+        (lambda s: s.pop("norm.weight"), "missing norm.weight"),
+        (lambda s: s.update({"head.bias": torch.zeros(3)}), "unknown head.bias"),
         (lambda s: s.update({"norm.weight": torch.zeros(3)}), r"norm.weight is \(3,\) instead of \(192,\)"),
         (lambda s: s.pop("pos_embed"), "no pos_embed in it"),
     ],

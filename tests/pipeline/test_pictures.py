@@ -116,6 +116,26 @@ def test_means_by_distance_are_of_the_patches_at_that_distance():
     assert bars == pytest.approx([0.0, 2 * error[60:140].std().item() / 80**0.5])
 
 
+def test_too_few_patches_for_a_chart_are_one_line(tmp_path, photographs, capsys):
+    run = small_run(tmp_path / "run", "vitb16_mae", "data.image_size=16")  # 3 of 4 patches, 16 times
+    arguments = ["reconstruct", str(run), "--images", str(photographs / "a.png"), "--kind", "difficulty"]
+    out = tmp_path / "out.png"
+    assert main([*arguments, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "--kind difficulty: no distance has 50 masked patches" in said and said.count("\n") == 1
+    assert not out.exists() and main([*arguments, "--out", str(out), "--tiles", "3"]) == 0
+
+
+def test_an_out_below_a_file_is_refused_before_anything_is_drawn(runs, photographs, tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    for out in ("notes/x.png", "notes/deep/x.png", "notes/folder"):
+        arguments = [str(runs["mae"]), "--images", str(photographs), "--out", str(tmp_path / out)]
+        assert main(["reconstruct", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'notes'} is a file" in said and said.count("\n") == 1
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["mae", "lomar"])
 def test_attention_is_what_the_layers_use(runs, name):
     encoder = load_encoder(runs[name])
