@@ -6,7 +6,8 @@
 #
 # After a pre-training that is still at work: sbatch --dependency=afterok:JOBID slurm/evaluate.sh. SETS replaces keys of
 # the probe's recipe, whose 90 epochs are MAE's for ViT-B; PRECISION is the encoder's, bf16 or fp32 (default: bf16 on
-# GPUs). Features are kept in RUN-features. The figures are in the job's output; an interrupted job comes back as slurm/pretrain_vith.sh says.
+# GPUs). Features are kept in RUN-features. The figures are in the job's output; an interrupted job comes back as
+# slurm/pretrain_vith.sh says.
 
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
