@@ -22,7 +22,7 @@ KS = (5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
 TIMEOUT_MINUTES = 30.0
 QUERIES, NEIGHBOURS = 512, 1 << 16
-"""Cosines of so many queries and training images are held at once."""
+"""Cosines of so many queries and training images are held at once; a rank takes whole blocks of queries."""
 
 
 def knn(
@@ -34,13 +34,14 @@ def knn(
     labels: float | None = None,
     image_size: int | None = None,
     pool: Pool = "class_token",
+    block: int = QUERIES,
     **extraction,
 ) -> dict:
     """Judge `weights` on the shard set `val` by their neighbours in `train`; every rank calls it.
 
     ks: neighbours that vote; None: those of KS that the training set has. labels: use only this share of the
-    training set's labels, class-balanced. extraction: options of `Extractor`. Returns what is printed, for
-    JSON. UserError for what the user can mend.
+    training set's labels, class-balanced. block: of queries. extraction: options of `Extractor`. Returns what
+    is printed, for JSON. UserError for what the user can mend.
     """
     with joined(TIMEOUT_MINUTES) as world:
         model = representation(weights, image_size, pool)
@@ -50,7 +51,7 @@ def knn(
         check_bytes(world, data=sets.train, val=sets.val)
         extract = Extractor(model, world, **extraction)
         features, queries = extract(sets.train), extract(sets.val)
-        found = classify(features, queries, ks, sets.classes, world)
+        found = classify(features, queries, ks, sets.classes, world, block)
     return {
         "weights": weights,
         "features": model.name,
@@ -65,25 +66,25 @@ def knn(
 
 
 def classify(
-    train: Features, val: Features, ks: Sequence[int], classes: int, world: World
+    train: Features, val: Features, ks: Sequence[int], classes: int, world: World, block: int = QUERIES
 ) -> dict[int, dict[str, Accuracy]]:
-    """For each k the accuracy on `val`, the same on every rank."""
-    counts = gathered(counted(train, val, ks, classes, world))
+    """For each k the accuracy on `val`, the same on every rank. block: of queries."""
+    counts = gathered(counted(train, val, ks, classes, world, block))
     total = len(val.labels)
     return {k: top_1_and_5(*map(sum, zip(*(c[k] for c in counts), strict=True)), total, classes) for k in ks}
 
 
 def counted(
-    train: Features, val: Features, ks: Sequence[int], classes: int, world: World
+    train: Features, val: Features, ks: Sequence[int], classes: int, world: World, block: int = QUERIES
 ) -> dict[int, tuple[int, int]]:
     """For each k the `hits` in this rank's blocks of `val`."""
-    blocks = -(-len(val.labels) // QUERIES)
-    first, end = (QUERIES * (blocks * part // world.size) for part in (world.rank, world.rank + 1))
-    similarity, voters = nearest(train, val.values[first:end], max(ks), world.device)
+    blocks = -(-len(val.labels) // block)
+    first, end = (block * (blocks * part // world.size) for part in (world.rank, world.rank + 1))
+    similarity, voters = nearest(train, val.values[first:end], max(ks), world.device, block)
     truth = val.labels[first:end].to(world.device)
     counts = {k: (0, 0) for k in ks}
-    for start in range(0, len(truth), QUERIES):
-        part = slice(start, start + QUERIES)
+    for start in range(0, len(truth), block):
+        part = slice(start, start + block)
         for k in ks:
             scores = votes(similarity[part, :k], voters[part, :k], classes)
             counts[k] = tuple(map(sum, zip(counts[k], hits(scores, truth[part]), strict=True)))
@@ -91,20 +92,26 @@ def counted(
 
 
 def nearest(
-    train: Features, queries: torch.Tensor, k: int, device: torch.device, block: int = NEIGHBOURS
+    train: Features,
+    queries: torch.Tensor,
+    k: int,
+    device: torch.device,
+    block: int = QUERIES,
+    neighbours: int = NEIGHBOURS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and class of the k nearest training images of each query (Q, D): (Q, k) both, nearest first.
 
-    block: training images that are looked at together, which changes nothing but memory and time."""
+    block, neighbours: queries and training images that are looked at together, which changes nothing but
+    memory, time and roundings."""
     queries = F.normalize(queries.to(device), dim=1)
     similarity = queries.new_empty(len(queries), 0)
     classes = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
-    for start in range(0, len(train.values), block):
-        values = F.normalize(train.values[start : start + block].to(device), dim=1)
-        labels = train.labels[start : start + block].to(device)
+    for start in range(0, len(train.values), neighbours):
+        values = F.normalize(train.values[start : start + neighbours].to(device), dim=1)
+        labels = train.labels[start : start + neighbours].to(device)
         merged = [
             _best(similarity[part], classes[part], queries[part] @ values.T, labels, k)
-            for part in (slice(at, at + QUERIES) for at in range(0, len(queries), QUERIES))
+            for part in (slice(at, at + block) for at in range(0, len(queries), block))
         ]
         if merged:
             similarity, classes = (torch.cat(parts) for parts in zip(*merged, strict=True))

@@ -1,4 +1,4 @@
-"""docs/tutorial.md, followed: its commands as they stand in its fenced blocks, with a shorter schedule."""
+"""docs/tutorial.md, followed: the commands of its fenced blocks, with a shorter schedule."""
 
 import json
 import os

@@ -29,11 +29,11 @@ def clouds(samples: int, seed: int) -> Features:
     return Features(centres[labels] + 1.5 * torch.randn(samples, 24, generator=generator), labels)
 
 
-@pytest.mark.parametrize("block", [64, 1 << 16])
-def test_every_answer_is_scikit_learns(block):
+@pytest.mark.parametrize("neighbours", [64, 1 << 16])
+def test_every_answer_is_scikit_learns(neighbours):
     train, val = clouds(900, 1), clouds(300, 2)
     found = classify(train, val, KS, CLASSES, ALONE)
-    similarity, voters = nearest(train, val.values, max(KS), ALONE.device, block)
+    similarity, voters = nearest(train, val.values, max(KS), ALONE.device, neighbours=neighbours)
     for k in KS:
         theirs = KNeighborsClassifier(
             k, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / TEMPERATURE)
