@@ -12,7 +12,9 @@ OUT/study.json, OUT/study.md and OUT/study.png.
 CIFAR10_DIR holds train.tar and test.tar with <split>/<class>/<number>.jpg. Pre-training sees all 50,000
 training images; k-NN and probe learn from the labels of a fifth, fine-tuning from those of a hundredth.
 Accuracies are top-1 on all 10,000 test images. Disagreement and error are of pixels, in levels of 255, on 64
-test images behind five masks each. Of several seeds the mean, and in brackets the least and the greatest.
+test images behind five masks each; they compare only methods that hide as much, and losses only methods that
+have the same. A seed is that of pre-training, of the heads and of fine-tuning; the labelled images are always
+the same. Of several seeds the mean, and in brackets the least and the greatest.
 """
 
 import argparse
@@ -94,7 +96,7 @@ def main() -> None:
     rows = {
         "raw pixels": [_judged(out, out / "pixels", "pixels:32", tuned=False)],
         "random weights": [
-            _judged(out, out / f"random-{seed}", _random(out, seed)) for seed in range(options.seeds)
+            _judged(out, out / f"random-{seed}", _random(out, seed), seed) for seed in range(options.seeds)
         ],
     }
     for name in options.methods:
@@ -114,37 +116,38 @@ def _speed(out: Path, name: str) -> float:
 
     def measure() -> dict:
         _pretrain(out, run, name, 0, TRIAL)
-        lines = _metrics(run)[1:]
-        return {"images_per_s": statistics.median(line["images_per_s"] for line in lines)}
+        return {"images_per_s": statistics.median(line["images_per_s"] for line in _metrics(run)[1:])}
 
     return _once(run.with_suffix(".json"), measure)["images_per_s"]
 
 
 def _trained(out: Path, name: str, seed: int, steps: int) -> dict:
     run = out / "runs" / f"{_file_name(name)}-{seed}-{steps}"
-    _pretrain(out, run, name, seed, steps)
     place = run.with_name(run.name + ".judged")
+    loss = _once(place / "loss.json", lambda: _pretrain(out, run, name, seed, steps))["loss"]
     agreement = _once(place / "agreement.json", lambda: _agreement(out, run, place / "agreement.png"))
-    of_run = {"loss": _metrics(run)[-1]["loss"], **agreement, "steps": steps}
-    return {**_judged(out, place, str(run)), **of_run}
+    of_run = {"loss": loss, **agreement, "steps": steps}
+    return {**_judged(out, place, str(run), seed), **of_run}
 
 
 def _agreement(out: Path, run: Path, picture: Path) -> dict:
     """By what `reconstruct` says."""
     images = out / "pictures"
     if not images.exists():
-        images.mkdir()
+        new = images.with_name("pictures.new")
+        new.mkdir(exist_ok=True)
         with tarfile.open(Path(os.environ["CIFAR10_DIR"]) / "test.tar") as archive:
             members = sorted((m for m in archive if m.isfile()), key=lambda member: Path(member.name).stem)
             for member in members[:PICTURES]:
-                (images / member.name.replace("/", "-")).write_bytes(archive.extractfile(member).read())
+                (new / member.name.replace("/", "-")).write_bytes(archive.extractfile(member).read())
+        new.rename(images)
     options = ("--kind", "agreement", "--count", PICTURES, "--seeds", 5)
     said = _command("pipeline", "reconstruct", run, "--images", images, "--out", picture, *options)
     disagreement, error = re.search(r"disagreement ([\d.]+), error ([\d.]+) levels of 255", said).groups()
     return {"disagreement": float(disagreement), "error": float(error)}
 
 
-def _judged(out: Path, place: Path, weights: str, tuned: bool = True) -> dict:
+def _judged(out: Path, place: Path, weights: str, seed: int = 0, tuned: bool = True) -> dict:
     """What some weights are worth: k-NN (k = 20), the probe on centre crops, fine-tuning on few labels."""
     sets = ("--data", out / "train", "--val", out / "test")
     some = ("--labels", SOME, *CROP, "--cache", place / "features")
@@ -155,7 +158,7 @@ def _judged(out: Path, place: Path, weights: str, tuned: bool = True) -> dict:
         )
 
     def probe() -> dict:
-        settings = ("--set", "data.global_batch=1024", "--set", "train.epochs=60")
+        settings = _sets({"data.global_batch": 1024, "train.epochs": 60, "seed": seed})
         arguments = ("--weights", weights, *sets, *some, "--run", place / "probe", *settings)
         return json.loads(_command("pipeline", "linprobe", *arguments, "--center-crops", "--json"))
 
@@ -169,6 +172,7 @@ def _judged(out: Path, place: Path, weights: str, tuned: bool = True) -> dict:
             "train.epochs": 30,
             "engine.micro_batch": 64,
             "train.checkpoint_every": 10**6,
+            "seed": seed,
         }
         arguments = ("finetune_tiny", "--weights", weights, *sets, "--run", place / "tuned")
         _command("pipeline", "finetune", *arguments, *_sets(settings))
@@ -197,9 +201,10 @@ def _random(out: Path, seed: int) -> str:
     return f"random:{path}"
 
 
-def _pretrain(out: Path, run: Path, name: str, seed: int, steps: int) -> None:
+def _pretrain(out: Path, run: Path, name: str, seed: int, steps: int) -> dict:
     settings = {**_settings(name, seed), "train.steps": steps}
     _command("pipeline", "pretrain", "vitb16_mae", "--data", out / "train", "--run", run, *_sets(settings))
+    return {"loss": _metrics(run)[-1]["loss"]}
 
 
 def _settings(name: str, seed: int) -> dict:
