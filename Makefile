@@ -33,11 +33,12 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" demo/run.sh "$(OUT)" "$(DATA)"
 
-# The tests of files in one process each, as many at a time as there are cores; the real runs after one another.
+# As many files at a time as there are cores; of those with real runs, which have processes themselves, two.
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(AS_ROOT) $(BIN)/python -m pytest -n auto --maxprocesses 8 \
 		--dist loadfile tests/data_prep tests/pipeline
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest --durations 40 tests/integration
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 30 \
+		tests/integration
 
 soak: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -m soak
