@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ class Log:
             if name not in ("step", "time"):
                 self.board.add_scalar(name, value, line["step"])
         if self.wandb:
-            self.wandb.write(numbers)
+            self._tell(lambda there: there.write(numbers))
         self.bar.show(line)
 
     def stop(self, step: int, reason: str) -> None:
@@ -128,7 +129,18 @@ class Log:
         self.file.close()
         self.board.close()
         if self.wandb:
-            self.wandb.close()
+            self._tell(WandbRun.close)
+
+    def _tell(self, what: Callable[[WandbRun], None]) -> None:
+        try:
+            what(self.wandb)
+        except Exception as error:  # of its helper process, which a signal to the run may end as well
+            self.wandb.abandon()
+            self.wandb = None
+            self.note(
+                f"Weights & Biases: {error}; nothing more goes there until the run continues, all is in "
+                f"{self.path}"
+            )
 
 
 def _quiet_where_the_disk_is_full(what: threading.ExceptHookArgs) -> None:

@@ -3,12 +3,15 @@
 Invariant: a run directory is one run there, whatever interrupts it: RUN/wandb/id names it. Nothing is sent
 unless the recipe asks; WANDB_MODE=offline keeps everything in RUN/wandb, for `wandb sync`.
 
+What happens there stops no training: the helper process that wandb starts may be gone at any moment.
+
 Lines that a continued run takes back from metrics.jsonl stay there and are drawn over; step is the axis.
 """
 
 import importlib.util
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
@@ -64,3 +67,10 @@ class WandbRun:
 
     def close(self) -> None:
         self.run.finish()
+
+    def abandon(self) -> None:
+        """Let go of its helper process, which answers no more, or it would be waited for at the end."""
+        import wandb
+
+        with suppress(Exception):
+            wandb.teardown()

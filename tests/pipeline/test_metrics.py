@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import wandb
@@ -44,7 +45,8 @@ def logged_in_nowhere(monkeypatch, tmp_path):
 
 
 def records(folder):
-    """What wandb wrote: a log in LevelDB's format, of one block of 32 KiB, behind a header of 7 bytes."""
+    """What wandb's helper process wrote until its end: a log in LevelDB's format, of one block of 32 KiB, behind a header of 7 bytes."""
+    wandb.teardown()
     (path,) = folder.glob("*.wandb")
     data, at = path.read_bytes(), 7
     assert len(data) < 2**15
@@ -72,6 +74,29 @@ def test_a_continued_run_is_the_same_wandb_run_and_goes_on_there(recipe, tmp_pat
         if r.HasField("history")
     ]
     assert sorted((line["step"], line["loss"]) for line in lines) == [(1, 2.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("killed_before", ["a line", "the end"])
+def test_a_run_outlives_wandbs_helper_process_and_goes_on_there_when_it_continues(
+    recipe, tmp_path, monkeypatch, capsys, killed_before
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = Log(tmp_path, recipe, 0, 4, [])
+    helpers = [p for p in psutil.Process().children(recursive=True) if p.name() == "wandb-core"]
+    for helper in helpers:
+        helper.terminate()
+    assert helpers and not psutil.wait_procs(helpers, timeout=10)[1]
+    if killed_before == "a line":
+        log.write(LINE)
+        log.write({**LINE, "step": 2})
+    log.close()
+    assert capsys.readouterr().err.count("nothing more goes there until the run continues") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == (killed_before == "a line") * 2
+    log = Log(tmp_path, recipe, 2, 4, [])
+    log.write({**LINE, "step": 3})
+    log.close()
+    assert "nothing more" not in capsys.readouterr().err
+    assert any(r.HasField("history") for r in records(max((tmp_path / "wandb").glob("offline-run-*"))))
 
 
 @pytest.mark.parametrize(
