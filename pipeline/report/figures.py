@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.evals.canvas import columns_of
@@ -126,12 +126,13 @@ def details_figure(histories: Sequence[History]) -> Figure:
                 for start in history.starts[1:]:
                     axes.axvline(start.step, color=FAINT, linestyle=(0, (1, 3)), linewidth=1)
             axes.set_title(title)
-            axes.set_yscale(scale)
-            if scale == "linear":
-                most = axes.dataLim.ymax  # infinite where no run has the column
-                axes.set_ylim(0, 1.08 * most if 0 < most < np.inf else 1)
+            most = axes.dataLim.ymax
+            empty = not 0 < most < np.inf  # infinite where no run has the column
+            if scale == "linear" or empty:
+                axes.set_ylim(0, 1 if empty else 1.08 * most)
             else:
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes.set_yscale(scale)
+                axes.yaxis.set_major_locator(_log_ticks(most / axes.dataLim.minposy))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter(NullFormatter())
         for axes in grid[1]:
@@ -279,11 +280,20 @@ def _pieces(history: History) -> list[list[dict]]:
 
 
 def _range(columns: list[list[float]]) -> tuple[float, float]:
-    """From the least to what a hundredth of the values exceeds, with some air."""
+    """From the least to what a hundredth of the values exceeds, with some air; 0 to 1 where there is none."""
     values = np.concatenate([np.asarray(column, float) for column in columns])
+    if not values.size:
+        return 0.0, 1.0
     low, high = values.min(), np.quantile(values, 0.99)
     air = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return max(0.0, low - air) if low >= 0 else low - air, high + air
+
+
+def _log_ticks(spread: float) -> Locator:
+    """A few ticks on a logarithmic axis of values whose greatest is `spread` times the least."""
+    if spread < 8:
+        return MaxNLocator(4)
+    return LogLocator(subs=(1, 2, 5)) if spread < 500 else LogLocator()
 
 
 def _thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list, list]:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
-from pipeline.report.figures import loss_figure, reconstruction_strip, time_figure
+from pipeline.report.figures import details_figure, loss_figure, reconstruction_strip, time_figure
 from pipeline.report.history import differences, read_history
 from pipeline.report.page import report
 
@@ -91,6 +91,28 @@ def test_interruptions_returns_and_skipped_steps_stand_by_the_clock(run):
     assert marked(above, "returns") == {18: "return of the guard"}
     labels = above.get_legend_handles_labels()[1]
     assert "not running" in labels and "lost, computed again" in labels
+
+
+def test_a_run_of_which_every_logged_step_was_skipped_has_a_report(run):
+    path = run / "metrics.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    nothing = dict.fromkeys(("loss", "reconstruction", "consistency", "grad_norm"))
+    path.write_text("".join(json.dumps(entry | nothing) + "\n" for entry in lines if "event" not in entry))
+    assert "<h2>Loss" in report([run]).read_text()
+    assert loss_figure([read_history(run)]).axes[0].get_ylim() == (0, 1)
+
+
+@pytest.mark.parametrize(("least", "spread"), [(0.7, 2), (9, 2), (2.1, 4.9), (0.3, 9), (3, 200), (0.01, 1e6)])
+def test_the_axis_of_gradient_norms_has_some_ticks_and_not_too_many(run, least, spread):
+    path = run / "metrics.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for number, entry in enumerate(lines):
+        entry["grad_norm"] = least * spread ** (number / (len(lines) - 1))
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    axes = details_figure([read_history(run)]).axes[1]
+    low, high = axes.get_ylim()
+    assert axes.get_title("left") == "Gradient norm" and axes.get_yscale() == "log"
+    assert 3 <= sum(low <= tick <= high for tick in axes.get_yticks()) <= 9
 
 
 def test_the_page_says_what_happened_and_needs_nothing_beside_it(run):
