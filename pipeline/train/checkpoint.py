@@ -70,10 +70,10 @@ def save(
             return [result for result, _ in results]
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        gibibytes = shutil.disk_usage(directory).free / 2**30
+        before = "The one before is whole" if steps_of(directory) else "There is none before it"
         raise AgreedError(
-            f"{directory}: the checkpoint of step {step} cannot be written: {failures[0]} "
-            f"({gibibytes:.1f} GiB are free). The one before is whole: make room and start again"
+            f"{directory}: the checkpoint of step {step} cannot be written: {failures[0]}"
+            f"{_free(directory.parent)}. {before}: make room and start again"
         )
 
     alone = world.rank == 0
@@ -245,6 +245,13 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)  # a reader on NFS may hold a file; the next start tries again
+
+
+def _free(place: Path) -> str:
+    try:
+        return f" ({shutil.disk_usage(place).free / 2**30:.1f} GiB are free)"
+    except OSError:  # the storage answers no more
+        return ""
 
 
 def _sync_directory(path: Path) -> None:

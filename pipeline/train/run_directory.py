@@ -128,8 +128,12 @@ def lock(run: Path) -> int:
             raise UserError(
                 f"--run {run}: another run is at work there ({holder}); wait for it or end it"
             ) from None
-        except OSError:
-            pass  # a file system without locks: nothing to hold
+        except OSError as error:
+            print(
+                f"warning: {run}: this file system has no locks ({error.strerror}); see to it yourself that "
+                "one run at a time is at work there",
+                file=sys.stderr,
+            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
         return descriptor

@@ -1,12 +1,14 @@
 """The protocol on disk; that DeepSpeed's files come back right is tests/integration's business."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import UserError
+from pipeline.errors import AgreedError, UserError
 from pipeline.sections import TrainSection
 from pipeline.train import checkpoint
+from pipeline.train.distributed import World
 
 
 def write(directory, step, content=b"weights", keep=10, every=None):
@@ -90,6 +92,15 @@ def test_a_run_that_comes_by_a_damaged_checkpoint_again_replaces_it(tmp_path):
     replaced = write(tmp_path, 5, b"better")
     assert checkpoint.faults(replaced, checkpoint.files_of(replaced)) == []
     assert (replaced / "model.pt").read_bytes() == b"better"
+
+
+def test_a_first_checkpoint_that_finds_no_place_is_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("no directory")
+    world = World(0, 1, 0, 1, torch.device("cpu"), 1)
+    with pytest.raises(
+        AgreedError, match=r"checkpoint of step 4 cannot be written: .*GiB are free.*none bef"
+    ):
+        checkpoint.save(None, None, tmp_path / "checkpoints", 4, {}, TrainSection(steps=4), world)
 
 
 @given(
