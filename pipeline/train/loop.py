@@ -214,9 +214,10 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
             reader.reopen()
             batch_size, every = recipe.data.global_batch, recipe.train.checkpoint_every
             with watchdog.patient():
+                offending = run, trouble, loader, guard.offset, batch_size
+                agreed(lambda: write_samples(*offending) if log else None)
                 with stopping.writing():
                     if log:
-                        write_samples(run, trouble, loader, guard.offset, batch_size)
                         log.stop(trouble.last, trouble.reason)
                         log.close()
                     if trace:

@@ -128,7 +128,7 @@ class Stopping:
         before, sleep = _ancestors(depth), threading.Event()
         while _ancestors(depth) == before:
             sleep.wait(POLL)
-        self._heard = LAUNCHER_GONE
+        self._heard = max(self._heard, LAUNCHER_GONE)
         _say("the launcher is gone: saving and stopping after this step")
 
 

@@ -101,6 +101,18 @@ def test_without_a_checkpoint_to_go_back_to_it_stops(shards, tmp_path):
     assert "there is no checkpoint from before that" in run.output.read_text()
 
 
+@pytest.mark.soak
+def test_all_ranks_stop_where_one_cannot_write_what_went_wrong(shards, tmp_path):
+    run = FaultyRun(shards, tmp_path / "run", [{"kind": "loss", "steps": [2, 3]}])
+    process = run.start(2, train__steps=8, guard__skips_in_a_row=2)
+    run.wait_for(process, (run.directory / "recipe.yaml").exists)
+    (run.directory / "offending-samples.txt").mkdir()
+    assert process.wait(60) == 2
+    output = run.output.read_text()
+    assert output.count("pipeline: error: ") == 1 and "offending-samples.txt" in output
+    assert "Traceback" not in output
+
+
 def test_a_healthy_run_never_trips(shards, tmp_path):
     lines = Run(shards, tmp_path / "run").train(1, train__steps=60, guard__window=16)
     assert sum(line["skipped"] for line in lines) == 0

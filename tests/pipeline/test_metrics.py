@@ -45,7 +45,8 @@ def logged_in_nowhere(monkeypatch, tmp_path):
 
 
 def records(folder):
-    """What wandb's helper process wrote until its end: a log in LevelDB's format, of one block of 32 KiB, behind a header of 7 bytes."""
+    """What wandb's helper process wrote until its end: a log in LevelDB's format, of one block of 32 KiB,
+    behind a header of 7 bytes."""
     wandb.teardown()
     (path,) = folder.glob("*.wandb")
     data, at = path.read_bytes(), 7
