@@ -214,8 +214,7 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
             reader.reopen()
             batch_size, every = recipe.data.global_batch, recipe.train.checkpoint_every
             with watchdog.patient():
-                offending = run, trouble, loader, guard.offset, batch_size
-                agreed(lambda: write_samples(*offending) if log else None)
+                write_samples(run, trouble, loader, guard.offset, batch_size, world)
                 with stopping.writing():
                     if log:
                         log.stop(trouble.last, trouble.reason)

@@ -40,11 +40,18 @@ def retreat(run: Path, trouble: Trouble, guard: Guard, global_batch: int, every:
     return found
 
 
-def write_samples(run: Path, trouble: Trouble, loader: Loader, offset: int, global_batch: int) -> None:
-    """Append the keys of the trouble's samples to offending-samples.txt: "<step> <sample key>" a line."""
-    with open(run / SAMPLES, "a") as file:
-        for step in range(trouble.first, trouble.last + 1):
-            positions = offset + (step - 1) * global_batch + np.arange(global_batch)
-            images = np.unique(positions // loader.recipe.data.crops_per_image)
-            keys = loader.keys(loader.stream.locate(images))
-            file.write("".join(f"{step} {key}\n" for key in keys))
+def write_samples(
+    run: Path, trouble: Trouble, loader: Loader, offset: int, global_batch: int, world: World
+) -> None:
+    """Append the keys of the trouble's samples to offending-samples.txt: "<step> <sample key>" a line. Every
+    rank calls it."""
+
+    def write() -> None:
+        with open(run / SAMPLES, "a") as file:
+            for step in range(trouble.first, trouble.last + 1):
+                positions = offset + (step - 1) * global_batch + np.arange(global_batch)
+                images = np.unique(positions // loader.recipe.data.crops_per_image)
+                keys = loader.keys(loader.stream.locate(images))
+                file.write("".join(f"{step} {key}\n" for key in keys))
+
+    agreed(lambda: write() if world.rank == 0 else None)

@@ -1,8 +1,8 @@
 """A rank that waits for ever ends itself, and leaves word where it waited.
 
 Invariant: a run makes progress, or every rank of it that can run ends within `patience` seconds, with exit
-code 3 and the stacks of all its threads in stacks/rank-R.txt. Where it is `patient`, as while a checkpoint is
-written, `SLOW` times as much.
+code 3 and the stacks of all its threads in stacks/rank-R.txt, which later starts keep. Where it is `patient`,
+as while a checkpoint is written, `SLOW` times as much.
 
 It is a thread that looks at a clock. Where a call holds the interpreter so that no thread can run,
 faulthandler's own timer, which needs no interpreter, does the same a little later, with exit code 1.
@@ -31,7 +31,7 @@ class Watchdog:
         self.patience = patience
         self.path = run / "stacks" / f"rank-{rank}.txt"
         self.path.parent.mkdir(exist_ok=True)
-        self.path.unlink(missing_ok=True)  # of an earlier start
+        self._keep_stacks()
         self.file = open(self.path, "w")  # noqa: SIM115 (open as long as the process may hang)
         self.seen = time.monotonic()
         self.closed = threading.Event()
@@ -57,6 +57,12 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self.file.close()
         self.path.unlink(missing_ok=True)
+
+    def _keep_stacks(self) -> None:
+        """Those of an earlier start get its time: rank-0.20260131-235959.txt."""
+        if self.path.exists() and (found := self.path.stat()).st_size:
+            when = time.strftime("%Y%m%d-%H%M%S", time.localtime(found.st_mtime))
+            self.path.rename(self.path.with_suffix(f".{when}.txt"))
 
     def _watch(self) -> None:
         while not self.closed.is_set():

@@ -34,6 +34,14 @@ def test_a_process_that_is_alive_is_left_alone_and_leaves_nothing(tmp_path):
     assert end_of(tmp_path, "for _ in range(10):\n  time.sleep(0.3); dog.alive()\ndog.close()") == (0, None)
 
 
+def test_the_stacks_of_a_rank_that_hung_outlive_the_starts_that_follow(tmp_path):
+    for name in ("hangs_first", "hangs_then"):
+        assert end_of(tmp_path, f"def {name}(): time.sleep(25)\n{name}()")[0] == 3
+    assert end_of(tmp_path, "dog.close()") == (0, None)
+    first, then = sorted((tmp_path / "stacks").glob("rank-3.*-*.txt"))
+    assert "in hangs_first" in first.read_text() and "in hangs_then" in then.read_text()
+
+
 def test_it_is_patient_with_a_slow_checkpoint_and_no_longer(tmp_path):
     slow = "with dog.patient():\n  time.sleep(2.5)\n"
     assert end_of(tmp_path, slow + "dog.close()") == (0, None)
