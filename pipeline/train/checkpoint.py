@@ -36,6 +36,7 @@ from pipeline.train.distributed import World, from_rank_0, gathered
 from pipeline.whole_file import write_whole
 
 STATE = "state.json"
+SCHEDULED = "scheduled"
 LATEST = "latest"
 NAME = re.compile(r"step-(\d{8})")
 PARTIAL = ".partial"
@@ -147,10 +148,11 @@ def describe(checkpoint: Path, files: list[str]) -> dict[str, dict]:
 def publish(directory: Path, step: int, state: dict, retention: TrainSection) -> Path:
     """Give the partial checkpoint of `step` its final name, switch `latest`, remove what need not be kept.
 
-    `state` goes into state.json and must hold "files", as `describe` gives them for every file.
+    `state` goes into state.json and must hold "files", as `describe` gives them for every file. Added is
+    whether the checkpoint is one of the schedule's.
     """
     partial, final = directory / (name_of(step) + PARTIAL), directory / name_of(step)
-    write_state(partial, state)
+    write_state(partial, {**state, SCHEDULED: step % retention.checkpoint_every == 0})
     _sync_directory(partial)
     if final.exists():  # a damaged one that the run went behind
         _remove(final)
@@ -158,24 +160,43 @@ def publish(directory: Path, step: int, state: dict, retention: TrainSection) ->
     _sync_directory(directory)
     write_whole(directory / LATEST, final.name)
     skipped = (state.get("guard") or {}).get("row")
-    for old in superfluous(steps_of(directory), retention, skipped[0] if skipped else None):
+    first = skipped[0] if skipped else None
+    scheduled = scheduled_of(directory, retention.checkpoint_every)
+    for old in superfluous(steps_of(directory), scheduled, retention, first):
         _remove(directory / name_of(old))
     return final
 
 
-def superfluous(steps: list[int], retention: TrainSection, first_skipped: int | None) -> list[int]:
-    """Which checkpoints need not be kept, of those there are, oldest first.
+def scheduled_of(directory: Path, every: int) -> list[int]:
+    """Steps of the checkpoints that the schedule made, whatever it was at the time, oldest first.
+
+    every: the schedule now, by which those are judged that do not say.
+    """
+
+    def is_scheduled(step: int) -> bool:
+        try:
+            return read_state(directory / name_of(step))[SCHEDULED]
+        except (ValueError, KeyError):  # damaged, or of an earlier version
+            return step % every == 0
+
+    return [step for step in steps_of(directory) if is_scheduled(step)]
+
+
+def superfluous(
+    steps: list[int], scheduled: list[int], retention: TrainSection, first_skipped: int | None
+) -> list[int]:
+    """Which checkpoints need not be kept, of those there are; `scheduled` are among them; all oldest first.
 
     first_skipped: of the steps that are being skipped in a row, None where none is. What the guard may have
     to go back to stays: a scheduled checkpoint from before. Those that signals made in between don't count,
-    so that what is kept does not depend on interruptions; they go when the next is there.
+    so that where it goes back to does not depend on interruptions; they only make up the number.
     """
-    scheduled = [step for step in steps if step % retention.checkpoint_every == 0]
     before = [step for step in scheduled if first_skipped is None or step < first_skipped]
     kept = {*steps[-1:], *scheduled[-retention.keep_checkpoints :], *before[-1:]}
     if retention.keep_every:
         kept |= {step for step in steps if step % retention.keep_every == 0}
-    return [step for step in steps if step not in kept]
+    others = [step for step in steps if step not in kept]
+    return others[: max(0, len(steps) - retention.keep_checkpoints)]
 
 
 def abandon(directory: Path, step: int) -> None:

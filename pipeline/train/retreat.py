@@ -22,8 +22,8 @@ def retreat(run: Path, trouble: Trouble, guard: Guard, global_batch: int, every:
     """The checkpoint to continue from, amended; every rank calls it. Raises Diverged where there is none."""
     checkpoints = run / "checkpoints"
     # Those that a signal made don't count: where to go back must not depend on interruptions.
-    scheduled = [step for step in checkpoint.steps_of(checkpoints) if step % every == 0]
-    saved = from_rank_0([step for step in scheduled if step < trouble.first])
+    scheduled = agreed(lambda: checkpoint.scheduled_of(checkpoints, every) if world.rank == 0 else None)
+    saved = [step for step in from_rank_0(scheduled) if step < trouble.first]
     back, in_a_row = guard.way_back(trouble, saved)
     if world.rank == 0:
         print(

@@ -6,19 +6,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import AgreedError, UserError
-from pipeline.sections import TrainSection
+from pipeline.sections import GuardSection, TrainSection
 from pipeline.train import checkpoint
 from pipeline.train.distributed import World
+from pipeline.train.guard import Guard, Trouble
+from pipeline.train.retreat import retreat
 
 
-def write(directory, step, content=b"weights", keep=10, every=None):
+def write(directory, step, content=b"weights", keep=10, every=None, scheduled_every=1, **state):
     partial = directory / (checkpoint.name_of(step) + checkpoint.PARTIAL)
     (partial / "inner").mkdir(parents=True)
     (partial / "model.pt").write_bytes(content)
     (partial / "inner" / "optimizer.pt").write_bytes(content * 3)
     files = checkpoint.describe(partial, checkpoint.files_of(partial))
-    retention = TrainSection(steps=1, checkpoint_every=1, keep_checkpoints=keep, keep_every=every)
-    return checkpoint.publish(directory, step, {"step": step, "files": files}, retention)
+    retention = TrainSection(
+        steps=1, checkpoint_every=scheduled_every, keep_checkpoints=keep, keep_every=every
+    )
+    return checkpoint.publish(directory, step, {"step": step, **state, "files": files}, retention)
 
 
 def test_latest_names_the_newest_and_only_so_many_are_kept(tmp_path):
@@ -104,18 +108,37 @@ def test_a_first_checkpoint_that_finds_no_place_is_one_line(tmp_path):
 
 
 @given(
-    st.sets(st.integers(1, 200), min_size=1),
+    st.dictionaries(st.integers(1, 200), st.booleans(), min_size=1),
     st.integers(1, 4),
-    st.integers(1, 10),
     st.one_of(st.none(), st.integers(1, 200)),
 )
-def test_the_guard_finds_a_way_back_whatever_is_kept_and_whoever_interrupted(steps, keep, every, first):
-    steps = sorted(steps)
-    retention = TrainSection(steps=1, checkpoint_every=every, keep_checkpoints=keep)
-    left = sorted(set(steps) - set(checkpoint.superfluous(steps, retention, first)))
-    scheduled = [step for step in steps if step % every == 0]
+def test_the_guard_finds_a_way_back_whatever_is_kept_and_whoever_interrupted(made, keep, first):
+    steps = sorted(made)
+    scheduled = [step for step in steps if made[step]]
+    retention = TrainSection(steps=1, keep_checkpoints=keep)
+    left = sorted(set(steps) - set(checkpoint.superfluous(steps, scheduled, retention, first)))
     assert left[-1] == steps[-1]
-    assert [step for step in left if step % every == 0][-keep:] == scheduled[-keep:]
+    assert [step for step in left if made[step]][-keep:] == scheduled[-keep:]
     before = [step for step in scheduled if first is None or step < first]
     assert set(before[-1:]) <= set(left)
-    assert len(left) <= keep + 2
+    assert min(keep, len(steps)) <= len(left) <= keep + 2
+
+
+def test_another_schedule_takes_no_checkpoint_of_the_one_before_and_no_way_back(tmp_path):
+    guard = Guard(GuardSection(), "fp32", torch.device("cpu"), None)
+    for step, every in ((4, 4), (8, 4), (12, 4), (13, 4), (15, 5)):  # 13: a signal's
+        write(tmp_path / "checkpoints", step, keep=2, scheduled_every=every, guard=guard.state())
+    assert checkpoint.steps_of(tmp_path / "checkpoints") == [12, 15]
+    world = World(0, 1, 0, 1, torch.device("cpu"), 1)
+    for first, found in ((16, 15), (14, 12)):
+        trouble = Trouble(first, first + 1, "the loss is not finite")
+        assert retreat(tmp_path, trouble, guard, 16, 7, world).name == checkpoint.name_of(found)
+
+
+def test_a_checkpoint_that_does_not_say_whether_it_is_scheduled_is_judged_by_its_step(tmp_path):
+    for step in (3, 4, 8):
+        path = write(tmp_path, step)
+        state = checkpoint.read_state(path)
+        del state["scheduled"]
+        checkpoint.write_state(path, state)
+    assert checkpoint.scheduled_of(tmp_path, 4) == [4, 8]
