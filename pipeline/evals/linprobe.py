@@ -12,8 +12,8 @@ The heads are not DeepSpeed's: LARS needs each weight whole, and they are far sm
 they share.
 """
 
-import os
 import time
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def linprobe(
     """
     # ---- Who we are, what is judged and on what
     stopping = Stopping()
-    with joined(recipe.engine.timeout_minutes) as world:
+    with joined(recipe.engine.timeout_minutes) as world, ExitStack() as held:
         stopping.connect(recipe.engine.timeout_minutes)
         accumulation = recipe.accumulation(world.size)
         model = representation(recipe.probe.weights, image_size, recipe.probe.pool)
@@ -70,8 +70,9 @@ def linprobe(
         sets = open_labelled(train, val, recipe.data)
         check_bytes(world, data=sets.train, val=sets.val)
         held_out = ShardReader(train, recipe.data, "held_out") if recipe.data.holdout else None
-        lock = agreed(lambda: run_directory.begin(run, recipe) if world.rank == 0 else None)
-        watchdog = Watchdog(run, world.rank, 60 * recipe.engine.timeout_minutes)
+        agreed(lambda: held.enter_context(run_directory.begun(run, recipe)) if world.rank == 0 else None)
+        patience = 60 * recipe.engine.timeout_minutes
+        watchdog = agreed(lambda: held.enter_context(closing(Watchdog(run, world.rank, patience))))
         extract = Extractor(
             model,
             world,
@@ -194,7 +195,6 @@ def linprobe(
                 **_judge(heads, sets.classes, judged, chosen_by, world.device),
             }
             agreed(lambda: write_json(run / RESULT, result) if log else None)
-        watchdog.close()
         feed.close()
         with stopping.writing():
             if log:
@@ -202,8 +202,6 @@ def linprobe(
         stopping.settle()
         if log and not stopping.reason:
             log.note(f"done: {step} steps; {run / RESULT}")
-        if lock is not None:
-            os.close(lock)
         stopping.raise_reason(saved_step)
         return result
 

@@ -21,7 +21,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import AgreedError, StoppedEarly, UserError
+from pipeline.errors import AgreedError, Diverged, StoppedEarly, UserError
 
 T = TypeVar("T")
 PORTS = range(20000, 32768)  # below the usual range of ephemeral ports
@@ -88,14 +88,24 @@ def find_world() -> World:
 
 @contextmanager
 def joined(timeout_minutes: float) -> Iterator[World]:
-    """Connected with the other ranks, without DeepSpeed: for what trains no large model. They part where all
-    end: by returning, or by what all raise; where one fails alone, it waits for nobody."""
+    """Connected with the other ranks, without DeepSpeed: for what trains no large model."""
     world = find_world()
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10 + 2 * timeout_minutes))
-    try:
+    with leaving_together():
         yield world
-    except (AgreedError, StoppedEarly):
+
+
+@contextmanager
+def leaving_together() -> Iterator[None]:
+    """Takes the ranks apart again where the block ends on all of them: at its end, or by what all raise.
+
+    Left to the end of the process, a connection whose other side has gone can abort it, and with it the exit
+    code is lost. Where one rank alone fails, nobody waits for the others.
+    """
+    try:
+        yield
+    except (AgreedError, StoppedEarly, Diverged):
         leave()
         raise
     leave()

@@ -12,9 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import ninja
 import torch
@@ -23,11 +22,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
-from pipeline.errors import AgreedError, Diverged, StoppedEarly, UserError
+from pipeline.errors import Diverged, UserError
 from pipeline.learner import Learner
 from pipeline.train import elastic
 from pipeline.train.average import Average
-from pipeline.train.distributed import gathered, leave
+from pipeline.train.distributed import gathered
 from pipeline.train.engine_config import ADAM_EPS
 from pipeline.train.watchdog import SLOW
 from pipeline.training_recipe import TrainingRecipe
@@ -257,25 +256,6 @@ def check_precision(recipe: TrainingRecipe) -> None:
     precision = recipe.engine.precision
     if precision in able and not able[precision]():
         raise UserError(f"engine.precision: this {accelerator.device_name()} can't compute in {precision}")
-
-
-def leaving_together(train: Callable[..., None]) -> Callable[..., None]:
-    """Takes the ranks apart again where `train` ends on all of them: by returning, or by what all raise.
-
-    Left to the end of the process, a connection whose other side has gone can abort it, and with it the exit
-    code is lost. Where one rank alone fails, nobody waits for the others.
-    """
-
-    @wraps(train)
-    def trained(*args: Any, **options: Any) -> None:
-        try:
-            train(*args, **options)
-        except (AgreedError, StoppedEarly, Diverged):
-            leave()
-            raise
-        leave()
-
-    return trained
 
 
 def _part(rank: int) -> str:

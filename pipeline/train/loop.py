@@ -5,9 +5,9 @@ same command, a run ends with the same weights and the same logged losses: to th
 ranks at the same ZeRO stage, else to what another order of summation leaves.
 """
 
-import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from pipeline.data.reader import ShardReader
 from pipeline.errors import AgreedError
 from pipeline.train import checkpoint, engine, run_directory, wandb_run
 from pipeline.train.average import Average
-from pipeline.train.distributed import agreed, find_world
+from pipeline.train.distributed import agreed, find_world, leaving_together
 from pipeline.train.engine_config import engine_config
 from pipeline.train.guard import Guard
 from pipeline.train.hardware import device_name
@@ -33,7 +33,6 @@ from pipeline.train.trace import Trace, take_back
 from pipeline.train.watchdog import Watchdog
 
 
-@engine.leaving_together
 def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | None = None) -> None:
     """Train on the shard sets `data`, or the recipe's own where that is empty, in the run directory `run`;
     continue where it stands.
@@ -42,6 +41,14 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
     what the user can mend, before anything is written, or with everything saved; StoppedEarly where a
     signal ended it before its time; Diverged where the guard gives up.
     """
+    with ExitStack() as held, leaving_together():
+        _train(task, data, run, deepspeed_config, held)
+
+
+def _train(
+    task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | None, held: ExitStack
+) -> None:
+    """held: the lock and the watchdog, until the ranks have parted."""
     # ---- Who we are, and whether what is asked is possible
     recipe = task.recipe
     stopping = Stopping()
@@ -55,17 +62,16 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
     total_steps = recipe.total_steps(num_samples)
     warmup_steps = recipe.warmup_steps(num_samples)
 
-    # ---- The model and its engine
+    # ---- What is trained, with whom, and where
     torch.manual_seed(recipe.seed)
-    method = task.build(reader)
+    learner = task.build(reader)
     engine.connect(recipe.engine.timeout_minutes)
     stopping.connect(recipe.engine.timeout_minutes)
     unchecked = agreed(lambda: reader.check_bytes(world.rank, world.size))
     agreed(lambda: engine.check_precision(recipe))
-    lock = agreed(lambda: run_directory.begin(run, recipe) if world.rank == 0 else None)
-    model = engine.build_engine(recipe, method, config, world.device)
-    decay = recipe.train.ema_decay
-    average = Average(model, decay) if decay else None
+    agreed(lambda: held.enter_context(run_directory.begun(run, recipe)) if world.rank == 0 else None)
+    patience = 60 * recipe.engine.timeout_minutes
+    watchdog = agreed(lambda: held.enter_context(closing(Watchdog(run, world.rank, patience))))
 
     # ---- Continue where the run directory stands
     checkpoints = run / "checkpoints"
@@ -88,22 +94,26 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
         trace = agreed(lambda: Trace(run, world.rank) if recipe.data.trace else None)
         place = world.device, world.rank, world.size, step
         loader = Loader(
-            reader, recipe, method.noise_size, *place, threads, guard.offset, failures, task.labelled
+            reader, recipe, learner.noise_size, *place, threads, guard.offset, failures, task.labelled
         )
         return step, window, guard, log, trace, loader
 
-    newest = checkpoint.newest_whole(checkpoints, world.rank, world.size)
-    left = checkpoint.read_state(newest) if newest else {}
-    if newest:
-        run_directory.check_continuation(newest, left, identity)
-    step, window, guard, log, trace, loader = stand(newest)
-    saved_step = step
-    agreed(lambda: checkpoint.sweep(checkpoints, step) if log else None)
-    device = device_name(world.device)
-    start = {"step": step, "world_size": world.size, "device": device, "deepspeed": config}
-    described = run, recipe, reader.described()
-    agreed(lambda: run_directory.describe(*described, **start, before=log.found) if log else None)
-    task.begin(run, reader, method, world)
+    with watchdog.patient():
+        model = engine.build_engine(recipe, learner, config, world.device)
+        decay = recipe.train.ema_decay
+        average = Average(model, decay) if decay else None
+        newest = checkpoint.newest_whole(checkpoints, world.rank, world.size)
+        left = checkpoint.read_state(newest) if newest else {}
+        if newest:
+            run_directory.check_continuation(newest, left, identity)
+        step, window, guard, log, trace, loader = stand(newest)
+        saved_step = step
+        agreed(lambda: checkpoint.sweep(checkpoints, step) if log else None)
+        device = device_name(world.device)
+        start = {"step": step, "world_size": world.size, "device": device, "deepspeed": config}
+        described = run, recipe, reader.described()
+        agreed(lambda: run_directory.describe(*described, **start, before=log.found) if log else None)
+        task.begin(run, reader, learner, world)
     if log:
         log.note(
             f"{task.title}: {num_samples} images, {total_steps} steps of "
@@ -117,8 +127,6 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
         )
         if unchecked:
             log.note(unchecked)
-
-    watchdog = Watchdog(run, world.rank, 60 * recipe.engine.timeout_minutes)
 
     unmeasured: AgreedError | None = None
 
@@ -162,7 +170,7 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
     while step < total_steps and not unmeasured:
         rate = learning_rate(step, total_steps, warmup_steps, recipe.lr, recipe.optim.min_lr)
         engine.set_learning_rate(model, rate)
-        method.set_progress(step / total_steps)
+        learner.set_progress(step / total_steps)
         parts: dict[str, torch.Tensor] = {}
         replaced = 0
         if profiler:
@@ -268,19 +276,17 @@ def train(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | N
         saved_step = step
 
     # ---- Close
-    watchdog.close()
-    loader.close()
-    reader.close()
-    with stopping.writing():
-        if trace:
-            trace.close()
-        if log:
-            log.close()
-    stopping.settle()
+    with watchdog.patient():
+        loader.close()
+        reader.close()
+        with stopping.writing():
+            if trace:
+                trace.close()
+            if log:
+                log.close()
+        stopping.settle()
     if log and not stopping.reason and not unmeasured:
         log.note(f"done: {step} steps, {step * recipe.data.global_batch} images; {run}")
-    if lock is not None:
-        os.close(lock)
     stopping.raise_reason(saved_step)
     if unmeasured:
         raise AgreedError(

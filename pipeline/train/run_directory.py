@@ -11,6 +11,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -94,20 +96,24 @@ def check_continuation(checkpoint: Path, state: dict, identity: dict) -> None:
         )
 
 
-def begin(run: Path, recipe: TrainingRecipe) -> int:
+@contextmanager
+def begun(run: Path, recipe: TrainingRecipe) -> Iterator[None]:
     """Hold the directory, and write there at once what it is, so that a run killed from here on continues.
 
-    Returns the lock's file descriptor, to be kept. UserError as `lock` and `check`.
+    UserError as `check`, and where another run is at work there.
     """
-    descriptor = lock(run)
-    check(run, recipe)  # again: the lock's last holder may have begun another recipe
-    if not (run / "recipe.yaml").exists():
-        write_whole(run / "recipe.yaml", recipe.to_yaml())
-    return descriptor
+    descriptor = _lock(run)
+    try:
+        check(run, recipe)  # again: the lock's last holder may have begun another recipe
+        if not (run / "recipe.yaml").exists():
+            write_whole(run / "recipe.yaml", recipe.to_yaml())
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def lock(run: Path) -> int:
-    """Hold the directory until the process ends; returns the lock's file descriptor, to be kept."""
+def _lock(run: Path) -> int:
+    """The lock's file descriptor; it is held until that is closed."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)
@@ -125,6 +131,7 @@ def lock(run: Path) -> int:
                 told = True
                 time.sleep(0.5)
                 continue
+            os.close(descriptor)
             raise UserError(
                 f"--run {run}: another run is at work there ({holder}); wait for it or end it"
             ) from None

@@ -21,7 +21,7 @@ EXIT_CODE = 3
 GRACE = 1.25
 """faulthandler's timer runs so much longer than the thread's patience."""
 SLOW = 6
-"""Times the patience that a checkpoint or a return may take: its time is the storage's."""
+"""Times the patience that a start, a checkpoint, a return or the end may take: its time is the storage's."""
 
 
 class Watchdog:
@@ -30,7 +30,7 @@ class Watchdog:
     def __init__(self, run: Path, rank: int, patience: float):
         self.patience = patience
         self.path = run / "stacks" / f"rank-{rank}.txt"
-        self.path.parent.mkdir(exist_ok=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._keep_stacks()
         self.file = open(self.path, "w")  # noqa: SIM115 (open as long as the process may hang)
         self.seen = time.monotonic()

@@ -7,16 +7,20 @@ import os
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.recipe import load_recipe
 from pipeline.train import run_directory
+
+RECIPE = load_recipe("demo_emae")
 
 
 def test_who_comes_second_is_told_who_is_at_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_directory, "LOCK_PATIENCE", 0.6)
-    held = run_directory.lock(tmp_path)
-    with pytest.raises(UserError, match=rf"another run is at work there \(process {os.getpid()} on "):
-        run_directory.lock(tmp_path)
-    os.close(held)
-    os.close(run_directory.lock(tmp_path))
+    held, refused = run_directory.begun(tmp_path, RECIPE), run_directory.begun(tmp_path, RECIPE)
+    said = rf"another run is at work there \(process {os.getpid()} on "
+    with held, pytest.raises(UserError, match=said), refused:
+        pass
+    with run_directory.begun(tmp_path, RECIPE):
+        pass
     assert "warning" not in capsys.readouterr().err
 
 
@@ -25,6 +29,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    os.close(run_directory.lock(tmp_path))
+    with run_directory.begun(tmp_path, RECIPE):
+        pass
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {tmp_path}: this file system has no locks") and said.count("\n") == 1
