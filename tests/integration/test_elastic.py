@@ -1,5 +1,7 @@
 """A run continues on another number of ranks, at another ZeRO stage, with another micro batch."""
 
+import json
+
 import pytest
 from pytest import approx
 from runs import Run
@@ -43,4 +45,9 @@ def test_the_losses_are_the_uninterrupted_runs_whatever_ranks_and_stages_came_in
             run.kill_when(run.start(ranks, **settings), saved.exists)
         else:
             run.train(ranks, **settings)
+    starts = json.loads((run.directory / "environment.json").read_text())["starts"]
+    begun = [start["step"] for start in starts]
+    assert begun[0] == 0 and begun == sorted({*begun}) and begun[-1] < STEPS  # each has trained
+    took_place = [(start["world_size"], start["zero_stage"]) for start in starts]
+    assert took_place == [(ranks, stage) for ranks, stage, _ in HISTORIES[name]]
     assert [line["loss"] for line in run.metrics()] == approx(uninterrupted, rel=TOLERANCE)

@@ -22,13 +22,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
-def fill(disk):
+def fill(disk, left=0):
     with open(disk / "filler", "wb") as filler:
         while True:
             try:
                 os.write(filler.fileno(), bytes(2**16))
             except OSError:
                 break
+        filler.truncate(filler.tell() - left)
 
 
 def test_a_full_disk_stops_all_ranks_with_one_line_and_no_logged_line_is_lost_when_there_is_room(
@@ -48,3 +49,17 @@ def test_a_full_disk_stops_all_ranks_with_one_line_and_no_logged_line_is_lost_wh
     run.train(2, **SETTINGS)
     other_run.train(2, **SETTINGS)
     assert run.losses() == other_run.losses()
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_line_and_the_one_before_stays_whole(shards, small_disk):
+    run = Run(shards, small_disk / "run")
+    checkpoints = run.directory / "checkpoints"
+    process = run.start(2, **{**SETTINGS, "train__steps": 10**4, "train__log_every": 10**4})
+    run.wait_for(process, (checkpoints / "latest").exists)
+    fill(small_disk, left=2**17)  # room for the picture and for the directory, not for a rank's part
+    assert process.wait(60) == 2, run.output.read_text()[-4000:]
+    said = run.output.read_text()
+    assert said.count("pipeline: error: ") == 1 and "Traceback" not in said
+    assert "cannot be written: " in said and "The one before is whole: make room" in said
+    whole = checkpoint.newest_whole(checkpoints)
+    assert whole.name == (checkpoints / "latest").read_text() and not list(checkpoints.glob("*.partial"))

@@ -24,9 +24,7 @@ def undisturbed(shards, tmp_path_factory):
 SETTINGS = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__log_every": 3}
 
 
-def test_sigusr1_to_one_rank_saves_and_stops_within_a_step_and_the_run_continues_exactly(
-    deepspeed_run, undisturbed
-):
+def test_sigusr1_to_one_rank_saves_and_stops_and_the_run_continues_exactly(deepspeed_run, undisturbed):
     run = deepspeed_run
     process = run.start(2, **SETTINGS)
     run.wait_for(process, lambda: len(run.metrics()) >= 2)
@@ -39,6 +37,17 @@ def test_sigusr1_to_one_rank_saves_and_stops_within_a_step_and_the_run_continues
     assert before <= saved < STEPS
     run.train(2, **SETTINGS)
     assert run.losses() == undisturbed
+
+
+def test_a_signal_stops_all_ranks_within_a_step(run):
+    process = run.start(2, train__steps=10**5, train__checkpoint_every=10**5, train__log_every=1)
+    run.wait_for(process, lambda: len(run.metrics()) >= 5)
+    rank = run.ranks(process)[1]
+    os.kill(rank, signal.SIGTERM)
+    known = run.metrics()[-1]["step"]  # the step after it may be under way
+    assert process.wait(60) == 75, run.output.read_text()[-4000:]
+    (saved,) = checkpoint.steps_of(run.directory / "checkpoints")
+    assert saved <= known + 2 and run.metrics()[-1]["step"] == saved
 
 
 def test_sigterm_while_a_checkpoint_is_written_leaves_it_whole(run):
