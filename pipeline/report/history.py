@@ -11,14 +11,11 @@ from typing import NamedTuple
 
 import yaml
 
+from pipeline.columns import NO_LOSS
 from pipeline.errors import UserError
 from pipeline.recipe_file import flat
 
 METRICS = "metrics.jsonl"
-SPEED = ("images_per_s", "images_per_s_rank", "data_wait", "mfu", "memory")
-RANKS = ("rank_time", "slowest_time", "slowest_rank", "slowest_host")
-NO_LOSS = {"step", "time", "epoch", "samples", "lr", "grad_norm", "skipped", "skips", "replaced"}
-NO_LOSS |= {*SPEED, *RANKS, "decoded_patches"}  # the last, of Efficient MAE: a count, no part of the loss
 
 
 class Skip(NamedTuple):

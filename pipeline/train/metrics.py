@@ -21,20 +21,6 @@ from pipeline.train.wandb_run import WandbRun
 from pipeline.training_recipe import TrainingRecipe
 from pipeline.whole_file import write_whole
 
-OF_THE_MOMENT = {
-    "time",
-    "images_per_s",
-    "images_per_s_rank",
-    "data_wait",
-    "mfu",
-    "memory",
-    "rank_time",
-    "slowest_time",
-    "slowest_rank",
-    "slowest_host",
-}
-"""Columns that say how fast it went, and when; the others are functions of recipe and data."""
-
 
 class Window:
     """Per-step numbers since the last logged line, kept on the device until they are asked for."""

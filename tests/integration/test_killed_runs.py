@@ -8,7 +8,7 @@ import pytest
 import torch
 from pytest import approx
 
-from pipeline.train.metrics import OF_THE_MOMENT
+from pipeline.columns import OF_THE_MOMENT
 from pipeline.trained import load_run
 
 STEPS = 12

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.columns import OF_THE_MOMENT
 from pipeline.recipe import load_recipe
-from pipeline.train.metrics import OF_THE_MOMENT
 from pipeline.trained import load_run
 
 
