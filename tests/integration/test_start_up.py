@@ -39,8 +39,8 @@ def test_a_run_that_ends_by_an_error_lets_go_of_its_directory_and_of_its_watchdo
     _, settings = begun_run(tmp_path / "run", "train.steps=4")
     command = [sys.executable, "-c", FAILS, str(shards), str(tmp_path / "run"), *settings]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    said = ended.stdout.splitlines()
-    assert "every checkpoint is damaged" in said[0] and said[1:] == ["[]"], ended.stderr[-4000:]
+    error, watchdogs = ended.stdout.splitlines()[-2:]
+    assert "every checkpoint is damaged" in error and watchdogs == "[]", ended.stderr[-4000:]
     assert not list((tmp_path / "run" / "stacks").iterdir())
 
 
