@@ -1,6 +1,6 @@
-"""The columns of metrics.jsonl that say nothing of how well a run learns.
+"""The columns of metrics.jsonl, by what they speak of.
 
-Invariant: all others but OF_THE_MOMENT are functions of recipe and data.
+Invariant: every column but those OF_THE_MOMENT is a function of recipe, data and number of ranks.
 """
 
 OF_THE_MOMENT = {
