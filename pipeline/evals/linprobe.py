@@ -195,11 +195,12 @@ def linprobe(
                 **_judge(heads, sets.classes, judged, chosen_by, world.device),
             }
             agreed(lambda: write_json(run / RESULT, result) if log else None)
-        feed.close()
-        with stopping.writing():
-            if log:
-                log.close()
-        stopping.settle()
+        with watchdog.patient():
+            feed.close()
+            with stopping.writing():
+                if log:
+                    log.close()
+            stopping.settle()
         if log and not stopping.reason:
             log.note(f"done: {step} steps; {run / RESULT}")
         stopping.raise_reason(saved_step)
