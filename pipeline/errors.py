@@ -8,12 +8,17 @@ class UserError(ValueError):
     """A mistake in arguments, recipe or data. The message is shown as it is, without a traceback."""
 
 
+class Unanswered(UserError):
+    """Storage that gave no answer in all the time it was given. It may answer the next start: a run with
+    everything saved ends as `StoppedEarly`."""
+
+
 class AgreedError(UserError):
     """One that all ranks have told each other, and raise together: rank 0 says it."""
 
 
 class StoppedEarly(Exception):
-    """A run that was asked to stop, with everything saved: exit code 75, the same command continues."""
+    """A run that stopped before its end, with everything saved: exit code 75, the same command continues."""
 
 
 class Diverged(RuntimeError):

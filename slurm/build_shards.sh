@@ -41,10 +41,12 @@ if [ -n "${FINALIZE:-}" ]; then
 fi
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || stop "this is a job array: submit it with --array=0-N"
 # shellcheck disable=SC2153 # set by Slurm
-if [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MIN" ] && [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then
-  # After all tasks, however they end: where one failed, the last step says which shards are missing.
-  FINALIZE=yes sbatch --array=0 --dependency="afterany:$SLURM_ARRAY_JOB_ID" --job-name=finalize-shards \
-    --cpus-per-task=1 --output=%x-%A.out "$SHARDMAE/slurm/build_shards.sh"
+if [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MIN" ]; then
+  # After all tasks, however they end: where one failed, the last step says which shards are missing. A task that was
+  # put back does not know whether it came to this before and submits it again: a second one, after the first, finds
+  # the set whole.
+  FINALIZE=yes sbatch --array=0 --dependency="afterany:$SLURM_ARRAY_JOB_ID,singleton" \
+    --job-name="finalize-shards-$SLURM_ARRAY_JOB_ID" --cpus-per-task=1 --output=%x-%A.out "$SHARDMAE/slurm/build_shards.sh"
 fi
 read -ra options <<<"$OPTIONS"
 alone -m data_prep "$SOURCE" "$SRC" "$OUT" "${options[@]}" --workers "${SLURM_CPUS_PER_TASK:-1}" \

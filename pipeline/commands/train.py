@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.commands.arguments import (
     add_command,
@@ -13,6 +14,9 @@ from pipeline.commands.arguments import (
 )
 from pipeline.errors import UserError
 from pipeline.exits import rank
+
+if TYPE_CHECKING:
+    from pipeline.train.task import Task
 
 PRETRAIN = """\
 Pre-train a recipe on a shard set. The same command under `deepspeed --module pipeline`, `torchrun -m --
@@ -111,21 +115,24 @@ def _finetune(args: argparse.Namespace) -> None:
 def _preflight(args: argparse.Namespace) -> None:
     from pipeline.train.preflight import preflight
 
+    findings = preflight(lambda: _task(args), args.data, args.run, args.deepspeed_config)
+    if not rank():
+        print(findings)
+
+
+def _task(args: argparse.Namespace) -> "Task":
+    """Of `preflight`: that of `finetune` where its arguments are given."""
     if (args.weights is None) != (args.val is None):
         raise UserError("--weights, --val: give both, of `finetune`, or neither")
     if args.weights is not None:
         from pipeline.finetune.recipe import load_finetune_recipe
         from pipeline.finetune.task import Finetuning
 
-        task = Finetuning(load_finetune_recipe(args.recipe, args.weights, _overrides(args)), args.val)
-    else:
-        from pipeline.pretraining import Pretraining
-        from pipeline.recipe import load_recipe
+        return Finetuning(load_finetune_recipe(args.recipe, args.weights, _overrides(args)), args.val)
+    from pipeline.pretraining import Pretraining
+    from pipeline.recipe import load_recipe
 
-        task = Pretraining(load_recipe(args.recipe, _overrides(args)))
-    findings = preflight(task, args.data, args.run, args.deepspeed_config)
-    if not rank():
-        print(findings)
+    return Pretraining(load_recipe(args.recipe, _overrides(args)))
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:

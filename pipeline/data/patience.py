@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from pipeline.errors import UserError
+from pipeline.errors import Unanswered, UserError
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ def patiently(
     """`attempt(alive)`, tried again after every OSError and after `timeout_s` without a call of `alive()`.
 
     `where` names the file in messages, and `warn` takes one for every try that failed. FileNotFoundError and
-    PermissionError are final. Raises UserError in the end, Stopped soon after `stop` is set.
+    PermissionError are final. Raises Unanswered in the end, Stopped soon after `stop` is set.
     """
     for number, wait in enumerate([*patience.waits, None]):
         try:
@@ -65,7 +65,7 @@ def patiently(
         except OSError as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             if wait is None:
-                raise UserError(
+                raise Unanswered(
                     f"{where}: cannot be read (tries: {number + 1}): {reason}; when the storage answers "
                     "again, the same command continues"
                 ) from None

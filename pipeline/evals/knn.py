@@ -16,7 +16,7 @@ from pipeline.evals.features import Extractor, Features
 from pipeline.evals.labelled import check_bytes, open_labelled
 from pipeline.evals.representation import Pool, representation
 from pipeline.sections import DataSection
-from pipeline.train.distributed import World, gathered, joined
+from pipeline.train.distributed import World, agreed, gathered, joined
 
 KS = (5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
@@ -44,10 +44,10 @@ def knn(
     is printed, for JSON. UserError for what the user can mend.
     """
     with joined(TIMEOUT_MINUTES) as world:
-        model = representation(weights, image_size, pool)
+        model = agreed(lambda: representation(weights, image_size, pool))
         few = {"subset": labels, "subset_by_class": True} if labels else {}
-        sets = open_labelled(train, val, DataSection(**few))
-        ks = _possible(ks, sets.train.num_samples)
+        sets = agreed(lambda: open_labelled(train, val, DataSection(**few)))
+        ks = agreed(lambda: _possible(ks, sets.train.num_samples))
         check_bytes(world, data=sets.train, val=sets.val)
         extract = Extractor(model, world, **extraction)
         features, queries = extract(sets.train), extract(sets.val)

@@ -62,14 +62,15 @@ def linprobe(
     stopping = Stopping()
     with joined(recipe.engine.timeout_minutes) as world, ExitStack() as held:
         stopping.connect(recipe.engine.timeout_minutes)
-        accumulation = recipe.accumulation(world.size)
-        model = representation(recipe.probe.weights, image_size, recipe.probe.pool)
+        accumulation = agreed(lambda: recipe.accumulation(world.size))
+        model = agreed(lambda: representation(recipe.probe.weights, image_size, recipe.probe.pool))
         recipe = _resolved(recipe, model)
-        wandb_run.check(recipe)
-        run_directory.check(run, recipe)
-        sets = open_labelled(train, val, recipe.data)
+        data = recipe.data
+        agreed(lambda: wandb_run.check(recipe))
+        agreed(lambda: run_directory.check(run, recipe))
+        sets = agreed(lambda: open_labelled(train, val, data))
         check_bytes(world, data=sets.train, val=sets.val)
-        held_out = ShardReader(train, recipe.data, "held_out") if recipe.data.holdout else None
+        held_out = agreed(lambda: ShardReader(train, data, "held_out") if data.holdout else None)
         agreed(lambda: held.enter_context(run_directory.begun(run, recipe)) if world.rank == 0 else None)
         patience = 60 * recipe.engine.timeout_minutes
         watchdog = agreed(lambda: held.enter_context(closing(Watchdog(run, world.rank, patience))))

@@ -7,7 +7,8 @@ found, with the node's name; so no cluster is kept busy by a run that cannot go 
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,10 @@ import torch.distributed as dist
 
 from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
-from pipeline.errors import AgreedError, UserError
+from pipeline.errors import AgreedError, StoppedEarly, Unanswered, UserError
 from pipeline.plan import checkpoint_bytes
 from pipeline.train import checkpoint, engine, run_directory
-from pipeline.train.distributed import World, find_world, gathered, leave, node_name
+from pipeline.train.distributed import World, find_world, from_rank_0, gathered, leave, node_name
 from pipeline.train.engine_config import engine_config
 from pipeline.train.hardware import device_name
 from pipeline.train.task import Task
@@ -30,6 +31,8 @@ DECODED = 64
 REDUCED = 64 * 2**20
 """Bytes of the all-reduce."""
 ROUNDS = 5
+TIMEOUT_MINUTES = 10.0
+"""As engine.timeout_minutes, which is not known where the recipe is wrong."""
 
 
 class Findings(NamedTuple):
@@ -39,30 +42,27 @@ class Findings(NamedTuple):
     device: str
     versions: dict[str, str]
     texts: dict[str, str]
-    faults: list[str]
+    faults: list[UserError]
 
 
-def preflight(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path | None = None) -> str:
+def preflight(
+    make_task: Callable[[], Task], data: Sequence[str], run: Path, deepspeed_config: Path | None = None
+) -> str:
     """Look at everything that `train` with the same arguments needs. Every rank calls it.
 
-    Returns the findings, a line each, for a reader. UserError where something is in the way, with the nodes.
+    make_task: reads the recipe, too; what it finds wrong is a finding like others. Returns the findings, a
+    line each, for a reader. UserError where something is in the way, with the nodes; StoppedEarly where that
+    is only storage that does not answer a run with checkpoints.
     """
     began = time.monotonic()
-    recipe = task.recipe
     world = find_world()
-    checks = {
-        "batch": lambda: _batch(recipe, world, deepspeed_config),
-        "precision": lambda: engine.check_precision(recipe) or recipe.engine.precision,
-        "data": lambda: _data(recipe, data),
-        "run": lambda: _run(task, data, run),
-    }
-    if world.local_rank == 0:
-        checks["decode"] = lambda: _decode(recipe, data, world)
-    texts, faults = _look(checks)
-    mine = Findings(node_name(), device_name(world.device), run_directory.versions(), texts, faults)
-    engine.connect(recipe.engine.timeout_minutes)
+    mine = look(make_task, data, run, deepspeed_config, world)
+    engine.connect(TIMEOUT_MINUTES)
     everyone = gathered(mine)
-    _complain([(rank.node, fault) for rank in everyone for fault in rank.faults])
+    faults = [(rank.node, fault) for rank in everyone for fault in rank.faults]
+    begun = from_rank_0(bool(checkpoint.steps_of(run / "checkpoints")))
+    waits = begun and all(isinstance(fault, Unanswered) for _, fault in faults)
+    _complain([(node, str(fault)) for node, fault in faults], StoppedEarly if waits else AgreedError)
     _complain([(rank.node, _difference(rank, everyone[0])) for rank in everyone])
     reduced = _all_reduce(world)
     _complain(
@@ -82,25 +82,49 @@ def preflight(task: Task, data: Sequence[str], run: Path, deepspeed_config: Path
     return "\n".join(f"preflight: {name:10}{text}" for name, text in lines.items())
 
 
-def _look(checks: dict[str, Callable[[], str]]) -> tuple[dict[str, str], list[str]]:
-    texts, faults = {}, []
-    for name, check in checks.items():
-        try:
-            texts[name] = check()
-        except UserError as error:
-            if str(error) not in faults:
-                faults.append(str(error))
-    return texts, faults
+def look(
+    make_task: Callable[[], Task],
+    data: Sequence[str],
+    run: Path,
+    deepspeed_config: Path | None,
+    world: World,
+) -> Findings:
+    """What this rank finds by itself. A node's first rank decodes where nothing is in the way."""
+    found = Findings(node_name(), device_name(world.device), run_directory.versions(), {}, [])
+    with _noting(found.faults):
+        task = make_task()
+        recipe = task.recipe
+        checks = {
+            "batch": lambda: _batch(recipe, world, deepspeed_config),
+            "precision": lambda: engine.check_precision(recipe) or recipe.engine.precision,
+            "data": lambda: _data(recipe, data),
+            "run": lambda: _run(task, data, run),
+        }
+        for name, check in checks.items():
+            with _noting(found.faults):
+                found.texts[name] = check()
+        if world.local_rank == 0 and not found.faults:
+            found.texts["decode"] = _decode(recipe, data, world)
+    return found
 
 
-def _complain(found: list[tuple[str, str]]) -> None:
-    """AgreedError with every fault once, and the nodes that have it."""
+@contextmanager
+def _noting(faults: list[UserError]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        if str(error) not in map(str, faults):
+            faults.append(error)
+
+
+def _complain(found: list[tuple[str, str]], kind: type[Exception] = AgreedError) -> None:
+    """An error with every fault once, and the nodes that have it."""
     nodes: dict[str, list[str]] = {}
     for node, fault in found:
         if fault and node not in nodes.setdefault(fault, []):
             nodes[fault].append(node)
     if nodes:
-        raise AgreedError("; ".join(f"{', '.join(where)}: {fault}" for fault, where in nodes.items()))
+        raise kind("; ".join(f"{', '.join(where)}: {fault}" for fault, where in nodes.items()))
 
 
 def _difference(rank: Findings, first: Findings) -> str:

@@ -13,15 +13,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import AgreedError, StoppedEarly, UserError
+from pipeline.errors import AgreedError, StoppedEarly, Unanswered, UserError
 from pipeline.train.distributed import gathered, of_storage
 from pipeline.train.watchdog import SLOW
 
@@ -35,6 +37,28 @@ UNWRITTEN = 512
 POLL = 1.0  # seconds between two looks at the launcher
 SAME = 1.0
 """Seconds within which the same signal again is the first one, come to a process and to its group."""
+
+
+class Failure(NamedTuple):
+    """What made a rank stop."""
+
+    text: str
+    passing: bool
+    """Whether the next start may go on though nobody mended anything."""
+
+
+def failure_of(error: Exception, rank: int) -> Failure:
+    """Of what is no UserError nobody knows what to mend."""
+    known = isinstance(error, UserError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    return Failure(f"rank {rank}: {text}", not known or isinstance(error, Unanswered))
+
+
+def outcome(failures: Sequence[Failure], step: int) -> AgreedError | StoppedEarly:
+    """How a run ends that is saved at `step`, by what its ranks met: to be mended where one of it must be."""
+    first = min(failures, key=lambda failure: failure.passing)
+    text = f"{first.text}. Everything is saved at step {step}"
+    return StoppedEarly(f"{text}; the same command continues") if first.passing else AgreedError(text)
 
 
 class Stopping:
@@ -96,14 +120,13 @@ class Stopping:
         self.reason = int(said)
 
     def raise_reason(self, step: int) -> None:
-        """Nothing where the run went to its end. Else StoppedEarly, or the error of a rank that could not
-        read its data or write its files. Every rank calls it, when everything is saved."""
+        """Nothing where the run went to its end. Else `StoppedEarly`, or the error of a rank whose data or
+        storage somebody must mend. Every rank calls it, when everything is saved."""
         if self.reason >= FAILED:
-            messages = gathered(f"rank {dist.get_rank()}: {self._failure}" if self._failure else None)
             if self._failure and not isinstance(self._failure, UserError):
-                raise self._failure
-            first = next(message for message in messages if message)
-            raise AgreedError(f"{first}. Everything is saved at step {step}")
+                traceback.print_exception(self._failure)
+            failures = gathered(self._failure and failure_of(self._failure, dist.get_rank()))
+            raise outcome([failure for failure in failures if failure], step)
         if self.reason:
             raise StoppedEarly(
                 f"stopped early by {_name(self.reason)}, everything is saved at step {step}; "
