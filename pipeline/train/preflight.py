@@ -59,10 +59,9 @@ def preflight(
     mine = look(make_task, data, run, deepspeed_config, world)
     engine.connect(TIMEOUT_MINUTES)
     everyone = gathered(mine)
-    faults = [(rank.node, fault) for rank in everyone for fault in rank.faults]
     begun = from_rank_0(bool(checkpoint.steps_of(run / "checkpoints")))
-    waits = begun and all(isinstance(fault, Unanswered) for _, fault in faults)
-    _complain([(node, str(fault)) for node, fault in faults], StoppedEarly if waits else AgreedError)
+    if any(rank.faults for rank in everyone):
+        raise complaint(everyone, begun)
     _complain([(rank.node, _difference(rank, everyone[0])) for rank in everyone])
     reduced = _all_reduce(world)
     _complain(
@@ -117,14 +116,26 @@ def _noting(faults: list[UserError]) -> Iterator[None]:
             faults.append(error)
 
 
-def _complain(found: list[tuple[str, str]], kind: type[Exception] = AgreedError) -> None:
-    """An error with every fault once, and the nodes that have it."""
+def complaint(everyone: Sequence[Findings], begun: bool) -> AgreedError | StoppedEarly:
+    """Of what the ranks found to be in the way. begun: whether the run has checkpoints."""
+    faults = [(rank.node, fault) for rank in everyone for fault in rank.faults]
+    waits = begun and all(isinstance(fault, Unanswered) for _, fault in faults)
+    text = _with_nodes([(node, str(fault)) for node, fault in faults])
+    return StoppedEarly(text) if waits else AgreedError(text)
+
+
+def _complain(found: list[tuple[str, str]]) -> None:
+    if text := _with_nodes(found):
+        raise AgreedError(text)
+
+
+def _with_nodes(found: list[tuple[str, str]]) -> str:
+    """Every fault once, and the nodes that have it; empty where there is none."""
     nodes: dict[str, list[str]] = {}
     for node, fault in found:
         if fault and node not in nodes.setdefault(fault, []):
             nodes[fault].append(node)
-    if nodes:
-        raise kind("; ".join(f"{', '.join(where)}: {fault}" for fault, where in nodes.items()))
+    return "; ".join(f"{', '.join(where)}: {fault}" for fault, where in nodes.items())
 
 
 def _difference(rank: Findings, first: Findings) -> str:

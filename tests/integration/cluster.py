@@ -37,7 +37,7 @@ JobRequeue=1
 ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
-SlurmdTimeout=8
+SlurmdTimeout={silence}
 KillWait=20
 GresTypes=gpu
 NodeName=n1 NodeHostname=localhost NodeAddr={addresses[1]} Port={ports[1]} CPUs=96 Gres=gpu:8 State=UNKNOWN
@@ -85,8 +85,9 @@ class Network:
 class Cluster:
     """Two nodes, n1 and n2, of 96 pretended cores and 8 pretended GPUs each."""
 
-    def __init__(self, directory: Path, network: "Network | None" = None):
-        """network: where the nodes are hosts with addresses of their own; None: all on the loopback."""
+    def __init__(self, directory: Path, network: "Network | None" = None, silence: int = 8):
+        """network: where the nodes are hosts with addresses of their own; None: all on the loopback. silence:
+        seconds after which Slurm gives up a node that does not answer."""
         self.directory, self.network = directory, network
         self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen] = {}
@@ -98,7 +99,7 @@ class Cluster:
         ports = _free_ports(3)
         addresses = network.ADDRESSES if network else 3 * ["127.0.0.1"]
         (directory / "slurm.conf").write_text(
-            CONFIGURATION.format(directory=directory, ports=ports, addresses=addresses)
+            CONFIGURATION.format(directory=directory, ports=ports, addresses=addresses, silence=silence)
         )
         for number in range(8):
             (directory / f"gpu{number}").touch()

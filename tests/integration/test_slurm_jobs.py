@@ -1,9 +1,12 @@
 """The templates in slurm/, unchanged, on a real Slurm cluster of two nodes."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,40 +91,63 @@ def test_every_variable_of_a_template_is_asked_for(template, missing):
     assert f"error: {missing} is not set; give " in asked.stderr
 
 
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [({"DATA": "/nowhere"}, "/nowhere"), ({"RECIPE": "vitl16_meae"}, "recipe 'vitl16_meae': neither")],
+    ids=["data", "recipe"],
+)
 def test_what_the_pre_flight_finds_is_one_line_with_the_nodes_and_the_job_stays_down(
-    cluster, shards, tmp_path
+    cluster, shards, tmp_path, wrong, complaint
 ):
-    job = Job(cluster, tmp_path / "nowhere", tmp_path)
-    job.submit("pretrain_vitl.sh")
+    job = Job(cluster, shards, tmp_path)
+    job.submit("pretrain_vitl.sh", **wrong)
     ended = job.wait()
     assert ended["JobState"] == "FAILED" and ended["ExitCode"] == "2:0" and ended["Restarts"] == "0"
     errors = [line for line in job.said().splitlines() if "pipeline: error" in line]
-    assert len(errors) == 1 and "n1, n2: " in errors[0] and "nowhere" in errors[0]
+    assert len(errors) == 1 and "n1, n2: " in errors[0] and complaint in errors[0]
     assert not job.run.exists()
 
 
-def test_an_array_build_with_a_task_missing_at_first_is_a_local_build(cluster, shards, photographs, tmp_path):
+def test_an_array_build_with_a_task_that_fails_first_is_a_local_build(cluster, shards, photographs, tmp_path):
     out, here = tmp_path / "out", tmp_path / "here"
     environment = Job(cluster, shards, tmp_path).environment
     options = "--shard-size 20 --seed 3"
-    source = {"SOURCE": "folder", "SRC": str(photographs), "OUT": str(out), "OPTIONS": options, "TASKS": "4"}
+    source = {"SOURCE": "folder", "SRC": str(photographs), "OUT": str(out), "OPTIONS": options}
 
     command = [sys.executable, "-m", "data_prep", "folder", photographs, here, *options.split()]
     subprocess.run(command, check=True, capture_output=True)
     manifest = read_manifest(here)
 
-    def build(array):
-        """Submit the array's tasks; what the last step, which the first task submits, says in the end."""
+    def submit(array, **more):
         place = (f"--chdir={tmp_path}", f"--output={tmp_path}/%x-%A.%a.out", "--cpus-per-task=1")
-        cluster.submit(f"--array={array}", *place, ROOT / "slurm/build_shards.sh", **environment | source)
-        cluster.wait_for_all(120)
-        newest = max(tmp_path.glob("finalize-shards-*.out"), key=lambda path: path.stat().st_mtime)
-        return newest.read_text()
+        script = ROOT / "slurm" / "build_shards.sh"
+        return cluster.submit(f"--array={array}", *place, script, **environment | source | more)
 
+    def finalized(job):
+        """What the last step says, which the first task of the array submits."""
+        cluster.wait_for_all(120)
+        (output,) = tmp_path.glob(f"finalize-shards-{job}-*.out")
+        return output.read_text()
+
+    first = submit("0-3")
+    kill(cluster, "--task-index\0002")
     missing = [shard.name for shard in manifest.shards[2::4]]
-    assert f"{len(missing)} of {len(manifest.shards)} shards are not built yet ({missing[0]}" in build(
-        "0,1,3"
+    assert f"{len(missing)} of {len(manifest.shards)} shards are not built yet ({missing[0]}" in finalized(
+        first
     )
     assert not (out / "manifest.json").exists()
-    assert f"{out}: {manifest.num_samples} samples in {len(manifest.shards)} shards" in build("2")
+    # Put back before it submitted the last step, a task starts with this count.
+    again = submit("2", TASKS="4", SLURM_RESTART_COUNT="1")
+    assert f"{out}: {manifest.num_samples} samples in {len(manifest.shards)} shards" in finalized(again)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in here.iterdir()}
+
+
+def kill(cluster, words):
+    """SIGKILL what runs with these words in its command line, as soon as it does."""
+    deadline = time.monotonic() + 60
+    while not (found := [*cluster.processes("n1", words), *cluster.processes("n2", words)]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for process in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(process.name), signal.SIGKILL)

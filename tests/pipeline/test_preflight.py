@@ -1,0 +1,51 @@
+"""What is in the way of a run is known before it begins, whatever it is."""
+
+import pytest
+import torch
+from http_store import serve
+from small_run import SMALL
+
+from pipeline.errors import AgreedError, StoppedEarly
+from pipeline.pretraining import Pretraining
+from pipeline.recipe import load_recipe
+from pipeline.train.distributed import World
+from pipeline.train.preflight import complaint, look
+
+
+def task(*overrides):
+    return Pretraining(load_recipe("vitb16_mae", [*SMALL, "engine.precision=fp32", *overrides]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "micro_batch"), [(12, 4), (15, 5), (16, 4)])
+def test_a_batch_that_the_ranks_cannot_share_is_a_fault_and_no_other_decodes(
+    shards, tmp_path, size, batch, micro_batch
+):
+    world = World(0, size, 0, size, torch.device("cpu"), 1)
+    sets = f"data.global_batch={batch}", f"engine.micro_batch={micro_batch}"
+    found = look(lambda: task(*sets), [str(shards)], tmp_path / "run", None, world)
+    possible = batch % (micro_batch * size) == 0
+    assert [str(fault).partition(":")[0] for fault in found.faults] == ["data.global_batch"] * (not possible)
+    assert ("decode" in found.texts) == possible
+
+
+def test_a_wrong_recipe_is_a_finding_like_others(shards, tmp_path):
+    world = World(1, 2, 1, 2, torch.device("cpu"), 1)
+    found = look(lambda: load_recipe("typo"), [str(shards)], tmp_path / "run", None, world)
+    (fault,) = found.faults
+    assert "recipe 'typo'" in str(fault) and found.node and not found.texts
+
+
+def test_storage_that_does_not_answer_stops_a_new_run_and_lets_one_with_checkpoints_try_again(
+    shards, tmp_path
+):
+    world = World(0, 1, 0, 1, torch.device("cpu"), 1)
+    with serve(shards) as server:
+        server.only("manifest.json", "stall")
+        sets = "data.timeout_s=0.2", "data.retries=0"
+        away = look(lambda: task(*sets), [server.url], tmp_path / "run", None, world)
+        wrong = look(lambda: task("data.global_batch=7"), [server.url], tmp_path / "run", None, world)
+    assert f"{server.url}/manifest.json: cannot be read" in str(complaint([away], begun=True))
+    assert isinstance(complaint([away, away], begun=True), StoppedEarly)
+    assert isinstance(complaint([away, away], begun=False), AgreedError)
+    assert isinstance(complaint([away, wrong], begun=True), AgreedError)
