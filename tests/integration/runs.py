@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -115,6 +116,21 @@ class DeepSpeedRun(Run):
         python, _, *module = alone
         options = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
         return [str(Path(python).with_name("deepspeed")), *options, *module]
+
+
+class HostfileRun(Run):
+    """Under DeepSpeed's launcher on the two machines of a hostfile, which are both this one: a rank each, on
+    the slot that --include names, without ssh."""
+
+    @staticmethod
+    def launch(ranks: int, alone: list[str]) -> list[str]:
+        assert ranks == 2
+        python, _, *module = alone
+        hosts = ["--hostfile", str(HERE / "hostfile"), "--include", "first:1@second:0", "--no_ssh"]
+        master = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+        start = shlex.join([str(Path(python).with_name("deepspeed")), *hosts, *master, "--node_rank"])
+        run = shlex.join(["--module", *module])
+        return ["bash", "-c", f"{start} 0 {run} & {start} 1 {run} && wait -n"]
 
 
 class TorchRun(Run):

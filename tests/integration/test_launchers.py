@@ -1,15 +1,18 @@
-"""The same run under every launcher: plain Python, DeepSpeed's and torch's (srun's: test_slurm_jobs.py)."""
+"""The same run under every launcher: plain Python, DeepSpeed's, also by a hostfile, and torch's (srun's:
+test_slurm_jobs.py)."""
 
 from pathlib import Path
 
 from pytest import approx
-from runs import DeepSpeedRun, Run, TorchRun
+from runs import DeepSpeedRun, HostfileRun, Run, TorchRun
 
 
 def test_plain_python_torchrun_and_deepspeed_give_the_same_losses(shards, tmp_path):
     alone = Run(shards, tmp_path / "alone").train(1, train__steps=8)
     runs = [DeepSpeedRun(shards, tmp_path / "deepspeed"), TorchRun(shards, tmp_path / "torchrun")]
     assert [Path(run.command(2, {})[0]).name for run in runs] == ["deepspeed", "torchrun"]
-    by_deepspeed, by_torchrun = ([line["loss"] for line in run.train(2, train__steps=8)] for run in runs)
-    assert by_torchrun == approx(by_deepspeed, rel=1e-6)
+    runs.append(HostfileRun(shards, tmp_path / "hostfile"))
+    by_deepspeed, *others = ([line["loss"] for line in run.train(2, train__steps=8)] for run in runs)
+    for losses in others:
+        assert losses == approx(by_deepspeed, rel=1e-6)
     assert by_deepspeed == approx([line["loss"] for line in alone], rel=1e-5)
