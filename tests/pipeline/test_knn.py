@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from pipeline.__main__ import main
 from pipeline.commands.judge import _cache
 from pipeline.data.reader import ShardReader
+from pipeline.errors import AgreedError
 from pipeline.evals.features import Extractor, Features
 from pipeline.evals.knn import KS, TEMPERATURE, classify, counted, knn, nearest, votes
 from pipeline.evals.representation import representation
@@ -134,6 +135,22 @@ def test_the_command_prints_what_it_found(labelled_sets, capsys, kept_environmen
     assert main(command) == 0
     table = capsys.readouterr().out.splitlines()
     assert "42 to be judged, 6 classes" in table[0] and f"{best['accuracy']:.2%}" in table[2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"weights": "nowhere"}, "no such run"),
+        ({"val": "nowhere"}, "nowhere"),
+        ({"ks": [10**6]}, "--k 1000000"),
+    ],
+)
+def test_all_ranks_agree_on_what_is_wrong_so_that_one_says_it(
+    labelled_sets, wrong, complaint, kept_environment
+):
+    train, val = map(str, labelled_sets)
+    with pytest.raises(AgreedError, match=complaint):
+        knn(**{"weights": "pixels:8", "train": train, "val": val} | wrong)
 
 
 def test_few_labels_are_a_share_of_every_class(labelled_sets, kept_environment):
