@@ -106,7 +106,8 @@ class Stopping:
         try:
             yield
         except OSError as error:
-            self._failure = self._failure or of_storage(error)
+            if self._heard != UNWRITTEN:
+                self._failure = of_storage(error)
             self._heard = UNWRITTEN
 
     def settle(self) -> bool:
