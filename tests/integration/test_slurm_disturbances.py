@@ -99,19 +99,6 @@ def test_ten_random_disturbances(cluster, shards, tmp_path, undisturbed):
     assert disturbed(cluster, shards, tmp_path, order, chance).losses() == undisturbed
 
 
-@pytest.mark.soak
-def test_a_time_limit_that_comes_without_a_notice_costs_nothing_either(cluster, shards, tmp_path):
-    """Slurm ends the job with SIGTERM at its limit; the same command, submitted again, goes on."""
-    job = Job(cluster, shards, tmp_path, **LONG | {"train__steps": 100_000})
-    job.submit(TEMPLATE, "--time=1", "--signal=CONT@1")
-    job.wait(180)
-    saved = len(job.losses())
-    assert (job.run / "checkpoints" / f"step-{saved:08d}").exists(), job.said()[-4000:]
-    job = Job(cluster, shards, tmp_path, **LONG | {"train__steps": saved + 5})
-    assert f"continued after step {saved}" in job.train(TEMPLATE)
-    assert [step for step, _ in job.losses()] == list(range(1, saved + 6))
-
-
 def test_a_cut_link_ends_all_ranks_by_themselves_and_the_job_continues_when_it_is_back(
     shards, tmp_path, undisturbed
 ):
