@@ -44,7 +44,7 @@ def test_storage_that_does_not_answer_stops_a_new_run_and_lets_one_with_checkpoi
         server.only("manifest.json", "stall")
         sets = "data.timeout_s=0.2", "data.retries=0"
         away = look(lambda: task(*sets), [server.url], tmp_path / "run", None, world)
-        wrong = look(lambda: task("data.global_batch=7"), [server.url], tmp_path / "run", None, world)
+        wrong = look(lambda: task(*sets, "data.global_batch=7"), [server.url], tmp_path / "run", None, world)
     assert f"{server.url}/manifest.json: cannot be read" in str(complaint([away], begun=True))
     assert isinstance(complaint([away, away], begun=True), StoppedEarly)
     assert isinstance(complaint([away, away], begun=False), AgreedError)
