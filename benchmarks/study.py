@@ -1,6 +1,6 @@
 """A miniature study on CIFAR-10: four methods and two combinations, equal wall time, several seeds.
 
-    CIFAR10_DIR=... python benchmarks/study.py OUT                     about an hour on two CPU cores
+    CIFAR10_DIR=... python benchmarks/study.py OUT                     about an hour and a half on two CPU cores
     CIFAR10_DIR=... python benchmarks/study.py OUT --seconds 600 --seeds 5 --methods mae emae
 
 Everything is done by the commands that a user would give: shards, `pretrain`, `knn`, `linprobe`, `finetune`.
@@ -82,7 +82,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--seconds", type=float, default=60, help="of pre-training, each (default: 60)")
+    parser.add_argument("--seconds", type=float, default=180, help="of pre-training, each (default: 180)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
