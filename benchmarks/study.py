@@ -1,6 +1,6 @@
 """A miniature study on CIFAR-10: four methods and two combinations, equal wall time, several seeds.
 
-    CIFAR10_DIR=... python benchmarks/study.py OUT                     about an hour and a half on two CPU cores
+    CIFAR10_DIR=... python benchmarks/study.py OUT                   about an hour and a half on two CPU cores
     CIFAR10_DIR=... python benchmarks/study.py OUT --seconds 600 --seeds 5 --methods mae emae
 
 Everything is done by the commands that a user would give: shards, `pretrain`, `knn`, `linprobe`, `finetune`.
