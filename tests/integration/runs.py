@@ -130,7 +130,8 @@ class HostfileRun(Run):
         master = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
         start = shlex.join([str(Path(python).with_name("deepspeed")), *hosts, *master, "--node_rank"])
         run = shlex.join(["--module", *module])
-        return ["bash", "-c", f"{start} 0 {run} & {start} 1 {run} && wait -n"]
+        script = f"{start} 0 {run} & first=$!; {start} 1 {run}; code=$?; wait $first || code=$?; exit $code"
+        return ["bash", "-c", script]
 
 
 class TorchRun(Run):
