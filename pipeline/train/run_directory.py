@@ -97,12 +97,12 @@ def check_continuation(checkpoint: Path, state: dict, identity: dict) -> None:
 
 
 @contextmanager
-def begun(run: Path, recipe: TrainingRecipe) -> Iterator[None]:
+def begun(run: Path, recipe: TrainingRecipe, patience_s: float = LOCK_PATIENCE) -> Iterator[None]:
     """Hold the directory, and write there at once what it is, so that a run killed from here on continues.
 
-    UserError as `check`, and where another run is at work there.
+    UserError as `check`, and where another run is still at work there after `patience_s` seconds.
     """
-    descriptor = _lock(run)
+    descriptor = _lock(run, patience_s)
     try:
         check(run, recipe)  # again: the lock's last holder may have begun another recipe
         if not (run / "recipe.yaml").exists():
@@ -112,14 +112,14 @@ def begun(run: Path, recipe: TrainingRecipe) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(run: Path) -> int:
+def _lock(run: Path, patience_s: float) -> int:
     """The lock's file descriptor; it is held until that is closed."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(f"--run {run}: cannot be written: {error.strerror}; give another directory") from None
-    deadline, told = time.monotonic() + LOCK_PATIENCE, False
+    deadline, told = time.monotonic() + patience_s, False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +127,7 @@ def _lock(run: Path) -> int:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             if time.monotonic() < deadline:
                 if not told:
-                    print(f"{run}: held by {holder}; waiting up to {LOCK_PATIENCE:.0f} s", file=sys.stderr)
+                    print(f"{run}: held by {holder}; waiting up to {patience_s:.0f} s", file=sys.stderr)
                 told = True
                 time.sleep(0.5)
                 continue

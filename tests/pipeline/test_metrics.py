@@ -100,27 +100,47 @@ def test_a_run_outlives_wandbs_helper_process_and_goes_on_there_when_it_continue
     assert any(r.HasField("history") for r in records(max((tmp_path / "wandb").glob("offline-run-*"))))
 
 
+@pytest.fixture(scope="module")
+def without_wandb(tmp_path_factory):
+    """Runs a command of `pipeline` where every package is but wandb; returns how it ended."""
+    packages = tmp_path_factory.mktemp("packages")
+    for path in Path(wandb.__file__).parents[1].iterdir():
+        if path.name != "wandb":
+            (packages / path.name).symlink_to(path)
+
+    def run(command):
+        return subprocess.run(
+            [sys.executable, "-S", "-m", "pipeline", *command.split()],
+            env=os.environ | {"PYTHONPATH": str(packages)},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [("tests", "train.wandb: the package wandb is not installed; pip install"), ("null", "nowhere does not")],
 )
-def test_without_the_package_wandb_one_line_says_so_where_the_recipe_asks_for_it(tmp_path, wanted, says):
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    for path in Path(wandb.__file__).parents[1].iterdir():
-        if path.name != "wandb":
-            (packages / path.name).symlink_to(path)
-    command = (
-        f"pipeline pretrain demo_emae --data nowhere --run {tmp_path / 'run'} --set train.wandb={wanted}"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-S", "-m", *command.split()],
-        env=os.environ | {"PYTHONPATH": str(packages)},
-        capture_output=True,
-        text=True,
-    )
+def test_without_the_package_wandb_one_line_says_so_where_the_recipe_asks_for_it(
+    without_wandb, tmp_path, wanted, says
+):
+    run = tmp_path / "run"
+    ended = without_wandb(f"pretrain demo_emae --data nowhere --run {run} --set train.wandb={wanted}")
     assert ended.returncode == 2 and ended.stderr.startswith(f"pipeline: error: {says}")
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_without_the_package_wandb_a_probe_that_asks_for_it_ends_before_it_begins(
+    without_wandb, labelled_sets, tmp_path
+):
+    run = tmp_path / "run"
+    sets = f"--data {labelled_sets[0]} --val {labelled_sets[1]}"
+    ended = without_wandb(f"linprobe --weights pixels:24 {sets} --run {run} --set train.wandb=mine")
+    (line,) = (line for line in ended.stderr.splitlines() if line.startswith("pipeline: error: "))
+    assert ended.returncode == 2 and "train.wandb: the package wandb is not installed" in line
+    assert not run.exists()
 
 
 def test_who_is_not_logged_in_is_told_so(recipe, tmp_path, logged_in_nowhere):
