@@ -1,21 +1,18 @@
 """Fixtures for tests that start real runs."""
 
-from pathlib import Path
-
 import pytest
 from cluster import Cluster
 from jobs import needs_slurm
 from runs import DeepSpeedRun, Run
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item) -> None:
+    """A file's tests share a process, those on Slurm all one cluster."""
+    item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in item.path.name else item.path.name))
+
+
 def pytest_collection_modifyitems(items) -> None:
-    """A file's tests share a process, those on Slurm one cluster, which takes longest and so begins first."""
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            name = "slurm" if "slurm" in item.path.name else item.path.name
-            item.add_marker(pytest.mark.xdist_group(name))
+    """What takes longest begins first."""
     items.sort(key=lambda item: "slurm" not in item.path.name)
 
 

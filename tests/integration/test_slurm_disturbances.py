@@ -1,5 +1,6 @@
 """A job that is disturbed comes back by itself, and its losses are those of a job that was left in peace."""
 
+import functools
 import os
 import random
 import time
@@ -8,16 +9,23 @@ import pytest
 from cluster import Cluster, Network
 from jobs import Job, needs_slurm
 
-LONG = {"train__steps": 400, "train__checkpoint_every": 50, "model__width": 64}
+LONG = {"train__checkpoint_every": 25, "model__width": 64}
 TEMPLATE = "pretrain_vitl.sh"
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, shards, tmp_path_factory) -> list[tuple[int, float]]:
-    job = Job(cluster, shards, tmp_path_factory.mktemp("peace"), **LONG)
-    job.train(TEMPLATE)
-    assert len(job.losses()) == LONG["train__steps"]
-    return job.losses()
+def undisturbed(cluster, shards, tmp_path_factory):
+    """The losses of so many steps when nothing happens."""
+
+    @functools.cache
+    def losses(steps: int) -> list[tuple[int, float]]:
+        job = Job(cluster, shards, tmp_path_factory.mktemp("peace"), train__steps=steps, **LONG)
+        job.train(TEMPLATE)
+        assert len(job.losses()) == steps
+        return job.losses()
+
+    return losses
 
 
 def until(condition, seconds, job):
@@ -70,8 +78,8 @@ def drained_node(job):
 DISTURBANCES = [requeue, signal, time_limit, lost_node, drained_node]
 
 
-def disturbed(cluster, shards, place, disturbances, chance) -> Job:
-    job = Job(cluster, shards, place, **LONG)
+def disturbed(cluster, shards, place, steps, disturbances, chance) -> Job:
+    job = Job(cluster, shards, place, train__steps=steps, **LONG)
     job.submit(TEMPLATE, "--time=60")
     for disturb in disturbances:
         train_on(job, chance.randrange(5, 30))
@@ -84,8 +92,8 @@ def disturbed(cluster, shards, place, disturbances, chance) -> Job:
 
 
 def test_a_job_that_is_signalled_and_loses_a_node_continues_by_itself(cluster, shards, tmp_path, undisturbed):
-    job = disturbed(cluster, shards, tmp_path, [signal, lost_node], random.Random(0))
-    assert job.losses() == undisturbed
+    job = disturbed(cluster, shards, tmp_path, STEPS, [signal, lost_node], random.Random(0))
+    assert job.losses() == undisturbed(STEPS)
     assert "exit code 75 at checkpoint step-" in job.said()
 
 
@@ -96,7 +104,20 @@ def test_ten_random_disturbances(cluster, shards, tmp_path, undisturbed):
     chance = random.Random(seed)
     order = 2 * DISTURBANCES
     chance.shuffle(order)
-    assert disturbed(cluster, shards, tmp_path, order, chance).losses() == undisturbed
+    assert disturbed(cluster, shards, tmp_path, 400, order, chance).losses() == undisturbed(400)
+
+
+@pytest.mark.soak
+def test_a_time_limit_that_comes_without_a_notice_costs_nothing_either(cluster, shards, tmp_path):
+    """Slurm ends the job with SIGTERM at its limit; the same command, submitted again, goes on."""
+    job = Job(cluster, shards, tmp_path, train__steps=100_000, **LONG)
+    job.submit(TEMPLATE, "--time=1", "--signal=CONT@1")
+    job.wait(180)
+    saved = len(job.losses())
+    assert (job.run / "checkpoints" / f"step-{saved:08d}").exists(), job.said()[-4000:]
+    job = Job(cluster, shards, tmp_path, train__steps=saved + 5, **LONG)
+    assert f"continued after step {saved}" in job.train(TEMPLATE)
+    assert [step for step, _ in job.losses()] == list(range(1, saved + 6))
 
 
 def test_a_cut_link_ends_all_ranks_by_themselves_and_the_job_continues_when_it_is_back(
@@ -108,7 +129,7 @@ def test_a_cut_link_ends_all_ranks_by_themselves_and_the_job_continues_when_it_i
         cluster = Cluster(tmp_path / "cluster", network, silence=300)  # Slurm ends nothing here
         try:
             short = {"engine__timeout_minutes": 0.5, "data__timeout_s": 10, "data__retries": 0}
-            job = Job(cluster, shards, tmp_path, **LONG, **short)
+            job = Job(cluster, shards, tmp_path, train__steps=STEPS, **LONG, **short)
             job.submit(TEMPLATE, "--time=60")
             train_on(job, 10)
             found = cluster.processes("n1", "pretrain") + cluster.processes("n2", "pretrain")
@@ -124,7 +145,7 @@ def test_a_cut_link_ends_all_ranks_by_themselves_and_the_job_continues_when_it_i
             assert "some rank hangs" in job.said()
             network.plug("n2", connected=True)
             assert job.wait()["JobState"] == "COMPLETED"
-            assert job.losses() == undisturbed
+            assert job.losses() == undisturbed(STEPS)
         finally:
             cluster.close()
     finally:
