@@ -49,7 +49,7 @@ class Job:
         self.id = self.cluster.submit(*command, **self.environment | environment)
         return self.id
 
-    def wait(self, seconds: float = 240) -> dict[str, str]:
+    def wait(self, seconds: float = 600) -> dict[str, str]:
         """Wait until the job has ended; what Slurm says of it."""
         return self.cluster.wait(self.id, seconds, self.output)
 
