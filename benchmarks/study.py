@@ -5,38 +5,45 @@
 
 Everything is done by the commands that a user would give: shards, `pretrain`, `knn`, `linprobe`, `finetune`.
 Each result lies in OUT when it is there, and is not computed again: stopped anywhere, the same command goes
-on. How many steps fit into the time is measured first, for each method, on the machine as it is then: nothing
-else should run in those minutes. From then on a run is so many steps, whatever runs beside it. It writes
-OUT/study.json, OUT/study.md and OUT/study.png.
+on. How many steps fit into the time is measured first, for each method alone, on the machine as it is then:
+nothing else should run in those minutes. From then on a run is so many steps, whatever runs beside it; where
+there is no GPU, as many at a time as cores, each on one. It writes OUT/study.json, OUT/study.md and
+OUT/study.png.
 
 CIFAR10_DIR holds train.tar and test.tar with <split>/<class>/<number>.jpg. Pre-training sees all 50,000
 training images; k-NN and probe learn from the labels of a fifth, fine-tuning from those of a hundredth.
-Accuracies are top-1 on all 10,000 test images. Disagreement and error are of pixels, in levels of 255, on 64
-test images behind five masks each; they compare only methods that hide as much, and losses only methods that
-have the same. A seed is that of pre-training, of the heads and of fine-tuning; the labelled images are always
-the same. Of several seeds the mean, and in brackets the least and the greatest.
+Accuracies are top-1 on all 10,000 test images; k-NN and probe are of the mean of the patch tokens.
+Disagreement and error are of pixels, in levels of 255, on 64 test images behind five masks each; they compare
+only methods that hide as much, and losses only methods that have the same. A seed is that of pre-training, of
+the heads and of fine-tuning; the labelled images are always the same. Of several seeds the mean, and in
+brackets the least and the greatest.
 """
 
 import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import matplotlib
+import torch
+from tqdm import tqdm
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 SMALL = {
     "data.image_size": 32,
-    "data.global_batch": 128,
-    "engine.micro_batch": 128,
+    "data.global_batch": 32,
+    "engine.micro_batch": 32,
     "engine.precision": "fp32",
     "model.name": "vit_tiny",
     "model.patch_size": 4,
@@ -48,8 +55,8 @@ SMALL = {
     "model.decoder_heads": 4,
     "method.lomar.window_size": 4,  # of 8 x 8 patches, as 7 is of 14 x 14
     "method.efficient_mae.beta": 6.5,  # 26 px at patch 16, in patches of 4
-    "optim.base_lr": 2e-3,
-    "optim.warmup_steps": 50,
+    "optim.base_lr": 8e-3,
+    "optim.warmup_steps": 200,
     "train.log_every": 20,
     "train.checkpoint_every": 10**6,
 }
@@ -61,10 +68,12 @@ METHODS = {
     "emae + difficulty": {"method.name": "emae", "method.emae.difficulty_flatten": "true"},
     "lomar + difficulty": {"method.name": "lomar", "method.lomar.difficulty_flatten": "true"},
 }
-TRIAL = 60  # steps by which a method's speed is measured; the first third is not counted
-CROP = ("--resize", "32")
+TRIAL = 100  # steps by which a method's speed is measured; the first fifth is not counted
+FEATURES = ("--resize", "32", "--pool", "mean")
 SOME, FEW = 0.2, 0.01  # shares of the labels: for k-NN and the probe, and in fine-tuning
 PICTURES = 64
+ON_ONE_CORE = {} if torch.cuda.is_available() else {"data.threads": 1}
+AT_A_TIME = 1 if torch.cuda.is_available() else os.cpu_count()
 FIGURES = {
     "knn": "k-NN, %",
     "probe": "linear probe, %",
@@ -82,32 +91,47 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--seconds", type=float, default=180, help="of pre-training, each (default: 180)")
+    parser.add_argument("--seconds", type=float, default=300, help="of pre-training, each (default: 300)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     if "CIFAR10_DIR" not in os.environ:
         sys.exit("CIFAR10_DIR is not set: name the folder that holds CIFAR-10's train.tar and test.tar")
-    out = options.out
+    out, seeds = options.out, range(options.seeds)
     for split in ("train", "test"):
         archive = Path(os.environ["CIFAR10_DIR"]) / f"{split}.tar"
         _command("data_prep", "folder", archive, out / split, "--shard-size", "2500")
-    speeds = {name: _speed(out, name) for name in options.methods}
-    rows = {
-        "raw pixels": [_judged(out, out / "pixels", "pixels:32", tuned=False)],
-        "random weights": [
-            _judged(out, out / f"random-{seed}", _random(out, seed), seed) for seed in range(options.seeds)
-        ],
-    }
-    for name in options.methods:
-        steps = max(1, round(options.seconds * speeds[name] / SMALL["data.global_batch"]))
-        rows[name] = [
-            _trained(out, name, seed, steps) | {"images_per_s": speeds[name]} for seed in range(options.seeds)
-        ]
+    _pictures(out)
+    speeds = {name: _speed(out, name) for name in tqdm(options.methods, "speeds", disable=None)}
+    tasks = {("raw pixels", 0): lambda: _judged(out, out / "pixels", "pixels:32", tuned=False)}
+    for seed in seeds:
+        tasks["random weights", seed] = partial(_untrained, out, seed)
+    for seed in seeds:
+        for name in options.methods:
+            steps = max(1, round(options.seconds * speeds[name] / SMALL["data.global_batch"]))
+            tasks[name, seed] = partial(_trained, out, name, seed, steps)
+    done = _all(tasks)
+    rows = {name: [done[name, seed] for seed in seeds if (name, seed) in done] for name, _ in tasks}
+    for name, speed in speeds.items():
+        rows[name] = [figures | {"images_per_s": speed} for figures in rows[name]]
     (out / "study.json").write_text(json.dumps({"seconds": options.seconds, "rows": rows}, indent=1) + "\n")
     (out / "study.md").write_text(_table(rows))
     _plot(rows, out / "study.png")
     print(_table(rows))
+
+
+def _all(tasks: dict[tuple[str, int], Callable[[], dict]]) -> dict[tuple[str, int], dict]:
+    """The tasks' results, of so many at a time as fit."""
+    done = {}
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        running = {pool.submit(task): key for key, task in tasks.items()}
+        try:
+            for future in tqdm(as_completed(running), "study", len(running), unit="run"):
+                done[running[future]] = future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return done
 
 
 def _speed(out: Path, name: str) -> float:
@@ -130,8 +154,8 @@ def _trained(out: Path, name: str, seed: int, steps: int) -> dict:
     return {**_judged(out, place, str(run), seed), **of_run}
 
 
-def _agreement(out: Path, run: Path, picture: Path) -> dict:
-    """By what `reconstruct` says."""
+def _pictures(out: Path) -> None:
+    """The first test images of every class."""
     images = out / "pictures"
     if not images.exists():
         new = images.with_name("pictures.new")
@@ -141,8 +165,12 @@ def _agreement(out: Path, run: Path, picture: Path) -> dict:
             for member in members[:PICTURES]:
                 (new / member.name.replace("/", "-")).write_bytes(archive.extractfile(member).read())
         new.rename(images)
+
+
+def _agreement(out: Path, run: Path, picture: Path) -> dict:
+    """By what `reconstruct` says."""
     options = ("--kind", "agreement", "--count", PICTURES, "--seeds", 5)
-    said = _command("pipeline", "reconstruct", run, "--images", images, "--out", picture, *options)
+    said = _command("pipeline", "reconstruct", run, "--images", out / "pictures", "--out", picture, *options)
     disagreement, error = re.search(r"disagreement ([\d.]+), error ([\d.]+) levels of 255", said).groups()
     return {"disagreement": float(disagreement), "error": float(error)}
 
@@ -150,7 +178,7 @@ def _agreement(out: Path, run: Path, picture: Path) -> dict:
 def _judged(out: Path, place: Path, weights: str, seed: int = 0, tuned: bool = True) -> dict:
     """What some weights are worth: k-NN (k = 20), the probe on centre crops, fine-tuning on few labels."""
     sets = ("--data", out / "train", "--val", out / "test")
-    some = ("--labels", SOME, *CROP, "--cache", place / "features")
+    some = ("--labels", SOME, *FEATURES, "--cache", place / "features")
 
     def knn() -> dict:
         return json.loads(
@@ -187,6 +215,10 @@ def _judged(out: Path, place: Path, weights: str, seed: int = 0, tuned: bool = T
     return figures
 
 
+def _untrained(out: Path, seed: int) -> dict:
+    return _judged(out, out / f"random-{seed}", _random(out, seed), seed)
+
+
 def _random(out: Path, seed: int) -> str:
     """The weights that runs of a seed begin with, as a recipe."""
     path = out / f"random-{seed}.yaml"
@@ -208,7 +240,7 @@ def _pretrain(out: Path, run: Path, name: str, seed: int, steps: int) -> dict:
 
 
 def _settings(name: str, seed: int) -> dict:
-    return {**SMALL, **METHODS[name], "seed": seed}
+    return {**SMALL, **ON_ONE_CORE, **METHODS[name], "seed": seed}
 
 
 def _sets(settings: dict) -> list[str]:
@@ -226,14 +258,16 @@ def _once(path: Path, compute: Callable[[], dict]) -> dict:
 
 
 def _command(program: str, *arguments: object) -> str:
-    """What a command prints. Its progress goes to stderr, as ever."""
+    """What a command prints."""
     words = [str(word) for word in arguments]
     command = [program, *words] if program == sys.executable else [sys.executable, "-m", program, *words]
-    if program != sys.executable:
-        print("$", "python -m", program, *words, file=sys.stderr, flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    threads = {"OMP_NUM_THREADS": "1"} if ON_ONE_CORE else {}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if done.returncode:
-        sys.exit(f"it ended with exit code {done.returncode}; mend that and start the same command again")
+        last = done.stderr[-2000:]
+        sys.exit(
+            f"{last}\n{shlex.join(command)}\nended with exit code {done.returncode}; start the study again"
+        )
     return done.stdout
 
 
