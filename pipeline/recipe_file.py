@@ -38,6 +38,7 @@ class RecipeFile(Section):
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=RecipeFile)
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -46,14 +47,7 @@ def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[st
     Raises UserError, one line: the file, the key's path, what is wrong.
     """
     path = _find(name_or_path)
-    try:
-        tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
+    tree = tree_of(path)
     for section in kind.OF_OTHERS.keys() & tree.keys():
         raise UserError(
             f"{path}: is a recipe for `{kind.OF_OTHERS[section]}`: it has a section {section}; "
@@ -62,8 +56,22 @@ def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[st
     return checked(kind, tree, str(path), overrides)
 
 
-def checked(kind: type[AnyRecipe], tree: dict, where: str, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """The `kind` of recipe that a tree of keys is, overridden. UserError begins with `where`."""
+def tree_of(path: Path) -> dict:
+    """What a recipe's file holds, not checked. UserError where that is no mapping of keys."""
+    try:
+        tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
+    return tree
+
+
+def checked(kind: type[AnySection], tree: dict, where: str, overrides: Sequence[str] = ()) -> AnySection:
+    """The `kind` of section, or whole recipe, that a tree of keys is, overridden. UserError begins with
+    `where`."""
     if overrides:
         _override(tree, overrides)
         where += " with --set " + " ".join(overrides)

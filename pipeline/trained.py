@@ -7,13 +7,19 @@ precision and number of ranks it was trained with: the fp32 masters.
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import load_file
 
+from pipeline.data.crops import resize_of
 from pipeline.errors import UserError
+from pipeline.export.state_dicts import timm_state_dict
+from pipeline.export.vit import Vit
 from pipeline.methods import build_method
 from pipeline.methods.method import Method
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe_file import tree_of
 from pipeline.train import checkpoint, engine
+from pipeline.training_recipe import TrainingRecipe
 
 
 class Trained(NamedTuple):
@@ -22,22 +28,51 @@ class Trained(NamedTuple):
     """On the CPU, in fp32, in eval mode."""
     step: int
 
+    @property
+    def vit(self) -> Vit:
+        """Its encoder. UserError where that has relative positions."""
+        recipe = self.recipe
+        return Vit(
+            origin=recipe.method.name,
+            size=recipe.model.size,
+            patch_size=recipe.model.patch_size,
+            data=recipe.data,
+            resize=resize_of(recipe.data.image_size),
+            weights=timm_state_dict(self.method),
+            ours=self.method.tokens,
+        )
+
 
 def load_run(run: Path, ema: bool = False) -> Trained:
     """Read a run's recipe and newest checkpoint. ema: the weights' moving average instead of the weights.
 
-    UserError where there is no run, nothing saved yet, or no average kept.
+    UserError where there is no pre-training run, nothing saved yet, or no average kept.
     """
+    if is_classifier(run):
+        raise UserError(
+            f"{run}: is a fine-tuned classifier, and an encoder is wanted here; give what it was fine-tuned "
+            "from, `weights` in its recipe.yaml"
+        )
+    recipe = load_recipe(run / "recipe.yaml")
+    weights, step = newest_weights(run, recipe, ema)
+    method = build_method(recipe)
+    method.load_state_dict(weights)
+    return Trained(recipe, method.eval(), step)
+
+
+def is_classifier(run: Path) -> bool:
+    """Whether `finetune` made it. UserError where there is no run."""
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: no run directory (no recipe.yaml in it)")
-    recipe = load_recipe(run / "recipe.yaml")
+    return "classifier" in tree_of(run / "recipe.yaml")
+
+
+def newest_weights(run: Path, recipe: TrainingRecipe, ema: bool) -> tuple[dict[str, torch.Tensor], int]:
+    """Of the newest checkpoint, under the learner's names, and its step. UserError as `load_run`."""
     if ema and recipe.train.ema_decay is None:
         raise UserError(f"{run}: keeps no moving average of the weights (train.ema_decay is null)")
     weights = engine.WEIGHTS_EMA if ema else engine.WEIGHTS
     newest = checkpoint.newest_whole(run / "checkpoints", only=weights)
     if newest is None:
         raise UserError(f"{run}: has no checkpoint yet; one is written every train.checkpoint_every steps")
-    state = checkpoint.read_state(newest)
-    method = build_method(recipe)
-    method.load_state_dict(load_file(newest / weights))
-    return Trained(recipe, method.eval(), state["step"])
+    return load_file(newest / weights), checkpoint.read_state(newest)["step"]

@@ -1,4 +1,4 @@
-"""Files that are replaced whole.
+"""Files that are replaced whole, and small ones that are read whole.
 
 Invariant: under a file's name there is all of its new content, and that is on the disk, or what was there
 before.
@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 
 def write_whole(path: Path, text: str) -> None:
     """Make `text` the content of the file, in a directory that is there."""
@@ -20,6 +22,14 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, tree: dict) -> None:
     """Make `tree` the content of the file, for people too."""
     write_whole(path, json.dumps(tree, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """UserError where it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no JSON that can be read: {error}") from None
 
 
 @contextmanager

@@ -83,9 +83,11 @@ def add_to(commands) -> None:
         _export,
         "give a run's weights to another library",
         "Write the newest checkpoint's weights as a folder for timm, Hugging Face transformers (hf: encoder, "
-        "hf-mae: with decoder), the official MAE code or ONNX, with a model card. It is loaded again by the "
-        "library it is for, and kept only if the features are the same.",
+        "hf-mae: with decoder), the official MAE code or ONNX, with a model card; of a fine-tuned run the "
+        "classifier, for timm, the official code or ONNX. It is loaded again by the library it is for, and "
+        "kept only if what comes out is the same.",
         "examples:\n  python -m pipeline export runs/l16 exports/l16-timm --format timm\n"
+        "  python -m pipeline export runs/l16-tuned exports/l16-tuned --format onnx\n"
         "  python -m pipeline knn --weights runs/l16 --data D --val V --json > knn.json\n"
         "  python -m pipeline export runs/l16 exports/l16-mae --format hf-mae --results knn.json\n",
     )

@@ -10,6 +10,8 @@ import torch
 
 Z = 1.959963984540054
 """95 % of a normal distribution lie within so many standard deviations."""
+RESULT = "accuracy.json"
+"""Of a run directory: what was measured."""
 FIRST = 5
 """Classes among which top-5 looks for the true one."""
 

@@ -74,27 +74,14 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
     such weights or they are no encoder's.
     """
     saved = _find(str(weights))
-    shape = saved.weights["patch_embed.proj.weight"].shape
-    width, patch = shape[0], shape[-1]
+    patch = saved.weights["patch_embed.proj.weight"].shape[-1]
     trained_on = saved.image_size or _grid(saved) * patch
     size = image_size or trained_on
     if size % patch:
         raise UserError(f"{weights}: patches of {patch} px, and {size} px images are no multiple of that")
     positions = saved.weights.get("pos_embed")
-    vit = VisionTransformer(
-        img_size=size,
-        patch_size=patch,
-        embed_dim=width,
-        depth=_depth(saved.weights),
-        num_heads=saved.heads,
-        num_classes=0,
-        norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
-        pos_embed="none" if positions is None else "learn",
-    )
-    if positions is None:
-        for block in vit.blocks:
-            block.attn = RelativeAttention(width, saved.heads, size // patch)
-    elif size != trained_on:
+    vit = vit_for(saved.weights, saved.heads, size)
+    if positions is not None and size != trained_on:
         say(f"{weights}: trained on {trained_on} px; its positions are interpolated to {size} px (bicubic)")
         # Without antialiasing, as in the official MAE code.
         grid = [size // patch] * 2
@@ -103,6 +90,27 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
         raise UserError(f"--weights {weights}: do not fit a vision transformer: {wrong}")
     vit.load_state_dict(saved.weights)
     return ImageEncoder(vit, saved, size).eval()
+
+
+def vit_for(weights: dict[str, torch.Tensor], heads: int, image_size: int) -> VisionTransformer:
+    """A vision transformer of the shape of weights under timm's names, not filled with them, without a
+    head. Relative positions where these have no others."""
+    width, _, _, patch = weights["patch_embed.proj.weight"].shape
+    relative = "pos_embed" not in weights
+    vit = VisionTransformer(
+        img_size=image_size,
+        patch_size=patch,
+        embed_dim=width,
+        depth=_depth(weights),
+        num_heads=heads,
+        num_classes=0,
+        norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+        pos_embed="none" if relative else "learn",
+    )
+    if relative:
+        for block in vit.blocks:
+            block.attn = RelativeAttention(width, heads, image_size // patch)
+    return vit
 
 
 def _find(weights: str) -> Saved:
@@ -197,6 +205,11 @@ def _official(path: Path) -> Saved:
 
 def _of_file(path: Path, weights: dict[str, torch.Tensor], heads: int | None) -> Saved:
     """Weights under timm's names, of which nothing else is known. UserError where they are no encoder's."""
+    if "fc_norm.weight" in weights:
+        raise UserError(
+            f"--weights {path}: is a fine-tuned classifier, and an encoder is wanted here; give what it was "
+            "fine-tuned from"
+        )
     needed = ("patch_embed.proj.weight", "pos_embed", "cls_token")
     missing = [key for key in needed if key not in weights]
     if missing or weights[needed[0]].ndim != 4 or weights[needed[1]].ndim != 3:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
+from pipeline.evals.accuracy import RESULT, Accuracy, hits, top_1_and_5
 from pipeline.evals.features import Extractor, Features
 from pipeline.evals.feeds import KeptFeatures, RandomCrops
 from pipeline.evals.heads import Heads
@@ -38,7 +38,6 @@ from pipeline.train.stopping import UNWRITTEN, Stopping
 from pipeline.train.watchdog import Watchdog
 from pipeline.whole_file import write_json
 
-RESULT = "accuracy.json"
 HEADS = "heads.safetensors"
 BLOCK = 4096
 """Samples that are scored at once."""

@@ -13,10 +13,13 @@ from typing import NamedTuple
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.export.target import Target
-from pipeline.recipe import Recipe
+from pipeline.evals.accuracy import RESULT, Accuracy
+from pipeline.export.target import Exportable, Target
+from pipeline.export.vit import Vit
+from pipeline.finetune.trained import TrainedClassifier
 from pipeline.report.history import METRICS, logged
 from pipeline.trained import Trained
+from pipeline.whole_file import read_json
 
 PAPERS = {
     "mae": ("MAE", "https://arxiv.org/abs/2111.06377"),
@@ -40,7 +43,8 @@ $summary
 $usage
 ```
 
-Images are RGB, from 0 to 1, less the mean $mean, over the standard deviation $std, $size x $size px.
+Images are RGB, from 0 to 1, less the mean $mean, over the standard deviation $std: the central
+$size x $size px where the shorter side has been resized (bicubic) to $resize px.
 
 ## Data
 
@@ -68,13 +72,22 @@ $results
 
 ## Check
 
-Loaded again by the library it is for, its features differ from the trained model's by at most $difference
+Loaded again by the library it is for, its outputs differ from the trained model's by at most $difference
 of the largest, in fp32.
 
 ## Licence
 
 Licence of these weights: **to be filled in** by whoever publishes them; the data's terms may bind it.
 """)
+
+CLASSES = Template("""\
+<details><summary>The classes, in the order of the logits</summary>
+
+```text
+$listed
+```
+
+</details>""")
 
 
 class Spent(NamedTuple):
@@ -87,27 +100,39 @@ class Spent(NamedTuple):
     """The same, times the number of ranks."""
 
 
+class Kind(NamedTuple):
+    """What only a card of an encoder says, or only that of a classifier."""
+
+    tags: tuple[str, ...]
+    title: str
+    summary: str
+    training: dict[str, object]
+    """Rows of the table."""
+    results: tuple[str, ...]
+
+
 def recorded(
-    run: Path, trained: Trained, target: Target, ema: bool, results: Sequence[Path] = ()
+    run: Path, trained: Exportable, target: Target, ema: bool, results: Sequence[Path] = ()
 ) -> dict[str, str]:
     """What README.md says before the export is checked. ema: the weights are their moving average. results:
     files of JSON to quote. UserError where one, or what the run wrote, cannot be read."""
-    recipe = trained.recipe
-    environment = _read(run / "environment.json") if (run / "environment.json").is_file() else {}
-    name, paper = PAPERS[recipe.method.name]
+    vit, data = trained.vit, trained.recipe.data
+    environment = read_json(run / "environment.json") if (run / "environment.json").is_file() else {}
+    kind = _classifier(run, trained, ema) if isinstance(trained, TrainedClassifier) else _encoder(trained)
     return dict(
-        tags=", ".join([*target.tags, "vit", "masked-image-modeling", recipe.method.name]),
-        title=f"{recipe.model.name}, patch {recipe.model.patch_size}, {recipe.data.image_size} px, {name}",
-        summary=f"A vision transformer, pre-trained without labels by {name} ({paper}).",
-        usage=target.usage(recipe).strip(),
-        mean=str(list(recipe.data.mean)),
-        std=str(list(recipe.data.std)),
-        size=str(recipe.data.image_size),
+        tags=", ".join([*target.tags, "vit", *kind.tags]),
+        title=kind.title,
+        summary=kind.summary,
+        usage=target.usage(trained).strip(),
+        mean=str(list(data.mean)),
+        std=str(list(data.std)),
+        size=str(data.image_size),
+        resize=str(vit.resize),
         data=_data(environment.get("data")),
-        training=_training(recipe, trained.step, ema),
-        recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).strip(),
+        training=_training(trained, ema, kind.training),
+        recipe=yaml.safe_dump(trained.recipe.model_dump(mode="json"), sort_keys=False).strip(),
         compute=_compute(run, environment, trained.step),
-        results=_results(results),
+        results="\n\n".join([*kind.results, *_quoted(results)]) or f"Results: {NOT_RECORDED}.",
     )
 
 
@@ -143,18 +168,73 @@ def _data(sets: list[dict] | None) -> str:
     return "\n".join(lines)
 
 
-def _training(recipe: Recipe, step: int, ema: bool) -> str:
-    size, optim = recipe.model.size, recipe.optim
+def _encoder(trained: Trained) -> Kind:
+    recipe = trained.recipe
+    name, paper = PAPERS[recipe.method.name]
+    return Kind(
+        tags=("masked-image-modeling", recipe.method.name),
+        title=f"{recipe.model.name}, patch {recipe.model.patch_size}, {recipe.data.image_size} px, {name}",
+        summary=f"A vision transformer, pre-trained without labels by {name} ({paper}).",
+        training={"targets": "pixels, normalised per patch" if recipe.method.normalize_targets else "pixels"},
+        results=(),
+    )
+
+
+def _classifier(run: Path, trained: TrainedClassifier, ema: bool) -> Kind:
+    vit, begun = trained.vit, trained.begun
+    count, section = len(vit.classes), trained.recipe.classifier
+    return Kind(
+        tags=("image-classification",),
+        title=f"Classifier of {count} classes, patch {vit.patch_size}, {vit.data.image_size} px",
+        summary=f"A vision transformer with a head that tells {count} classes apart by the mean of the patch "
+        f"tokens, fine-tuned on labels. It began with {begun.encoder} (digest of those weights: "
+        f"{begun.digest}).\n\n{_classes(vit)}",
+        training={
+            "layer decay": section.layer_decay,
+            "drop path": section.drop_path,
+            "label smoothing": section.label_smoothing,
+        },
+        results=(_accuracy(run, ema),),
+    )
+
+
+def _classes(vit: Vit) -> str:
+    described = vit.descriptions or [""] * len(vit.classes)
+    pairs = enumerate(zip(vit.classes, described, strict=True))
+    listed = "\n".join(f"{number:4} {name} {more}".rstrip() for number, (name, more) in pairs)
+    return CLASSES.substitute(listed=listed)
+
+
+def _accuracy(run: Path, ema: bool) -> str:
+    """What the run measured last. UserError where that cannot be read."""
+    if not (run / RESULT).is_file():
+        return f"Accuracy: {NOT_RECORDED}."
+    found = read_json(run / RESULT)
+    try:
+        names = ["top1", "top5"] if "top5" in found else ["top1"]  # few classes have no top5
+        tops = {name: Accuracy(found[name]["correct"], found[name]["total"]) for name in names}
+        table = _table({f"{name}, 95 % interval": accuracy for name, accuracy in tops.items()})
+        where = f"after step {found['step']:,} on {Path(found['val']['place']).name}"
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{run / RESULT}: is not what a fine-tuning measures ({error!r}); mend or remove it"
+        ) from None
+    average = "; of the weights, not of their moving average, which these are" if ema else ""
+    return f"{table}\n\nMeasured {where}{average}. The interval is of the samples drawn, not of the training."
+
+
+def _training(trained: Exportable, ema: bool, more: dict[str, object]) -> str:
+    recipe, size, optim = trained.recipe, trained.vit.size, trained.recipe.optim
     optimiser = {"adamw": "AdamW", "muon": "Muon and AdamW"}[optim.name]
     return _table(
         {
             "encoder": f"{size.depth} layers, {size.width} wide, {size.heads} heads",
             "weights": f"moving average, decay {recipe.train.ema_decay}" if ema else "of the last step",
-            "steps": f"{step:,}, a batch of {recipe.data.global_batch:,} images each",
+            "steps": f"{trained.step:,}, a batch of {recipe.data.global_batch:,} images each",
             "optimiser": f"{optimiser}, betas {list(optim.betas)}, weight decay {optim.weight_decay}",
             "learning rate": f"{recipe.lr:.3g} at its peak, then a cosine",
             "precision": recipe.engine.precision,
-            "targets": "pixels, normalised per patch" if recipe.method.normalize_targets else "pixels",
+            **more,
             "random seed": recipe.seed,
         }
     )
@@ -181,15 +261,6 @@ def _compute(run: Path, environment: dict, step: int) -> str:
     )
 
 
-def _results(results: Sequence[Path]) -> str:
-    if not results:
-        return f"Results: {NOT_RECORDED}."
-    texts = {path: json.dumps(_read(path), indent=1) for path in results}
-    return "\n\n".join(f"{path.name}:\n\n```json\n{text}\n```" for path, text in texts.items())
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no JSON that can be read: {error}") from None
+def _quoted(results: Sequence[Path]) -> list[str]:
+    texts = {path: json.dumps(read_json(path), indent=1) for path in results}
+    return [f"{path.name}:\n\n```json\n{text}\n```" for path, text in texts.items()]

@@ -14,16 +14,19 @@ from safetensors import SafetensorError
 
 from pipeline.errors import UserError
 from pipeline.export.card import card, recorded
-from pipeline.export.official_file import OFFICIAL, OFFICIAL_ENCODER
+from pipeline.export.official_file import OFFICIAL, OFFICIAL_VIT
 from pipeline.export.onnx_file import ONNX
-from pipeline.export.target import Target
+from pipeline.export.target import Exportable, Target
 from pipeline.export.timm_folder import TIMM
 from pipeline.export.transformers_folder import HF, HF_MAE
-from pipeline.trained import Trained, load_run
+from pipeline.export.vit import Vit
+from pipeline.finetune.trained import load_classifier
+from pipeline.trained import is_classifier, load_run
 
 TARGETS = {"timm": TIMM, "hf": HF, "hf-mae": HF_MAE, "official": OFFICIAL, "onnx": ONNX}
+OF_CLASSIFIERS = {"timm": TIMM, "official": OFFICIAL_VIT, "onnx": ONNX}
 TOLERANCE = 1e-5
-"""Largest relative difference of an export's features from ours, in fp32."""
+"""Largest relative difference of an export's tokens or logits from ours, in fp32."""
 ABOUT = "export.json"
 PARTIAL = ".partial"
 
@@ -46,10 +49,13 @@ def export(
     """
     if encoder_only and target == "hf-mae":
         raise UserError("--encoder-only: hf-mae is the format with the decoder; the encoder alone is hf")
-    chosen = OFFICIAL_ENCODER if encoder_only and target == "official" else TARGETS[target]
     _check_out(out, overwrite)
-    trained = load_run(run, ema)
-    _check_method(trained, target)
+    if is_classifier(run):
+        chosen, trained = _of_classifiers(target, encoder_only), load_classifier(run, ema)
+    else:
+        chosen = OFFICIAL_VIT if encoder_only and target == "official" else TARGETS[target]
+        trained = load_run(run, ema)
+    vit = _vit(trained, target)
     found = recorded(run, trained, chosen, ema, results)
     partial = out.with_name(out.name + PARTIAL)
     try:
@@ -66,7 +72,7 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return (
-        f"{out}: {trained.recipe.method.name} after step {trained.step} for {target}, loaded again, features "
+        f"{out}: {vit.origin} after step {trained.step} for {target}, loaded again, outputs "
         f"within {difference:.1e} of ours; its README.md has a line to fill in"
     )
 
@@ -84,15 +90,30 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: holds an export; give another folder, or --overwrite to replace it")
 
 
-def _check_method(trained: Trained, target: str) -> None:
-    if trained.recipe.method.name == "lomar":
+def _of_classifiers(target: str, encoder_only: bool) -> Target:
+    if encoder_only:
         raise UserError(
-            f"--format {target}: LoMaR's encoder has relative positions (iRPE), which {target} cannot hold; "
-            "the run's own weights.safetensors has everything"
+            "--encoder-only: a fine-tuned classifier has no decoder that could be left out; leave the option "
+            "out, or export the run that it began with"
         )
+    if target not in OF_CLASSIFIERS:
+        raise UserError(
+            f"--format {target}: transformers' ViTForImageClassification classifies by the class token, a "
+            f"fine-tuned classifier by the mean of the patches; take one of {', '.join(OF_CLASSIFIERS)}"
+        )
+    return OF_CLASSIFIERS[target]
 
 
-def _write(trained: Trained, chosen: Target, name: str, ema: bool, folder: Path) -> float:
+def _vit(trained: Exportable, target: str) -> Vit:
+    try:
+        return trained.vit
+    except UserError as error:
+        raise UserError(
+            f"--format {target}: {error}; the run's own weights.safetensors has everything"
+        ) from None
+
+
+def _write(trained: Exportable, chosen: Target, name: str, ema: bool, folder: Path) -> float:
     try:
         chosen.write(trained, folder)
     except RuntimeError as error:  # torch's own, of the storage, too
@@ -103,12 +124,12 @@ def _write(trained: Trained, chosen: Target, name: str, ema: bool, folder: Path)
         raise UserError(f"--format {name}: it does not load again ({_reason(error)}); removed") from error
     if not difference <= TOLERANCE:
         raise UserError(
-            f"--format {name}: loaded again, its features differ from ours by {difference:.1e} of the "
+            f"--format {name}: loaded again, its outputs differ from ours by {difference:.1e} of the "
             f"largest, and {TOLERANCE:.0e} is allowed; removed"
         )
     about = {
         "format": name,
-        "method": trained.recipe.method.name,
+        "method": trained.vit.origin,
         "step": trained.step,
         "ema": ema,
         "files": sorted(path.name for path in folder.iterdir()),

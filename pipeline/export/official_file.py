@@ -1,34 +1,37 @@
-"""The official MAE code's checkpoint: a .pth that holds {"model": state dict}, with or without the decoder.
+"""The official MAE code's checkpoint: a .pth that holds {"model": state dict}, of models_mae.py's model, or
+without the decoder of models_vit.py's; a classifier's with global_pool=True.
 
-That code is no package, so other readers of its format check it: timm, of which its encoder is a subclass,
-and transformers, whose ViTMAE is a translation of it, under the names that its keys have there.
+That code is no package, so other readers of its format check it: timm, of which its models_vit.py is a
+subclass, and transformers, whose ViTMAE is a translation of it, under the names that its keys have there.
 """
 
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from pipeline.export import timm_folder, transformers_folder
-from pipeline.export.state_dicts import official_state_dict, timm_state_dict
-from pipeline.export.target import Target, check_images, mask_ratio, relative_difference, tokens
-from pipeline.recipe import Recipe
+from pipeline.export.state_dicts import official_state_dict
+from pipeline.export.target import Exportable, Target, mask_ratio
 from pipeline.trained import Trained
 
 WEIGHTS = "checkpoint.pth"
 
 
-def _write(trained: Trained, folder: Path, decoder: bool) -> None:
-    state = (official_state_dict if decoder else timm_state_dict)(trained.method)
+def _save(state: dict[str, torch.Tensor], folder: Path) -> None:
     torch.save({"model": {key: tensor.contiguous() for key, tensor in state.items()}}, folder / WEIGHTS)
 
 
-def _encoder_difference(trained: Trained, folder: Path) -> float:
-    images = check_images(trained.recipe)
-    model = timm_folder.empty_model(trained.recipe, checkpoint_path=str(folder / WEIGHTS))
-    with torch.inference_mode():
-        return relative_difference(model.forward_features(images), tokens(trained.method, images))
+def _write_vit(trained: Exportable, folder: Path) -> None:
+    _save(trained.vit.weights, folder)
+
+
+def _write_whole(trained: Trained, folder: Path) -> None:
+    _save(official_state_dict(trained.method), folder)
+
+
+def _vit_difference(trained: Exportable, folder: Path) -> float:
+    return timm_folder.file_difference(trained.vit, folder / WEIGHTS)
 
 
 def _whole_difference(trained: Trained, folder: Path) -> float:
@@ -38,17 +41,22 @@ def _whole_difference(trained: Trained, folder: Path) -> float:
         return transformers_folder.whole_difference(trained, Path(renamed))
 
 
-def _encoder_usage(recipe: Recipe) -> str:
+def _vit_usage(trained: Exportable) -> str:
+    vit = trained.vit
+    ours = f"logits = model(images)  # (B, {len(vit.classes)})"
+    if not vit.classes:
+        ours = "tokens = model.forward_features(images)  # (B, 1 + patches, width), the class token first"
     return f"""\
 import timm  # the official models_vit.py is a subclass of its VisionTransformer
 
-model = {timm_folder.call(recipe, WEIGHTS)}
-tokens = model.forward_features(images)  # (B, 1 + patches, width), the class token first
+model = {timm_folder.call(vit, WEIGHTS)}
+{ours}
 """
 
 
-def _whole_usage(recipe: Recipe) -> str:
-    size, model = recipe.model.size, recipe.model
+def _whole_usage(trained: Trained) -> str:
+    recipe, model = trained.recipe, trained.recipe.model
+    size = model.size
     return f"""\
 from functools import partial
 
@@ -72,5 +80,5 @@ loss, prediction, mask = model(images, mask_ratio={mask_ratio(recipe):g})
 """
 
 
-OFFICIAL = Target(partial(_write, decoder=True), _whole_difference, _whole_usage, ("pytorch",))
-OFFICIAL_ENCODER = Target(partial(_write, decoder=False), _encoder_difference, _encoder_usage, ("pytorch",))
+OFFICIAL = Target(_write_whole, _whole_difference, _whole_usage, ("pytorch",))
+OFFICIAL_VIT = Target(_write_vit, _vit_difference, _vit_usage, ("pytorch",))

@@ -41,16 +41,21 @@ def timm_state_dict(method: Method) -> dict[str, torch.Tensor]:
 
     UserError for an encoder with relative positions, which timm's VisionTransformer cannot hold.
     """
-    if not hasattr(method.encoder, "pos_embed"):
-        raise UserError(
-            f"{type(method).__name__}'s encoder has relative positions, which timm's VisionTransformer "
-            "cannot hold"
-        )
-    return {
+    state = {
         name.removeprefix("encoder."): tensor
         for name, tensor in _tensors(method).items()
         if name.startswith("encoder.")
     }
+    check_positions(state)
+    return state
+
+
+def check_positions(state: dict[str, torch.Tensor]) -> None:
+    """UserError where weights under timm's names are of an encoder with relative positions."""
+    if "pos_embed" not in state:
+        raise UserError(
+            "LoMaR's encoder has relative positions (iRPE), which no other library's model can hold"
+        )
 
 
 def transformers_state_dict(state: dict[str, torch.Tensor], decoder: bool) -> dict[str, torch.Tensor]:

@@ -1,34 +1,46 @@
 """What an export format is: how to write it, how its library reads it back, and how a user does.
 
-Invariant: `difference` sees nothing but the folder. What it compares with comes from the method.
+Invariant: `difference` sees nothing but the folder. What it compares with comes from the trained model.
 """
 
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from pipeline.errors import UserError
+from pipeline.export.vit import Vit
 from pipeline.losses import patchify
 from pipeline.masking import take
 from pipeline.methods.method import Method
 from pipeline.recipe import Recipe
-from pipeline.trained import Trained
+from pipeline.sections import DataSection
+from pipeline.training_recipe import TrainingRecipe
 
 CHECKED_IMAGES = 2
+
+
+class Exportable(Protocol):
+    """`pipeline.trained.Trained`, which has a decoder too, or `finetune.trained.TrainedClassifier`."""
+
+    recipe: TrainingRecipe
+    step: int
+
+    @property
+    def vit(self) -> Vit: ...
 
 
 class Target(NamedTuple):
     """One format. Its folder's files are `write`'s; the model card comes beside them."""
 
-    write: Callable[[Trained, Path], None]
-    difference: Callable[[Trained, Path], float]
+    write: Callable[[Exportable, Path], None]
+    difference: Callable[[Exportable, Path], float]
     """Largest relative difference (see `relative_difference`) between what the folder's model gives, loaded
-    by its library, and what the method gives. UserError where the library cannot load it whole."""
-    usage: Callable[[Recipe], str]
+    by its library, and what ours gives. UserError where the library cannot load it whole."""
+    usage: Callable[[Exportable], str]
     """Python that loads the folder OUT, for the model card."""
     tags: tuple[str, ...]
     """Of the model card."""
@@ -44,18 +56,16 @@ def library(name: str) -> ModuleType:
         ) from None
 
 
-def check_images(recipe: Recipe) -> torch.Tensor:
+def check_images(data: DataSection) -> torch.Tensor:
     """Images for the comparison, (B, 3, S, S) float32, the same at every call."""
-    size = recipe.data.image_size
+    size = data.image_size
     return torch.randn(CHECKED_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 def tokens(method: Method, images: torch.Tensor) -> torch.Tensor:
     """What our encoder makes of whole images: (B, 3, S, S) -> (B, 1 + L, D), the class token first."""
-    patches = patchify(images, method.patch_size)
-    ids = torch.arange(patches.shape[1]).expand(patches.shape[:2])
     with torch.inference_mode():
-        return method.encoder(patches, ids)
+        return method.tokens(images)
 
 
 def predictions(
@@ -71,7 +81,7 @@ def predictions(
 def relative_difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
     """The largest absolute difference over the largest absolute value of ours; NaN where either has one."""
     if theirs.shape != ours.shape:
-        raise UserError(f"features are {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
+        raise UserError(f"outputs are {tuple(theirs.shape)} instead of {tuple(ours.shape)}")
     return ((theirs - ours).abs().max() / ours.abs().max()).item()
 
 

@@ -1,17 +1,17 @@
 """timm: model.safetensors and config.json, what timm itself saves for the hub."""
 
 import json
+import math
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import save_file
 
-from pipeline.data.crops import crop_share
-from pipeline.export.state_dicts import timm_state_dict
-from pipeline.export.target import Target, check_images, relative_difference, tokens
-from pipeline.recipe import Recipe
-from pipeline.trained import Trained
+from pipeline.data.crops import crop_share, resize_of
+from pipeline.export.target import Exportable, Target, check_images, relative_difference
+from pipeline.export.vit import Vit
+from pipeline.models.sizes import SIZES
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURES = {
@@ -23,57 +23,78 @@ ARCHITECTURES = {
 }
 
 
-def model_arguments(recipe: Recipe) -> dict[str, object]:
+def architecture(vit: Vit) -> str:
+    """timm's name of the model that is nearest in width; `model_arguments` says everything else."""
+    nearest = min(ARCHITECTURES, key=lambda name: abs(SIZES[name].width - vit.size.width))
+    return ARCHITECTURES[nearest]
+
+
+def model_arguments(vit: Vit) -> dict[str, object]:
     """What `timm.create_model` is to be told beside the architecture's name."""
-    size = recipe.model.size
-    return {
-        "num_classes": 0,
-        "img_size": recipe.data.image_size,
-        "patch_size": recipe.model.patch_size,
-        "embed_dim": size.width,
-        "depth": size.depth,
-        "num_heads": size.heads,
+    arguments = {
+        "num_classes": len(vit.classes),
+        "img_size": vit.data.image_size,
+        "patch_size": vit.patch_size,
+        "embed_dim": vit.size.width,
+        "depth": vit.size.depth,
+        "num_heads": vit.size.heads,
     }
+    return arguments | ({"global_pool": "avg"} if vit.classes else {})
 
 
-def empty_model(recipe: Recipe, **more: object) -> torch.nn.Module:
-    """timm's model of the recipe's encoder, in eval mode."""
-    return timm.create_model(ARCHITECTURES[recipe.model.name], **model_arguments(recipe), **more).eval()
+def empty_model(vit: Vit, **more: object) -> torch.nn.Module:
+    """timm's model of this shape, in eval mode."""
+    return timm.create_model(architecture(vit), **model_arguments(vit), **more).eval()
 
 
-def call(recipe: Recipe, weights: str) -> str:
+def outputs(vit: Vit, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What timm's model makes of images, as `vit.ours` does."""
+    return model(images) if vit.classes else model.forward_features(images)
+
+
+def call(vit: Vit, weights: str) -> str:
     """The Python expression that makes the model from a file of weights in OUT."""
-    arguments = "".join(f"    {name}={value},\n" for name, value in model_arguments(recipe).items())
-    name = ARCHITECTURES[recipe.model.name]
+    arguments = "".join(f"    {name}={_source(value)},\n" for name, value in model_arguments(vit).items())
+    name = architecture(vit)
     return f'timm.create_model(\n    "{name}",\n{arguments}    checkpoint_path="OUT/{weights}",\n).eval()'
 
 
-def _write(trained: Trained, folder: Path) -> None:
-    state = timm_state_dict(trained.method)
-    about = {"format": "pt", "heads": str(trained.recipe.model.size.heads)}
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / WEIGHTS, about)
-    (folder / "config.json").write_text(json.dumps(_config(trained.recipe), indent=2) + "\n")
+def file_difference(vit: Vit, weights: Path) -> float:
+    """Between what timm's model gives with a file of weights, and ours."""
+    return _model_difference(vit, empty_model(vit, checkpoint_path=str(weights)))
 
 
-def _config(recipe: Recipe) -> dict:
-    side = recipe.data.image_size
+def _source(value: object) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _write(trained: Exportable, folder: Path) -> None:
+    vit = trained.vit
+    about = {"format": "pt", "heads": str(vit.size.heads)}
+    save_file({key: tensor.contiguous() for key, tensor in vit.weights.items()}, folder / WEIGHTS, about)
+    (folder / "config.json").write_text(json.dumps(_config(vit), indent=2) + "\n")
+
+
+def _config(vit: Vit) -> dict:
+    side = vit.data.image_size
     return {
-        "architecture": ARCHITECTURES[recipe.model.name],
-        "num_classes": 0,
-        "num_features": recipe.model.size.width,
-        "global_pool": "token",
-        "model_args": model_arguments(recipe),
+        "architecture": architecture(vit),
+        "num_classes": len(vit.classes),
+        "num_features": vit.size.width,
+        "global_pool": "avg" if vit.classes else "token",
+        **_labels(vit),
+        "model_args": model_arguments(vit),
         "pretrained_cfg": {
-            "tag": recipe.method.name,
+            "tag": vit.origin,
             "custom_load": False,
             "input_size": [3, side, side],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": crop_share(side),
+            "crop_pct": _crop_share(side, vit.resize),
             "crop_mode": "center",
-            "mean": list(recipe.data.mean),
-            "std": list(recipe.data.std),
-            "num_classes": 0,
+            "mean": list(vit.data.mean),
+            "std": list(vit.data.std),
+            "num_classes": len(vit.classes),
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -81,23 +102,48 @@ def _config(recipe: Recipe) -> dict:
     }
 
 
-def _difference(trained: Trained, folder: Path) -> float:
-    images = check_images(trained.recipe)
-    ours = tokens(trained.method, images)
+def _crop_share(side: int, resize: int) -> float:
+    """From which timm finds `resize`, as floor(side / share)."""
+    return crop_share(side) if resize == resize_of(side) else math.nextafter(side / resize, 0)
+
+
+def _labels(vit: Vit) -> dict:
+    """Where timm reads them: it has them in the loaded model's `pretrained_cfg`."""
+    labels = {"label_names": vit.classes} if vit.classes else {}
+    if vit.descriptions:
+        labels["label_descriptions"] = dict(zip(vit.classes, vit.descriptions, strict=True))
+    return labels
+
+
+def _difference(trained: Exportable, folder: Path) -> float:
     by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    by_file = empty_model(trained.recipe, checkpoint_path=str(folder / WEIGHTS))
+    vit = trained.vit
+    return max(_model_difference(vit, by_folder), file_difference(vit, folder / WEIGHTS))
+
+
+def _model_difference(vit: Vit, model: torch.nn.Module) -> float:
+    images = check_images(vit.data)
     with torch.inference_mode():
-        return max(relative_difference(m.forward_features(images), ours) for m in (by_folder, by_file))
+        return relative_difference(outputs(vit, model, images), vit.ours(images))
 
 
-def _usage(recipe: Recipe) -> str:
-    return """\
+def _usage(trained: Exportable) -> str:
+    return f"""\
 import timm
 
 model = timm.create_model("local-dir:OUT", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-tokens = model.forward_features(transform(image)[None])  # (1, 1 + patches, width), the class token first
+{_last_lines(trained.vit)}
 """
+
+
+def _last_lines(vit: Vit) -> str:
+    if not vit.classes:
+        whole = "the class token first"
+        return f"tokens = model.forward_features(transform(image)[None])  # (1, 1 + patches, width), {whole}"
+    return f"""\
+logits = model(transform(image)[None])  # (1, {len(vit.classes)})
+name = model.pretrained_cfg["label_names"][logits.argmax()]"""
 
 
 TIMM = Target(_write, _difference, _usage, ("timm", "safetensors"))

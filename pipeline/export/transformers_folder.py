@@ -96,7 +96,7 @@ def _preprocessor(recipe: Recipe) -> dict:
 
 
 def _encoder_difference(trained: Trained, folder: Path) -> float:
-    images = check_images(trained.recipe)
+    images = check_images(trained.recipe.data)
     model = _loaded("ViTModel", folder, add_pooling_layer=False)
     with torch.inference_mode():
         theirs = model(pixel_values=images).last_hidden_state
@@ -106,7 +106,7 @@ def _encoder_difference(trained: Trained, folder: Path) -> float:
 def whole_difference(trained: Trained, folder: Path) -> float:
     """Of the tokens of whole images and of the pixels predicted behind a mask, the larger difference."""
     model = _loaded("ViTMAEForPreTraining", folder)
-    images = check_images(trained.recipe)
+    images = check_images(trained.recipe.data)
     in_order = torch.linspace(0, 1, trained.recipe.num_patches).expand(len(images), -1)
     noise = torch.rand(in_order.shape, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -136,7 +136,7 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _encoder_usage(recipe: Recipe) -> str:
+def _encoder_usage(_: Trained) -> str:
     return """\
 from transformers import AutoImageProcessor, ViTModel
 
@@ -146,8 +146,8 @@ tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # the
 """
 
 
-def _whole_usage(recipe: Recipe) -> str:
-    scale = ", normalised per patch" if recipe.method.normalize_targets else ""
+def _whole_usage(trained: Trained) -> str:
+    scale = ", normalised per patch" if trained.recipe.method.normalize_targets else ""
     return f"""\
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
 

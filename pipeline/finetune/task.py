@@ -1,14 +1,13 @@
 """Fine-tuning as the loop's task: an encoder becomes a classifier, which is measured on a set of its own.
 
     RUN/accuracy.json    the last measurement: top-1 and top-5 with intervals, and what it is of
-    RUN/weights.json     what the run began with: the encoder in words, and a digest of its weights
+    RUN/weights.json     what the run began with: see `finetune.begun`
 
 Invariant: each sample of the validation set counts exactly once, whatever the number of ranks; a figure is of
 all its samples or there is none.
 """
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.data.evaluation import EvaluationLoader
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
+from pipeline.evals.accuracy import RESULT, Accuracy, hits, top_1_and_5
 from pipeline.evals.encoder import ImageEncoder, load_encoder
 from pipeline.evals.labelled import check_bytes, check_labelled
 from pipeline.evals.representation import digest
+from pipeline.finetune.begun import Begun, begin
 from pipeline.finetune.classifier import Classifier
 from pipeline.finetune.recipe import FinetuneRecipe
 from pipeline.models.sizes import SIZES
@@ -31,8 +31,6 @@ from pipeline.train.distributed import World, agreed, equally_many, from_rank_0,
 from pipeline.train.loop import train
 from pipeline.train.task import Task
 from pipeline.whole_file import write_json
-
-RESULT, BEGUN = "accuracy.json", "weights.json"
 
 
 def finetune(
@@ -62,7 +60,13 @@ class Finetuning(Task):
         encoder = load_encoder(self.recipe.weights, self.recipe.data.image_size)
         _check_encoder(encoder, self.recipe)
         self._name, self._classes = encoder.name, len(reader.manifest.classes)
-        self._digest = digest(encoder.vit)
+        self._found = Begun(
+            encoder=encoder.name,
+            digest=digest(encoder.vit),
+            heads=encoder.vit.blocks[0].attn.num_heads,
+            classes=reader.manifest.classes,
+            class_names=reader.manifest.class_names,
+        )
         self._classifier = Classifier(encoder.vit, self._classes, self.recipe)
         self._flops = _forward_flops(self._classifier, self.recipe.data.image_size)
         return self._classifier
@@ -74,7 +78,7 @@ class Finetuning(Task):
         self._run, self._world = run, world
         check_bytes(world, val=self._val)
         begun = from_rank_0(agreed(self._begun if world.rank == 0 else lambda: None))
-        self._name, self._digest = begun["encoder"], begun["digest"]
+        self._name, self._digest = begun.encoder, begun.digest
         recipe = self.recipe
         threads = recipe.data.threads or world.cores
         place = world.device, world.rank, world.size, threads
@@ -82,17 +86,14 @@ class Finetuning(Task):
             self._val, recipe.data, recipe.engine.micro_batch, *place, recipe.resize
         )
 
-    def _begun(self) -> dict:
-        """What the run began with, written down at its first start. UserError where nothing is saved yet and
-        the weights are others by now; what is saved holds its own."""
-        path, found = self._run / BEGUN, {"encoder": self._name, "digest": self._digest}
-        if not path.exists():
-            write_json(path, found)
-        begun = json.loads(path.read_text())
-        if begun["digest"] != found["digest"] and not checkpoint.steps_of(self._run / "checkpoints"):
+    def _begun(self) -> Begun:
+        """What the run began with. UserError where nothing is saved yet and the weights are others by now;
+        what is saved holds its own."""
+        begun = begin(self._run, self._found)
+        if begun.digest != self._found.digest and not checkpoint.steps_of(self._run / "checkpoints"):
             raise UserError(
-                f"--weights {self.recipe.weights}: are others ({found['encoder']}) than those that "
-                f"{self._run} began with ({begun['encoder']}); give a new --run"
+                f"--weights {self.recipe.weights}: are others ({self._found.encoder}) than those that "
+                f"{self._run} began with ({begun.encoder}); give a new --run"
             )
         return begun
 

@@ -8,6 +8,8 @@ from pytest import approx
 from runs import Run
 from smuggling import smuggle
 
+from pipeline.__main__ import main
+
 STEPS = 7
 RECIPE = {  # everything that is random is on
     "data.image_size": 32,
@@ -58,6 +60,7 @@ def test_killed_and_continued_to_the_bit_and_on_two_ranks_the_same(labelled_sets
     assert two.accuracy() == one.accuracy() and two.accuracy()["top1"]["total"] == 42
     measured = [[line.get("top1") for line in run.metrics()] for run in (one, two)]
     assert measured[0] == measured[1] and sum(share is not None for share in measured[0]) == 2
+    assert main(["export", str(two.directory), str(tmp_path / "timm"), "--format", "timm"]) == 0
 
 
 def test_a_bad_validation_image_costs_no_training(labelled_sets, tmp_path):

@@ -6,9 +6,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from pipeline.data.reader import ShardReader
+from pipeline.finetune.recipe import load_finetune_recipe
+from pipeline.finetune.task import Finetuning
+from pipeline.learner import Learner
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 from pipeline.train import checkpoint, engine
+from pipeline.train.distributed import World
+from pipeline.training_recipe import TrainingRecipe
 
 SMALL = (
     "model.name=vit_tiny",
@@ -24,25 +30,51 @@ SMALL = (
 DATA = [{"path": "sets/photos", "source": "folder", "split": "train", "samples": 960, "of": 1000}]
 
 
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), 1)
+
+
 def small_run(folder: Path, recipe: str = "vitb16_mae", *overrides: str, step: int = 30) -> Path:
-    """Write the run directory `folder`. No weight is at its initial zero or one, so that none can be mixed up
-    with another unseen."""
+    """Write the run directory `folder` of a pre-training."""
     chosen = load_recipe(recipe, [*SMALL, *overrides])
     torch.manual_seed(0)
-    method = build_method(chosen)
-    state = {
-        key: value + 0.1 * torch.randn_like(value) if value.is_floating_point() else value
-        for key, value in method.state_dict().items()
-    }
+    _save(folder, chosen, build_method(chosen), step)
+    return folder
+
+
+def small_classifier(
+    folder: Path, sets: tuple[Path, Path], *overrides: str, recipe: str = "vitb16_mae", step: int = 30
+) -> Path:
+    """Write the run directory `folder` of a fine-tuning, begun and measured on labelled sets. recipe: of the
+    random weights that it begins with."""
+    folder.mkdir()
+    source = folder.with_suffix(".yaml")
+    source.write_text(load_recipe(recipe, [*SMALL, "method.lomar.window_size=3"]).to_yaml())
+    given = ["data.image_size=48", *overrides]
+    task = Finetuning(load_finetune_recipe("finetune_tiny", f"random:{source}", given), str(sets[1]))
+    reader = ShardReader(sets[0], task.recipe.data)
+    torch.manual_seed(0)
+    learner = task.build(reader)
+    task.begin(folder, reader, learner, ALONE)
+    task.evaluate(step, lambda: None)
+    _save(folder, task.recipe, learner, step)
+    return folder
+
+
+def _save(folder: Path, recipe: TrainingRecipe, learner: Learner, step: int) -> None:
+    """No weight is at its initial zero or one, so that none can be mixed up with another unseen."""
     checkpoints = folder / "checkpoints"
     partial = checkpoints / (checkpoint.name_of(step) + checkpoint.PARTIAL)
     partial.mkdir(parents=True)
-    save_file(state, partial / engine.WEIGHTS)
+    for name in (engine.WEIGHTS, engine.WEIGHTS_EMA) if recipe.train.ema_decay else (engine.WEIGHTS,):
+        state = {
+            key: value + 0.1 * torch.randn_like(value) if value.is_floating_point() else value
+            for key, value in learner.state_dict().items()
+        }
+        save_file(state, partial / name)
     files = checkpoint.describe(partial, checkpoint.files_of(partial))
-    checkpoint.publish(checkpoints, step, {"step": step, "files": files}, chosen.train)
-    (folder / "recipe.yaml").write_text(chosen.to_yaml())
+    checkpoint.publish(checkpoints, step, {"step": step, "files": files}, recipe.train)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
     _write_history(folder)
-    return folder
 
 
 def _write_history(folder: Path) -> None:
