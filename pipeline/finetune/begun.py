@@ -37,20 +37,28 @@ class Begun(Section):
 def begin(run: Path, found: Begun) -> Begun:
     """What the run began with: `found`, where it begins now. UserError as `read_begun`."""
     path = run / BEGUN
-    tree = read_json(path) if path.exists() else {}
+    tree = _tree(path) if path.exists() else {}
     whole = {**found.model_dump(mode="json"), **tree}
+    begun = checked(Begun, whole, str(path))
     if whole != tree:
         write_json(path, whole)
-    return checked(Begun, whole, str(path))
+    return begun
 
 
 def read_begun(run: Path) -> Begun:
     """UserError where the run does not say, or it cannot be read."""
     path = run / BEGUN
-    tree = read_json(path)
+    tree = _tree(path)
     if missing := [key for key in ("heads", "classes", "class_names") if key not in tree]:
         raise UserError(
             f"{path}: says nothing of {', '.join(missing)}: the run was begun by an earlier version; start "
             "the same `finetune` command once more, which adds that and trains nothing again"
         )
     return checked(Begun, tree, str(path))
+
+
+def _tree(path: Path) -> dict:
+    tree = read_json(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: is not what a fine-tuning writes, a mapping of keys; mend it")
+    return tree
