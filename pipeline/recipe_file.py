@@ -87,6 +87,23 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
+def overridden(overrides: Sequence[str]) -> dict[str, Any]:
+    """The keys, "a.b.c", that overrides name, and their values; a mapping stands for its keys. UserError
+    where one is no override."""
+    found = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise UserError(f"--set {override}: expected KEY.KEY=VALUE, for example --set optim.base_lr=1e-4")
+        try:
+            value = yaml.load(text, Loader=_UniqueKeys)
+        except yaml.YAMLError:
+            raise UserError(f"--set {override}: the value is not YAML") from None
+        found |= flat({key: value})
+    return found
+
+
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
     """A tree's values by their keys' paths, "a.b.c"."""
     found: dict[str, Any] = {}
@@ -139,21 +156,13 @@ RIVALS = {  # of each pair at most one is given: an override of one takes the ot
 
 
 def _override(tree: dict, overrides: Sequence[str]) -> None:
-    given = {tuple(override.partition("=")[0].strip().split(".")) for override in overrides}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        keys = tuple(key.strip().split("."))
-        if not equals or not all(keys):
-            raise UserError(f"--set {override}: expected KEY.KEY=VALUE, for example --set optim.base_lr=1e-4")
-        try:
-            value = yaml.load(text, Loader=_UniqueKeys)
-        except yaml.YAMLError:
-            raise UserError(f"--set {override}: the value is not YAML") from None
+    given = {tuple(key.split(".")): value for key, value in overridden(overrides).items()}
+    for keys, value in given.items():
         section = tree
         for name in keys[:-1]:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
-                raise UserError(f"--set {override}: {name!r} is a value in this recipe, not a section")
+                raise UserError(f"--set {'.'.join(keys)}: {name!r} is a value in this recipe, not a section")
         section[keys[-1]] = value
         rival = RIVALS.get(keys)
         if rival and rival not in given and isinstance(tree.get(rival[0]), dict):

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import UserError
 from pipeline.method_options import Section
-from pipeline.recipe_file import RecipeFile, checked
+from pipeline.recipe_file import RecipeFile, checked, overridden
 from pipeline.sections import DataSection, TrainSection
 
 PROTOCOL = {
@@ -108,7 +108,7 @@ def load_probe_recipe(given: dict[str, dict], overrides: Sequence[str] = ()) -> 
     sections = PROTOCOL.keys() | given.keys()
     tree = {name: {**PROTOCOL.get(name, {}), **given.get(name, {})} for name in sections}
     recipe = checked(ProbeRecipe, tree, "linprobe", overrides)
-    for key in (override.partition("=")[0].strip() for override in overrides):
+    for key in sorted(overridden(overrides)):
         if key in OF_THE_WEIGHTS:
             raise UserError(f"--set {key}: follows from --weights; {OF_THE_WEIGHTS[key]}")
         if key in OF_RANDOM_CROPS and recipe.probe.center_crops:

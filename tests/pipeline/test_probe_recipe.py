@@ -19,6 +19,7 @@ def test_an_override_leaves_the_rest_of_the_protocol_as_it_is():
     recipe = load_probe_recipe(PIXELS, ["data.global_batch=1024", "train.steps=7"])
     assert recipe.data.holdout == 0.01 and recipe.data.crop_scale == (0.08, 1.0)
     assert recipe.total_steps(99) == 7 and recipe.train.checkpoint_every == 500
+    assert recipe == load_probe_recipe(PIXELS, ["data={global_batch: 1024}", "train={steps: 7}"])
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,7 @@ def test_an_override_leaves_the_rest_of_the_protocol_as_it_is():
         (["data.max_replaced=3"], "data.max_replaced: is not for a probe"),
         (["probe.pol=mean"], r"probe.pol: unknown key \(did you mean pool\?\)"),
         (["data.image_size=32"], "data.image_size: follows from --weights; give --image-size"),
+        (["data={image_size: 32, global_batch: 8}"], "data.image_size: follows from --weights"),
         (["data.mean=[0, 0, 0]"], "data.mean: follows from --weights"),
         (["data.std=[1, 1, 1]"], "data.std: follows from --weights"),
         (["probe.digest=abc"], "probe.digest: follows from --weights"),

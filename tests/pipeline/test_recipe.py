@@ -30,7 +30,7 @@ def complaint(*overrides, name="demo_emae"):
         ("optim.base_lr=.nan", "optim.base_lr"),
         ("data.crop_scale=[0.5, 0.1]", "data.crop_scale: [0.5, 0.1] is not a range"),
         ("seed", "--set seed: expected KEY.KEY=VALUE"),
-        ("seed.x=1", "--set seed.x=1: 'seed' is a value in this recipe, not a section"),
+        ("seed.x=1", "--set seed.x: 'seed' is a value in this recipe, not a section"),
     ],
 )
 def test_what_cannot_be_is_one_line_that_names_the_key(override, expected):
