@@ -1,7 +1,10 @@
-"""The columns of metrics.jsonl, by what they speak of.
+"""metrics.jsonl: its lines, and its columns by what they speak of.
 
 Invariant: every column but those OF_THE_MOMENT is a function of recipe, data and number of ranks.
 """
+
+import json
+from pathlib import Path
 
 OF_THE_MOMENT = {
     "time",
@@ -29,3 +32,20 @@ NO_LOSS = OF_THE_MOMENT | {
     "decoded_patches",  # of Efficient MAE: a count
 }
 """What is neither the loss, nor a part of it, nor an accuracy."""
+
+
+def read_lines(path: Path) -> tuple[list[dict], int]:
+    """The file's lines, and how many others are no line of a run's; without a last one that is being written,
+    or that a kill cut short."""
+    text, _, _ = path.read_text(errors="replace").rpartition("\n")
+    lines = [_parsed(line) for line in text.splitlines()]
+    whole = [line for line in lines if line]
+    return whole, len(lines) - len(whole)
+
+
+def _parsed(line: str) -> dict | None:
+    try:
+        entry = json.loads(line)
+        return entry if isinstance(entry["step"], int) else None
+    except (ValueError, KeyError, TypeError):
+        return None

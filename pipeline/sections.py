@@ -63,7 +63,7 @@ class DataSection(Section):
     holdout: float = Field(0.0, ge=0.0, lt=1.0)
     """Keep this share of the samples, chosen likewise, out of training, for validation."""
     image_size: int = Field(224, ge=1)
-    global_batch: int = Field(4096, ge=1)
+    global_batch: int = Field(4096, ge=1, le=2**20)
     """Images a step, over all ranks and accumulation steps."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image's area that a random resized crop covers, from and to."""

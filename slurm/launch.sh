@@ -32,6 +32,7 @@ choose() {
 }
 
 setup() {
+  [[ $RETRIES =~ ^[0-9]+$ ]] || stop "RETRIES=$RETRIES: give a number of starts"
   [ -n "${SLURM_JOB_ID:-}" ] || stop "this is a batch script: submit it with sbatch"
   # shellcheck source=slurm/site.env
   . "$SHARDMAE/slurm/site.env"

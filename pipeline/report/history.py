@@ -4,6 +4,7 @@ Invariant: everything comes from files that the run wrote; a run at work may be 
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import yaml
 
-from pipeline.columns import NO_LOSS
+from pipeline.columns import NO_LOSS, read_lines
 from pipeline.errors import UserError
 from pipeline.recipe_file import flat
 
@@ -127,13 +128,14 @@ def read_history(run: Path) -> History:
 
 
 def logged(run: Path) -> list[dict]:
-    """What a run has logged, events among it; without a last line that is being written, or that a kill cut
-    short. UserError where it cannot be read."""
+    """What a run has logged, events among it; what cannot be read of it is left out with a warning."""
     try:
-        text, _, _ = (run / METRICS).read_text().rpartition("\n")
-        return [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run / METRICS}: cannot be read as a run's metrics: {error}") from None
+        lines, damaged = read_lines(run / METRICS)
+    except OSError as error:
+        raise UserError(f"{run / METRICS}: cannot be read: {error.strerror}") from None
+    if damaged:
+        print(f"warning: {run / METRICS}: {damaged} lines cannot be read and are left out", file=sys.stderr)
+    return lines
 
 
 def differences(histories: list[History]) -> dict[str, list]:

@@ -93,10 +93,15 @@ def newest_whole(directory: Path, rank: int = 0, world_size: int = 1, only: str 
     """The newest checkpoint without a fault, None if there is none at all; every rank calls it.
 
     only: the file that is wanted; the others are not looked at. A damaged checkpoint is passed over with a
-    warning. UserError where all are damaged: training from the beginning would overwrite what could perhaps
-    be saved.
+    warning. UserError where all are damaged, or gone: training from the beginning would overwrite what could
+    perhaps be saved.
     """
-    steps = from_rank_0(steps_of(directory) if rank == 0 else None)
+    latest = directory / LATEST
+    steps, named = from_rank_0((steps_of(directory), latest.exists()) if rank == 0 else None)
+    if named and not steps:
+        raise AgreedError(
+            f"{latest}: names a checkpoint, and there is none; put it back, or remove {latest} to begin anew"
+        )
     for step in reversed(steps):
         checkpoint = directory / name_of(step)
         try:

@@ -7,6 +7,7 @@ continues from are taken back, and what was collected towards the next line is p
 import errno
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from pipeline.columns import read_lines
 from pipeline.train.distributed import all_ranks_mean
 from pipeline.train.progress import Progress
 from pipeline.train.wandb_run import WandbRun
@@ -136,20 +138,17 @@ def _quiet_where_the_disk_is_full(what: threading.ExceptHookArgs) -> None:
 
 
 def _take_back(path: Path, step: int, returns: list[dict]) -> dict | None:
-    """Remove the lines after `step`, events other than `returns`, and a last line that a kill cut short.
+    """Remove the lines after `step`, events other than `returns`, and what is no line of a run's.
 
     Returns the step and time of the last line that was there."""
-    kept, missing, last = [], list(returns), None
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-            at = entry["step"]
-        except (ValueError, KeyError, TypeError):
-            break
-        last = {"step": at, "time": entry.get("time")}
-        if missing and entry == missing[0]:
+    lines, damaged = read_lines(path) if path.exists() else ([], 0)
+    if damaged:
+        print(f"warning: {path}: {damaged} lines cannot be read and are left out", file=sys.stderr)
+    kept, missing = [], list(returns)
+    for line in lines:
+        if missing and line == missing[0]:
             kept.append(missing.pop(0))
-        elif at <= step and "event" not in entry:
-            kept.append(entry)
-    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in kept + missing))
-    return last
+        elif line["step"] <= step and "event" not in line:
+            kept.append(line)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept + missing))
+    return {"step": lines[-1]["step"], "time": lines[-1].get("time")} if lines else None

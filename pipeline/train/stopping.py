@@ -57,7 +57,7 @@ def failure_of(error: Exception, rank: int) -> Failure:
 def outcome(failures: Sequence[Failure], step: int) -> AgreedError | StoppedEarly:
     """How a run ends that is saved at `step`, by what its ranks met: to be mended where one of it must be."""
     first = min(failures, key=lambda failure: failure.passing)
-    text = f"{first.text}. Everything is saved at step {step}"
+    text = f"{first.text}. {f'Everything is saved at step {step}' if step else 'Nothing was trained yet'}"
     return StoppedEarly(f"{text}; the same command continues") if first.passing else AgreedError(text)
 
 

@@ -66,6 +66,7 @@ def test_shellcheck_finds_nothing():
     [
         ({"DATA": ""}, "error: DATA is not set; give a shard set that python -m data_prep made"),
         ({"RUN": ""}, "error: RUN is not set"),
+        ({"RETRIES": "some"}, "error: RETRIES=some: give a number of starts"),
         ({"METHOD": "mea"}, "error: METHOD=mea: choose one of emae efficient_mae mae lomar"),
         ({"SHARDMAE": "/nowhere"}, "error: /nowhere is not ShardMAE's repository; set SHARDMAE"),
         ({"VENV": "/nowhere"}, "/nowhere/bin/python: no Python there"),

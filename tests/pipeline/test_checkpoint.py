@@ -1,5 +1,7 @@
 """The protocol on disk; that DeepSpeed's files come back right is tests/integration's business."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
@@ -89,6 +91,14 @@ def test_when_all_are_damaged_nothing_is_begun_anew(tmp_path):
     (write(tmp_path, 1) / "model.pt").unlink()
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         checkpoint.newest_whole(tmp_path)
+
+
+def test_when_all_are_gone_nothing_is_begun_anew_unless_the_user_says_so(tmp_path):
+    shutil.rmtree(write(tmp_path, 1))
+    with pytest.raises(UserError, match=r"latest: names a checkpoint, and there is none; put it back, or re"):
+        checkpoint.newest_whole(tmp_path)
+    (tmp_path / "latest").unlink()
+    assert checkpoint.newest_whole(tmp_path) is None
 
 
 def test_a_run_that_comes_by_a_damaged_checkpoint_again_replaces_it(tmp_path):

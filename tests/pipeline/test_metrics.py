@@ -100,6 +100,16 @@ def test_a_run_outlives_wandbs_helper_process_and_goes_on_there_when_it_continue
     assert any(r.HasField("history") for r in records(max((tmp_path / "wandb").glob("offline-run-*"))))
 
 
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\xff\xfe", b'{"loss": 2.0}', b"[2]", b""])
+def test_a_damaged_line_costs_no_other_and_a_cut_last_one_nothing(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({**LINE, "step": step}).encode() for step in (1, 2, 3, 4)]
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:], lines[0][:9]]))
+    Log(tmp_path, load_recipe("demo_emae"), 3, 4, []).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+    assert "metrics.jsonl: 1 lines cannot be read and are left out" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def without_wandb(tmp_path_factory):
     """Runs a command of `pipeline` where every package is but wandb; returns how it ended."""

@@ -22,6 +22,7 @@ def complaint(*overrides, name="demo_emae"):
         ("data.image_sze=64", "data.image_sze: unknown key (did you mean image_size?)"),
         ("colour=red", "colour: unknown key"),
         ("data.image_size=big", "data.image_size: input should be a valid integer, got 'big'"),
+        ("data.global_batch=10000000000", "data.global_batch: input should be less than or equal to 1048576"),
         ("data.global_batch=2.5", "data.global_batch: input should be a valid integer"),
         ("data.image_size=60", "data.image_size: 60 is not a multiple of model.patch_size, 8"),
         ("method.emae.num_parts=3", "method.emae.num_parts: 3 does not divide the 64 patches"),
@@ -75,7 +76,7 @@ def test_steps_and_warm_up_follow_from_epochs_and_the_size_of_the_set():
     assert recipe.lr == pytest.approx(2.4e-3)  # 1.5e-4 x 4096 / 256
 
 
-@given(st.integers(1, 64), st.integers(1, 512), st.integers(1, 64))
+@given(st.integers(1, 64), st.integers(1, 128), st.integers(1, 64))
 def test_accumulation_makes_up_the_global_batch_or_is_refused(world, micro, accumulation):
     batch = world * micro * accumulation
     recipe = load_recipe("demo_emae", [f"data.global_batch={batch}", f"engine.micro_batch={micro}"])
