@@ -1,7 +1,8 @@
 """The encoder that is evaluated or fine-tuned, from whatever holds one, as timm's VisionTransformer.
 
 Invariant: every weight comes from where the user said, or the file is refused with the keys named. Only
-positions may differ: at another image size they are interpolated, which is said.
+positions may differ: at another image size they are interpolated, which is said; and so is what a file of
+weights does not tell and has to be assumed.
 
 Understood are a run directory, `ema:RUN` for the moving average of its weights, weights exported for timm
 (.safetensors), checkpoints of the official MAE code (.pth), and `random:RECIPE` or `random:RUN`: the weights
@@ -11,7 +12,6 @@ one large window.
 
 import json
 import math
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +33,8 @@ from pipeline.sections import DataSection
 from pipeline.train.distributed import say
 
 RANDOM, AVERAGE = "random:", "ema:"
+Normal = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of what a model was trained on."""
 NOT_THE_ENCODERS = ("decoder", "mask_token", "head.")  # of the official checkpoints
 
 
@@ -122,6 +124,8 @@ def _find(weights: str) -> Saved:
         return _of_method(f"{_words(recipe)}, random weights", method, recipe)
     average = weights.startswith(AVERAGE)
     path = Path(weights.removeprefix(AVERAGE))
+    if not (path / "recipe.yaml").is_file() and (held := [*path.glob("*.safetensors"), *path.glob("*.pth")]):
+        raise UserError(f"--weights {weights}: is a folder and no run; give the file in it, {held[0]}")
     if average or path.is_dir():
         from pipeline.trained import load_run  # takes seconds to import, and the others do not need it
 
@@ -173,38 +177,47 @@ def _exported(path: Path) -> Saved:
             weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"--weights {path}: cannot be read: {error}") from None
-    saved = _of_file(path, weights, int(about["heads"]) if "heads" in about else None)
+    heads = int(about["heads"]) if "heads" in about else None
     config = path.with_name("config.json")  # timm's, beside it
     if not config.is_file():
-        return saved
+        return _of_file(path, weights, heads)
     try:
-        seen = json.loads(config.read_text())["pretrained_cfg"]
-        return saved._replace(mean=tuple(seen["mean"]), std=tuple(seen["std"]))
-    except (ValueError, KeyError, TypeError):
+        tree = json.loads(config.read_text())
+        seen = tree["pretrained_cfg"]
+        heads = heads or tree.get("model_args", {}).get("num_heads")
+        return _of_file(path, weights, heads, (tuple(seen["mean"]), tuple(seen["std"])))
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError):
         raise UserError(f"{config}: no mean and std in it, as timm writes them; mend or remove it") from None
 
 
 def _official(path: Path) -> Saved:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except OSError as error:
+        raise UserError(f"--weights {path}: cannot be read: {error.strerror}") from None
+    except Exception as error:  # of bytes that are nothing of its own torch raises nearly every type
+        if "Unsupported global" not in str(error):
+            raise UserError(
+                f"--weights {path}: cannot be read: damaged, or no file that torch.save wrote"
+            ) from None
         raise UserError(
             f"--weights {path}: holds more than tensors, which could run code when it is read; save its "
             "weights alone: torch.save({'model': checkpoint['model']}, 'weights.pth')"
         ) from None
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"--weights {path}: cannot be read: {str(error).splitlines()[0]}") from None
     state = content.get("model", content) if isinstance(content, dict) else {}
     weights = {
         key: tensor.float()
         for key, tensor in state.items()
         if isinstance(tensor, torch.Tensor) and not key.startswith(NOT_THE_ENCODERS)
     }
-    return _of_file(path, weights, None)
+    return _of_file(path, weights)
 
 
-def _of_file(path: Path, weights: dict[str, torch.Tensor], heads: int | None) -> Saved:
-    """Weights under timm's names, of which nothing else is known. UserError where they are no encoder's."""
+def _of_file(
+    path: Path, weights: dict[str, torch.Tensor], heads: int | None = None, normal: Normal | None = None
+) -> Saved:
+    """Weights under timm's names. What else is not known is assumed, and said. UserError where they are no
+    encoder's."""
     if "fc_norm.weight" in weights:
         raise UserError(
             f"--weights {path}: is a fine-tuned classifier, and an encoder is wanted here; give what it was "
@@ -216,14 +229,26 @@ def _of_file(path: Path, weights: dict[str, torch.Tensor], heads: int | None) ->
         what = f"no {missing[0]} in it" if missing else "its tensors have other shapes"
         raise UserError(f"--weights {path}: no vision transformer of timm's or the official MAE's: {what}")
     width = weights["patch_embed.proj.weight"].shape[0]
-    heads = heads or next((size.heads for size in SIZES.values() if size.width == width), None)
+    assumed = []
     if heads is None:
-        raise UserError(
-            f"--weights {path}: nothing says how many heads a model of width {width} has; "
-            "give the run directory"
+        name = next((name for name, size in SIZES.items() if size.width == width), None)
+        if name is None:
+            raise UserError(
+                f"--weights {path}: nothing says how many heads a model of width {width} has; "
+                "give the run directory"
+            )
+        heads = SIZES[name].heads
+        assumed.append(f"{heads} heads, as {name} has")
+    if normal is None:
+        plain = DataSection()
+        normal = plain.mean, plain.std
+        assumed.append(f"mean {list(plain.mean)} and std {list(plain.std)}, ImageNet's")
+    if assumed:
+        say(
+            f"{path}: does not tell, so assumed: {'; '.join(assumed)}. The run directory, or its export for "
+            "timm, tells"
         )
-    plain = DataSection()
-    return Saved(path.name, weights, heads, None, plain.mean, plain.std, None)
+    return Saved(path.name, weights, heads, None, *normal, None)
 
 
 def _grid(saved: Saved) -> int:

@@ -73,7 +73,12 @@ def digest(module: nn.Module, *about: object) -> str:
 def representation(weights: str, image_size: int | None, pool: Pool) -> Representation:
     """What `weights` names (see above), frozen, on the CPU. UserError as `load_encoder`."""
     if weights.partition(":")[0] == PIXELS:
-        size = weights.removeprefix(PIXELS).removeprefix(":") or str(image_size or PIXELS_SIZE)
+        given = weights.removeprefix(PIXELS).removeprefix(":")
+        if pool != "class_token":
+            raise UserError(f"--pool {pool}: pixels have no tokens; leave it out")
+        if given and image_size:
+            raise UserError(f"--image-size {image_size}: --weights {weights} has its own; leave one of them out")
+        size = given or str(image_size or PIXELS_SIZE)
         if not size.isdecimal() or int(size) < 1:
             raise UserError(f"--weights {weights}: expected pixels:SIZE, for example pixels:32")
         return Pixels(int(size))

@@ -74,6 +74,28 @@ def test_mean_and_std_are_those_of_timms_config_beside_the_file(tmp_path):
         load_encoder(tmp_path / "model.safetensors")
 
 
+def test_what_a_file_does_not_tell_is_assumed_aloud_and_what_it_tells_is_taken(tmp_path, capsys):
+    recipe = recipe_file(tmp_path, more=["model.heads=4", "data.mean=[0.5, 0.5, 0.5]"])
+    method, official = method_of(recipe), tmp_path / "official.pth"
+    torch.save({"model": official_state_dict(method)}, official)
+    assert load_encoder(official).vit.blocks[0].attn.num_heads == 3
+    said = capsys.readouterr().err
+    assert said.startswith(f"{official}: does not tell, so assumed: 3 heads, as vit_tiny has; mean [0.485,")
+    assert said.count("\n") == 1
+    exported = tmp_path / "model.safetensors"
+    save_file(timm_state_dict(method), exported, {"heads": "4"})
+    assert load_encoder(exported).vit.blocks[0].attn.num_heads == 4
+    said = capsys.readouterr().err
+    assert "assumed: mean [0.485," in said and "heads" not in said
+    seen = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    config = {"model_args": {"num_heads": 4}, "pretrained_cfg": seen}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for metadata in ({"heads": "4"}, {}):
+        save_file(timm_state_dict(method), exported, metadata)
+        assert load_encoder(exported).vit.blocks[0].attn.num_heads == 4
+    assert not capsys.readouterr().err
+
+
 def test_another_image_size_interpolates_the_positions_bicubically_and_says_so(tmp_path, capsys):
     path = recipe_file(tmp_path)
     method = method_of(path)
@@ -139,15 +161,23 @@ def test_a_file_of_another_shape_is_refused_in_one_line(tmp_path, damage, compla
 def test_what_is_no_encoder_is_refused_in_one_line(tmp_path):
     (tmp_path / "text.safetensors").write_text("no tensors")
     (tmp_path / "text.pth").write_text("no tensors")
+    (tmp_path / "word.pth").write_text("hello")
+    (tmp_path / "empty.pth").write_text("")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("")
     torch.save({"model": {}, "args": load_recipe("vitb16_mae")}, tmp_path / "objects.pth")
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "other.pth")
     for name, complaint in (
         ("text.safetensors", "cannot be read"),
-        ("text.pth", "more than tensors|cannot be read"),
+        ("text.pth", "cannot be read: damaged, or no file that torch.save wrote"),
+        ("word.pth", "cannot be read: damaged, or no file that torch.save wrote"),
+        ("empty.pth", "cannot be read: damaged, or no file that torch.save wrote"),
+        ("out", r"is a folder and no run; give the file in it, .*out/model.safetensors"),
         ("objects.pth", "holds more than tensors"),
         ("other.pth", "no patch_embed.proj.weight in it"),
         ("nothing", "no such run directory or file"),
-        (".", "no run directory"),
+        ("bare", "no run directory"),
     ):
         with pytest.raises(UserError, match=complaint) as refusal:
             load_encoder(tmp_path / name)
