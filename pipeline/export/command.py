@@ -1,7 +1,7 @@
 """`python -m pipeline export`: a run's weights as a folder for another library.
 
 Invariant: OUT is whole and checked, or it is not there. The folder is written and checked under another name,
-and renamed at last; one that fails its check is removed.
+and renamed at last; one that fails its check is removed. Nothing is removed that an export did not write.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, some
 from pipeline.export.card import card, recorded
 from pipeline.export.official_file import OFFICIAL, OFFICIAL_VIT
 from pipeline.export.onnx_file import ONNX
@@ -21,14 +21,17 @@ from pipeline.export.timm_folder import TIMM
 from pipeline.export.transformers_folder import HF, HF_MAE
 from pipeline.export.vit import Vit
 from pipeline.finetune.trained import load_classifier
+from pipeline.train.checkpoint import describe
 from pipeline.trained import is_classifier, load_run
+from pipeline.whole_file import read_json
 
 TARGETS = {"timm": TIMM, "hf": HF, "hf-mae": HF_MAE, "official": OFFICIAL, "onnx": ONNX}
 OF_CLASSIFIERS = {"timm": TIMM, "official": OFFICIAL_VIT, "onnx": ONNX}
 TOLERANCE = 1e-5
 """Largest relative difference of an export's tokens or logits from ours, in fp32."""
 ABOUT = "export.json"
-PARTIAL = ".partial"
+"""An export's format, check, and files with their digests; empty while it is being written."""
+PARTIAL, OLD = ".partial", ".old.partial"
 
 
 def export(
@@ -44,11 +47,13 @@ def export(
     """Write the newest checkpoint of `run` to the folder `out`; returns a sentence about it.
 
     target: one of TARGETS. encoder_only: without the decoder, which only `official` can leave out. ema: the
-    weights' moving average. overwrite: replace an earlier export. results: files of JSON for the model card.
-    UserError where the format cannot hold the method, or the check fails.
+    weights' moving average. overwrite: replace an earlier export that nobody has changed. results: files of
+    JSON for the model card. UserError where the format cannot hold the method, or the check fails.
     """
     if encoder_only and target == "hf-mae":
         raise UserError("--encoder-only: hf-mae is the format with the decoder; the encoder alone is hf")
+    if out.is_symlink():
+        out = out.resolve()
     _check_out(out, overwrite)
     if is_classifier(run):
         chosen, trained = _of_classifiers(target, encoder_only), load_classifier(run, ema)
@@ -57,14 +62,14 @@ def export(
         trained = load_run(run, ema)
     vit = _vit(trained, target)
     found = recorded(run, trained, chosen, ema, results)
-    partial = out.with_name(out.name + PARTIAL)
+    partial = _cleared(out, PARTIAL)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-        partial.mkdir()
-        difference = _write(trained, chosen, target, ema, partial)
+        partial.mkdir(parents=True)
+        (partial / ABOUT).touch()
+        difference = _write(trained, chosen, target, partial)
         (partial / "README.md").write_text(card(found, difference))
-        _publish(partial, out)
+        about = {"format": target, "method": vit.origin, "step": trained.step, "ema": ema}
+        _publish(partial, out, about | {"difference": difference})
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{out}: cannot be written: {_reason(error)}; make room or give another place"
@@ -88,6 +93,33 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: is there and is no export; give the name of a new folder")
     if not overwrite:
         raise UserError(f"{out}: holds an export; give another folder, or --overwrite to replace it")
+    if changed := _changed(out):
+        raise UserError(
+            f"{out}: holds what no export wrote, or what was changed since: {some(changed)}; --overwrite "
+            "would remove it: move it away, or give another folder"
+        )
+
+
+def _changed(out: Path) -> list[str]:
+    """What in an export's folder is not as the export wrote it."""
+    about = read_json(out / ABOUT)
+    written = about.get("files") if isinstance(about, dict) else None
+    written = written if isinstance(written, dict) else {}
+    found = describe(out, [path.name for path in out.iterdir() if path.name in written and path.is_file()])
+    there = sorted({path.name for path in out.iterdir()} - {ABOUT})
+    return [name for name in there if name not in found or found[name] != written[name]]
+
+
+def _cleared(out: Path, suffix: str) -> Path:
+    """A name beside `out` that is free, now that what a killed export left there is removed. UserError where
+    something else has it."""
+    path = out.with_name(out.name + suffix)
+    if os.path.lexists(path):
+        left = path.is_dir() and not path.is_symlink()
+        if not left or (any(path.iterdir()) and not (path / ABOUT).is_file()):
+            raise UserError(f"{path}: is in the way, and no export left it; move it away")
+        shutil.rmtree(path)
+    return path
 
 
 def _of_classifiers(target: str, encoder_only: bool) -> Target:
@@ -113,7 +145,7 @@ def _vit(trained: Exportable, target: str) -> Vit:
         ) from None
 
 
-def _write(trained: Exportable, chosen: Target, name: str, ema: bool, folder: Path) -> float:
+def _write(trained: Exportable, chosen: Target, name: str, folder: Path) -> float:
     try:
         chosen.write(trained, folder)
     except RuntimeError as error:  # torch's own, of the storage, too
@@ -127,15 +159,6 @@ def _write(trained: Exportable, chosen: Target, name: str, ema: bool, folder: Pa
             f"--format {name}: loaded again, its outputs differ from ours by {difference:.1e} of the "
             f"largest, and {TOLERANCE:.0e} is allowed; removed"
         )
-    about = {
-        "format": name,
-        "method": trained.vit.origin,
-        "step": trained.step,
-        "ema": ema,
-        "files": sorted(path.name for path in folder.iterdir()),
-        "difference": difference,
-    }
-    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     return difference
 
 
@@ -144,15 +167,17 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _publish(partial: Path, out: Path) -> None:
+def _publish(partial: Path, out: Path, about: dict) -> None:
+    names = sorted({path.name for path in partial.iterdir()} - {ABOUT})
+    about["files"] = describe(partial, names)
+    (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    describe(partial, [ABOUT])
     for path in partial.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+        path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes its files for their owner alone
     if out.exists():
-        aside = out.with_name(out.name + ".old" + PARTIAL)
-        shutil.rmtree(aside, ignore_errors=True)
-        out.rename(aside)
+        old = _cleared(out, OLD)
+        out.rename(old)
         partial.rename(out)
-        shutil.rmtree(aside)
+        shutil.rmtree(old)
     else:
         partial.rename(out)

@@ -1,6 +1,7 @@
 """Each format is loaded by its library as its model card says, with our features; nothing else is kept."""
 
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -128,20 +129,68 @@ def test_lomar_is_refused_where_its_positions_cannot_be_held(tmp_path, target, c
 def test_what_is_there_is_not_overwritten_without_being_told(mae, tmp_path, capsys):
     out, arguments = tmp_path / "out", ["export", str(mae), str(tmp_path / "out"), "--format", "timm"]
     assert main(arguments) == 0
-    (out / "mine.txt").write_text("")
     assert main(arguments) == 2 and "--overwrite to replace it" in capsys.readouterr().err
-    assert (out / "mine.txt").exists()
     assert main([*arguments, "--overwrite"]) == 0
-    assert sorted(p.name for p in out.iterdir()) == [
-        "README.md",
-        "config.json",
-        "export.json",
-        "model.safetensors",
-    ]
+    written = ["README.md", "config.json", "export.json", "model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == written
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
     (out / "export.json").unlink()
     assert main([*arguments, "--overwrite"]) == 2 and "is no export" in capsys.readouterr().err
+
+
+def test_overwrite_removes_nothing_that_the_export_did_not_write(mae, tmp_path, capsys):
+    out, arguments = tmp_path / "out", ["export", str(mae), str(tmp_path / "out"), "--format", "timm"]
+    assert main(arguments) == 0
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(card.replace("**to be filled in** by", "CC0, by"))
+    (out / "notes").mkdir()
+    assert main([*arguments, "--overwrite"]) == 2
+    said = capsys.readouterr().err
+    assert "changed since: README.md, notes; --overwrite would remove it" in said and said.count("\n") == 1
+    assert "CC0, by" in (out / "README.md").read_text() and (out / "notes").is_dir()
+    (out / "notes").rmdir()
+    (out / "README.md").unlink()
+    assert main([*arguments, "--overwrite"]) == 0 and (out / "README.md").is_file()
+    for damaged in ("{", "[]", '{"files": ["README.md"]}'):
+        (out / "export.json").write_text(damaged)
+        assert main([*arguments, "--overwrite"]) == 2 and (out / "README.md").is_file()
+
+
+@pytest.mark.parametrize("name", ["out.partial", "out.old.partial"])
+def test_only_what_a_killed_export_left_is_cleared_away(mae, tmp_path, capsys, name):
+    arguments = ["export", str(mae), str(tmp_path / "out"), "--format", "timm", "--overwrite"]
+    assert main(arguments) == 0
+    mine = tmp_path / name / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"{mine.parent}: is in the way, and no export left it" in said and said.count("\n") == 1
+    assert mine.read_text() == "mine"
+    (mine.parent / "export.json").touch()
+    assert main(arguments) == 0 and not mine.parent.exists()
+
+
+def test_a_link_is_followed(mae, tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "disk")
+    for more in ([], ["--overwrite"]):
+        assert main(["export", str(mae), str(link), "--format", "timm", *more]) == 0
+        assert link.is_symlink() and (tmp_path / "disk" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+@pytest.mark.parametrize("target", ["timm", "hf-mae"])
+def test_whoever_may_read_the_folder_may_read_its_files(mae, tmp_path, target):
+    before = os.umask(0o027)
+    try:
+        assert main(["export", str(mae), str(tmp_path / "out"), "--format", target]) == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
 
 
 @pytest.mark.parametrize(

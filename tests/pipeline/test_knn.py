@@ -163,7 +163,7 @@ def test_few_labels_are_a_share_of_every_class(labelled_sets, kept_environment):
     [
         (["--resize", "20"], "--resize 20: holds no square of 24 px"),
         (["--k", "61"], "--k 61: there are 60 training images"),
-        (["--image-size", "8"], "--image-size 8: --weights pixels:24 has its own; leave one of them out"),
+        (["--image-size", "8"], "--image-size 8: --weights pixels:24 has a size; leave one out"),
         (["--pool", "mean"], "--pool mean: pixels have no tokens; leave it out"),
         (["--weights", "pixels:no"], "--weights pixels:no: expected pixels:SIZE"),
         (["--weights", "runs/nothing"], "--weights runs/nothing: no such run directory or file"),
