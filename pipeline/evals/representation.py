@@ -77,9 +77,7 @@ def representation(weights: str, image_size: int | None, pool: Pool) -> Represen
         if pool != "class_token":
             raise UserError(f"--pool {pool}: pixels have no tokens; leave it out")
         if given and image_size:
-            raise UserError(
-                f"--image-size {image_size}: --weights {weights} has its own; leave one of them out"
-            )
+            raise UserError(f"--image-size {image_size}: --weights {weights} has a size; leave one out")
         size = given or str(image_size or PIXELS_SIZE)
         if not size.isdecimal() or int(size) < 1:
             raise UserError(f"--weights {weights}: expected pixels:SIZE, for example pixels:32")
