@@ -34,7 +34,7 @@ def build_shards(
     Raises UserError (source or disk), BuildStopped (a worker was killed, or this process was told to stop).
     """
     numbers = list(numbers)
-    workers = max(1, min(workers, len(numbers)))
+    workers = min(workers, len(numbers))
     context = multiprocessing.get_context("fork")  # the plan of millions of samples is shared, not sent
     connections: list[Connection] = []
     processes = []

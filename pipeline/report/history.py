@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.columns import NO_LOSS, read_lines
 from pipeline.errors import UserError
-from pipeline.recipe_file import flat
+from pipeline.recipe_file import flat, tree_of
 
 METRICS = "metrics.jsonl"
 
@@ -108,9 +108,10 @@ def read_history(run: Path) -> History:
         raise UserError(f"{run}: no run directory (no {METRICS}); `python -m pipeline pretrain` makes one")
     lines = logged(run)
     try:
-        starts = json.loads((run / "environment.json").read_text())["starts"]
+        starts = [_start(facts) for facts in json.loads((run / "environment.json").read_text())["starts"]]
         recipe_text = (run / "recipe.yaml").read_text()
-    except (OSError, ValueError, KeyError) as error:
+        tree_of(run / "recipe.yaml")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run}: cannot be read as a run directory: {error}") from None
     trained = [line for line in lines if "event" not in line]
     if not trained:
@@ -121,7 +122,7 @@ def read_history(run: Path) -> History:
         lines=trained,
         returns=[event for event in events if event["event"] == "return"],
         stop=next((event for event in events if event["event"] == "stop"), None),
-        starts=[_start(start) for start in starts],
+        starts=starts,
         recipe_text=recipe_text,
         pictures=sorted((run / "reconstructions").glob("step-*.png")),
     )

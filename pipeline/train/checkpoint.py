@@ -32,7 +32,7 @@ from pipeline.errors import AgreedError
 from pipeline.sections import TrainSection
 from pipeline.train import engine
 from pipeline.train.average import Average
-from pipeline.train.distributed import World, from_rank_0, gathered
+from pipeline.train.distributed import World, agreed, from_rank_0, gathered
 from pipeline.whole_file import write_whole
 
 STATE = "state.json"
@@ -71,10 +71,9 @@ def save(
             return [result for result, _ in results]
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        before = "The one before is whole" if steps_of(directory) else "There is none before it"
         raise AgreedError(
             f"{directory}: the checkpoint of step {step} cannot be written: {failures[0]}"
-            f"{_free(directory.parent)}. {before}: make room and start again"
+            f"{_free(directory.parent)}. {_before(directory)}: make room and start again"
         )
 
     alone = world.rank == 0
@@ -97,7 +96,8 @@ def newest_whole(directory: Path, rank: int = 0, world_size: int = 1, only: str 
     perhaps be saved.
     """
     latest = directory / LATEST
-    steps, named = from_rank_0((steps_of(directory), latest.exists()) if rank == 0 else None)
+    found = agreed(lambda: (steps_of(directory), latest.exists()) if rank == 0 else None)
+    steps, named = from_rank_0(found)
     if named and not steps:
         raise AgreedError(
             f"{latest}: names a checkpoint, and there is none; put it back, or remove {latest} to begin anew"
@@ -128,9 +128,13 @@ def name_of(step: int) -> str:
 
 
 def steps_of(directory: Path) -> list[int]:
-    """Steps that have a checkpoint of the final name, oldest first."""
-    found = (NAME.fullmatch(path.name) for path in directory.glob("step-*"))
-    return sorted(int(match[1]) for match in found if match)
+    """Steps that have a checkpoint of the final name, oldest first. OSError where the directory is there and
+    cannot be read."""
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(match[1]) for match in map(NAME.fullmatch, names) if match)
 
 
 def files_of(checkpoint: Path) -> list[str]:
@@ -271,6 +275,13 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)  # a reader on NFS may hold a file; the next start tries again
+
+
+def _before(directory: Path) -> str:
+    try:
+        return "The one before is whole" if steps_of(directory) else "There is none before it"
+    except OSError:  # the storage answers no more
+        return "Those before were not touched"
 
 
 def _free(place: Path) -> str:

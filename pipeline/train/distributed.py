@@ -62,8 +62,9 @@ def find_world() -> World:
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         env.setdefault("MASTER_PORT", str(_free_port()))
     env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    port = _number("MASTER_PORT")
     if size > local_size and "GLOO_SOCKET_IFNAME" not in env:
-        interface = _interface_towards(env["MASTER_ADDR"], _number("MASTER_PORT"))
+        interface = _interface_towards(env["MASTER_ADDR"], port)
         if interface:  # Gloo would take the one that the host's name stands for, often the loopback
             env["GLOO_SOCKET_IFNAME"] = interface
 

@@ -18,11 +18,12 @@ from pathlib import Path
 import ninja
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
-from pipeline.errors import Diverged, UserError
+from pipeline.errors import Diverged, StoppedEarly, UserError
 from pipeline.learner import Learner
 from pipeline.train import elastic
 from pipeline.train.average import Average
@@ -39,6 +40,7 @@ with redirect_stdout(sys.stderr):  # what it logs, now and later: stdout is for 
     from deepspeed.ops.op_builder import CPUAdamBuilder
     from deepspeed.ops.op_builder.builder import OpBuilder
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.utils import logger
 
 Engine = deepspeed.DeepSpeedEngine
@@ -68,6 +70,12 @@ def connect(timeout_minutes: float) -> None:
     waiting.start()
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    except dist.DistNetworkError as error:
+        where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        raise StoppedEarly(
+            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}. If another run has the port, "
+            "give this one its own: deepspeed --master_port N, or MASTER_PORT=N"
+        ) from error
     finally:
         waiting.cancel()
     if get_accelerator().device_name() == "cpu":
@@ -77,6 +85,20 @@ def connect(timeout_minutes: float) -> None:
         )
         # DeepSpeed leaves them, 66 MiB of memory a rank and run, for as long as the machine is up.
         Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def check_config(config: dict) -> None:
+    """UserError where DeepSpeed does not take a value of the configuration."""
+    try:
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}, got {first['input']!r}"
+    except ValueError as error:
+        wrong = str(error)
+    else:
+        return
+    raise UserError(f"--deepspeed_config: DeepSpeed does not take a value in it: {wrong}")
 
 
 def build_engine(recipe: TrainingRecipe, learner: Learner, config: dict, device: torch.device) -> Engine:
@@ -114,7 +136,8 @@ def cpu_adam_fault() -> str | None:
 def _say_connecting() -> None:
     if os.environ["RANK"] == "0":
         where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
-        print(f"still connecting at {where}: not all ranks have come", file=sys.stderr, flush=True)
+        what = "not all ranks have come, or another process still compiles DeepSpeed's operations"
+        print(f"still connecting at {where}: {what}", file=sys.stderr, flush=True)
 
 
 def _say_if_compiled(operation: OpBuilder) -> None:

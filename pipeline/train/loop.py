@@ -68,6 +68,7 @@ def _train(
     engine.connect(recipe.engine.timeout_minutes)
     stopping.connect(recipe.engine.timeout_minutes)
     unchecked = agreed(lambda: reader.check_bytes(world.rank, world.size))
+    agreed(lambda: engine.check_config(config))
     agreed(lambda: engine.check_precision(recipe))
     agreed(lambda: held.enter_context(run_directory.begun(run, recipe)) if world.rank == 0 else None)
     patience = 60 * recipe.engine.timeout_minutes

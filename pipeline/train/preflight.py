@@ -20,7 +20,7 @@ from pipeline.data.reader import ShardReader
 from pipeline.errors import AgreedError, StoppedEarly, Unanswered, UserError
 from pipeline.plan import checkpoint_bytes
 from pipeline.train import checkpoint, engine, run_directory
-from pipeline.train.distributed import World, find_world, from_rank_0, gathered, leave, node_name
+from pipeline.train.distributed import World, agreed, find_world, from_rank_0, gathered, leave, node_name
 from pipeline.train.engine_config import engine_config
 from pipeline.train.hardware import device_name
 from pipeline.train.task import Task
@@ -59,7 +59,7 @@ def preflight(
     mine = look(make_task, data, run, deepspeed_config, world)
     engine.connect(TIMEOUT_MINUTES)
     everyone = gathered(mine)
-    begun = from_rank_0(bool(checkpoint.steps_of(run / "checkpoints")))
+    begun = from_rank_0(agreed(lambda: bool(checkpoint.steps_of(run / "checkpoints"))))
     if any(rank.faults for rank in everyone):
         raise complaint(everyone, begun)
     _complain([(rank.node, _difference(rank, everyone[0])) for rank in everyone])

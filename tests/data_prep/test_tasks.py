@@ -31,6 +31,16 @@ def test_finalize_says_what_is_missing(image_folder, tmp_path, data_prep):
     assert data_prep("finalize", tmp_path / "nowhere").returncode == 2
 
 
+def test_of_more_tasks_than_shards_the_last_have_nothing_to_do(image_folder, tmp_path, data_prep):
+    out = tmp_path / "shards"
+    for index in range(4):
+        done = data_prep(
+            "folder", image_folder, out, "--shard-size", 100, "--task-index", index, "--num-tasks", 4
+        )
+        assert done.returncode == 0, done.stderr
+    assert data_prep("finalize", out).returncode == 0
+
+
 def test_a_task_index_without_a_number_of_tasks_is_refused(image_folder, tmp_path, data_prep):
     assert data_prep("folder", image_folder, tmp_path / "o", "--task-index", 1).returncode == 2
     done = data_prep("folder", image_folder, tmp_path / "o", "--task-index", 3, "--num-tasks", 3)

@@ -60,6 +60,13 @@ def test_a_deepspeed_config_that_contradicts_the_recipe(pretrain, tmp_path):
     assert f"{path}: train_batch_size is 7, the recipe's data.global_batch is 16" in message
 
 
+def test_a_value_that_deepspeed_does_not_take(pretrain, tmp_path):
+    path = tmp_path / "my.json"
+    path.write_text('{"zero_optimization": {"reduce_bucket_size": "many"}}')
+    message = pretrain("--deepspeed_config", path)
+    assert "--deepspeed_config: DeepSpeed does not take a value in it: reduce_bucket_size: " in message
+
+
 def test_a_data_directory_without_manifest(pretrain, tmp_path):
     (tmp_path / "data").mkdir()
     message = pretrain(data=tmp_path / "data")

@@ -101,6 +101,13 @@ def test_when_all_are_gone_nothing_is_begun_anew_unless_the_user_says_so(tmp_pat
     assert checkpoint.newest_whole(tmp_path) is None
 
 
+def test_a_directory_that_cannot_be_listed_is_no_empty_one(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.symlink_to(checkpoints)  # of a loop not even root learns what is in it
+    with pytest.raises(AgreedError, match="Too many levels of symbolic links"):
+        checkpoint.newest_whole(checkpoints)
+
+
 def test_a_run_that_comes_by_a_damaged_checkpoint_again_replaces_it(tmp_path):
     (write(tmp_path, 5) / "model.pt").unlink()
     replaced = write(tmp_path, 5, b"better")

@@ -168,3 +168,18 @@ def test_a_run_that_has_logged_nothing_is_an_error_in_a_line(tmp_path):
     (tmp_path / "recipe.yaml").write_text("{}")
     with pytest.raises(UserError, match="nothing is logged yet"):
         read_history(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("environment.json", "[]"),
+        ("environment.json", '{"starts": 3}'),
+        ("recipe.yaml", ""),
+        ("recipe.yaml", "3"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_an_error_in_a_line(run, name, content):
+    (run / name).write_text(content)
+    with pytest.raises(UserError, match=r"cannot be read as a run directory|recipe\.yaml"):
+        read_history(run)
