@@ -2,6 +2,8 @@
 
 import errno
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ def exit_code_of(command: Callable[[], None]) -> int:
     """Run a command; what it raises for the user becomes a line on stderr and an exit code."""
     try:
         command()
+        print(end="", flush=True)  # what cannot be written is found here
     except AgreedError as error:
         if not rank():
             print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
@@ -33,6 +36,9 @@ def exit_code_of(command: Callable[[], None]) -> int:
             print(f"pipeline: {stop}", file=sys.stderr, flush=True)
         return 75
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where the interpreter may flush what is left
+            return 128 + signal.SIGPIPE  # as of any other tool before `head`
         if error.errno not in REMEDIES:
             raise
         _let_rank_0_speak()
@@ -53,6 +59,13 @@ def _let_rank_0_speak() -> None:
     # All ranks usually find the same fault: rank 0 says it, and the launcher ends the others while they wait.
     if rank():
         time.sleep(10)
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def rank() -> int:

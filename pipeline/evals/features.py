@@ -1,8 +1,9 @@
 """Features of a shard set: extracted once, by all ranks, and kept.
 
 Invariant: every sample has one feature, in the order of the shard set, and batches are the same whatever the
-number of ranks; so features are, too. A file in the cache is whole, and its name is a digest of all that
-decides what is in it: weights, images, how they are cut and in which precision they are computed.
+number of ranks; so features are, too. A file of the cache is whole, by its checksum, and
+its name is a digest of all that decides what is in it: weights, images, how they are cut and in which
+precision they are computed.
 """
 
 import hashlib
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from pipeline.data.crops import resize_of
 from pipeline.data.evaluation import EvaluationLoader
@@ -27,6 +28,8 @@ from pipeline.whole_file import replacing
 
 Precision = Literal["fp32", "bf16"]
 BATCH = 128
+CHECKSUM = "sha256"
+"""In the metadata of a file of features."""
 INTERVAL = 10.0
 """Seconds between two lines of progress."""
 
@@ -70,7 +73,7 @@ class Extractor:
         """The features of a labelled set, complete on every rank. UserError, on all ranks, where an image of
         one cannot be read or decoded."""
         path = self.cache / f"{self._digest(reader)}.safetensors" if self.cache else None
-        kept = _read(path, reader.num_samples) if path else None
+        kept = _read(path) if path else None
         if all(gathered(kept is not None)):
             return kept
         values, labels = agreed(lambda: self._part(reader))
@@ -118,14 +121,19 @@ class Extractor:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _read(path: Path, samples: int) -> Features | None:
-    """None where there is no such file, or none that can be read."""
+def _read(path: Path) -> Features | None:
+    """None where there is no such file; and where it cannot be read or is damaged, which is said."""
     try:
-        content = load_file(path)
-        found = Features(content["values"], content["labels"])
-    except (OSError, SafetensorError, KeyError):
+        with safe_open(path, "pt") as file:
+            found = Features(*map(file.get_tensor, Features._fields))
+            if (file.metadata() or {}).get(CHECKSUM) == _checksum(found):
+                return found
+    except FileNotFoundError:
         return None
-    return found if len(found.values) == len(found.labels) == samples else None
+    except (OSError, SafetensorError):
+        pass
+    say(f"{path}: cannot be read, or is damaged: its features are extracted again")
+    return None
 
 
 def _write(path: Path, features: Features) -> bool:
@@ -133,8 +141,15 @@ def _write(path: Path, features: Features) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as new:
-            save_file(features._asdict(), new)
+            save_file(features._asdict(), new, {CHECKSUM: _checksum(features)})
     except (OSError, SafetensorError) as error:
         say(f"features are not kept: {path.parent} cannot be written: {error}")
         return False
     return True
+
+
+def _checksum(features: Features) -> str:
+    found = hashlib.sha256()
+    for rows in features:
+        found.update(rows.contiguous().numpy())
+    return found.hexdigest()

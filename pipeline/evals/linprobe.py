@@ -29,6 +29,7 @@ from pipeline.evals.heads import Heads
 from pipeline.evals.labelled import check_bytes, open_labelled
 from pipeline.evals.probe_recipe import ProbeRecipe
 from pipeline.evals.representation import Representation, representation
+from pipeline.recipe_file import load
 from pipeline.train import checkpoint, run_directory, wandb_run
 from pipeline.train.distributed import agreed, gathered_rows, joined
 from pipeline.train.hardware import device_name, memory_gib
@@ -66,7 +67,7 @@ def linprobe(
         recipe = _resolved(recipe, model)
         data = recipe.data
         agreed(lambda: wandb_run.check(recipe))
-        agreed(lambda: run_directory.check(run, recipe))
+        agreed(lambda: _check(run, recipe))
         sets = agreed(lambda: open_labelled(train, val, data))
         check_bytes(world, data=sets.train, val=sets.val)
         held_out = agreed(lambda: ShardReader(train, data, "held_out") if data.holdout else None)
@@ -224,6 +225,21 @@ def format_probe(result: dict) -> str:
         mark = "  <- chosen" if row["base_lr"] == result["chosen"] else ""
         lines.append(f"{row['base_lr']:8g}  " + "   ".join(cells) + mark)
     return "\n".join(lines)
+
+
+def _check(run: Path, recipe: ProbeRecipe) -> None:
+    """UserError where `run` is there and no run of this recipe, or of one of another length."""
+    run_directory.check(run, recipe)
+    if not (run / "recipe.yaml").is_file():
+        return
+    changed = load(ProbeRecipe, run / "recipe.yaml").differences(recipe)
+    for key in ("train.epochs", "train.steps"):
+        if key in changed:
+            was, now = changed[key]
+            raise UserError(
+                f"--run {run}: {key} was {was}, is {now}; rates fall towards the end, so another length "
+                "is another probe: give a new directory"
+            )
 
 
 def _resolved(recipe: ProbeRecipe, model: Representation) -> ProbeRecipe:

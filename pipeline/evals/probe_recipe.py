@@ -76,6 +76,8 @@ class ProbeRecipe(RecipeFile):
                 "data.holdout: is 0, so there is nothing by which to choose from several probe.base_lrs; "
                 "give a share of the training set, or one learning rate"
             )
+        if self.data.global_batch < 2:
+            raise ValueError("data.global_batch: features are normalised over the batch, so 2 at least")
         for key, given in {
             "data.sources": self.data.sources,
             "data.trace": self.data.trace,

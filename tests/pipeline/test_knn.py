@@ -7,6 +7,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.__main__ import main
@@ -70,8 +71,31 @@ def test_features_are_extracted_once_and_are_those_of_the_images(labelled_sets, 
     extract(ShardReader(labelled_sets[1]))
     Extractor(model, ALONE, resize=20, batch=7, cache=tmp_path / "cache")(reader)
     assert len(list((tmp_path / "cache").iterdir())) == 3  # other images, or cut otherwise: others
-    kept.write_bytes(kept.read_bytes()[:-100])
-    assert torch.equal(extract(reader).values, features.values) and len(kept.read_bytes()) > 100
+
+
+@pytest.mark.parametrize("damage", ["cut short", "a value", "a label", "its head", "another's"])
+def test_damaged_features_are_extracted_again_and_said(labelled_sets, tmp_path, capsys, damage):
+    reader = ShardReader(labelled_sets[0])
+    extract = Extractor(representation("pixels:16", None, "class_token"), ALONE, resize=16, cache=tmp_path)
+    features = extract(reader)
+    (kept,) = tmp_path.iterdir()
+    written = kept.read_bytes()
+    if damage == "cut short":
+        kept.write_bytes(written[:-100])
+    elif damage == "another's":
+        save_file(Features(features.values[:1], features.labels[:1])._asdict(), kept)
+    else:
+        data = bytearray(written)
+        labels = written.index(features.labels.numpy().tobytes())
+        data[{"a value": -1, "a label": labels, "its head": 3}[damage]] ^= 1
+        kept.write_bytes(data)
+    again = extract(reader)
+    assert torch.equal(again.values, features.values) and torch.equal(again.labels, features.labels)
+    said = capsys.readouterr().err
+    assert (
+        said == f"{kept}: cannot be read, or is damaged: its features are extracted again\n"
+        and kept.read_bytes() == written
+    )
 
 
 @pytest.mark.parametrize("place", ["a file in its way", "a full disk"])

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from pipeline.data.reader import ShardReader
+from pipeline.errors import UserError
 from pipeline.evals.features import Extractor, Features
 from pipeline.evals.feeds import KeptFeatures, RandomCrops
 from pipeline.evals.heads import Heads
-from pipeline.evals.linprobe import _judge, format_probe
+from pipeline.evals.linprobe import _check, _judge, format_probe
 from pipeline.evals.probe_recipe import load_probe_recipe
 from pipeline.evals.representation import representation
 from pipeline.train.distributed import World
@@ -72,6 +73,17 @@ def test_both_feeds_take_the_samples_of_the_streams_positions(labelled_sets, tmp
             assert torch.equal(labels, whole.labels[samples])
             assert torch.equal(labels, torch.cat([crops.next().labels for _ in range(2)]))
         crops.close()
+
+
+def test_a_probe_of_another_length_is_another_probe(tmp_path):
+    given = {"probe": {"weights": "pixels:24"}}
+    begun, longer = (load_probe_recipe({**given, "train": {"epochs": epochs}}) for epochs in (60, 90))
+    (tmp_path / "recipe.yaml").write_text(begun.to_yaml())
+    _check(tmp_path, begun)
+    with pytest.raises(
+        UserError, match=r"train.epochs was 60.0, is 90.0; .* another length is another probe"
+    ):
+        _check(tmp_path, longer)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def test_an_override_leaves_the_rest_of_the_protocol_as_it_is():
     ("overrides", "complaint"),
     [
         (["data.holdout=0"], "data.holdout: is 0"),
+        (["data.global_batch=1"], "data.global_batch: .* so 2 at least"),
         (["probe.base_lrs=[0.1, 0.1]"], "probe.base_lrs: .* different"),
         (["data.crops_per_image=2"], "data.crops_per_image: is not for a probe"),
         (["data.max_replaced=3"], "data.max_replaced: is not for a probe"),
