@@ -7,7 +7,7 @@
 #     DATA, RUN      shard set and run directory (below)
 #     METHOD         emae (default), efficient_mae, mae, lomar
 #     RECIPE         a recipe's name or file, instead of vith14_METHOD
-#     SETS           keys of the recipe to replace: SETS="train.epochs=100 engine.micro_batch=32"
+#     SETS           keys of the recipe to replace: SETS="train.epochs=100 data.crop_scale=[0.35,1.0]" (no spaces)
 #     SHARDMAE       this repository, where you don't submit from there
 # sbatch's options replace those below: sbatch --nodes=8 --time=48:00:00 slurm/pretrain_vith.sh. On a cluster without
 # GPUs: --gres=none. Site settings (partition, account, modules, container) are in slurm/site.env.

@@ -17,6 +17,7 @@ state.json. So a checkpoint with that name is whole, whenever the run was killed
 later is found out before anything is read from it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -73,7 +74,7 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
         raise AgreedError(
             f"{directory}: the checkpoint of step {step} cannot be written: {failures[0]}"
-            f"{_free(directory.parent)}. {_before(directory)}: make room and start again"
+            f"{_free(directory.parent)}. {_before(directory)}: {_remedy(failures[0])} and start again"
         )
 
     alone = world.rank == 0
@@ -132,7 +133,7 @@ def steps_of(directory: Path) -> list[int]:
     cannot be read."""
     try:
         names = os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
     return sorted(int(match[1]) for match in map(NAME.fullmatch, names) if match)
 
@@ -275,6 +276,11 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)  # a reader on NFS may hold a file; the next start tries again
+
+
+def _remedy(failure: str) -> str:
+    full = any(os.strerror(number) in failure for number in (errno.ENOSPC, errno.EDQUOT))
+    return "make room" if full else "mend the storage"
 
 
 def _before(directory: Path) -> str:

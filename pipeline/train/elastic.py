@@ -29,6 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from pipeline.errors import AgreedError, some
+
 WEIGHT, AVERAGE = "fp32", "ema"
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -126,12 +128,16 @@ def numbers(model) -> dict:
 def load(model, paths: list[Path], numbers: dict, averages: list[torch.Tensor]) -> None:
     """Take weights, optimiser state, averages and numbers from what `save` wrote, whoever the writers were.
 
-    ValueError where the parameters are not the model's.
+    AgreedError, on every rank, where the parameters are not the model's.
     """
     saved = Saved(paths)
     trained = {name for flat in flats(model) for name in flat.names}
     if trained != saved.names:
-        raise ValueError(f"other parameters than the model's: {', '.join(sorted(trained ^ saved.names)[:3])}")
+        others = some(sorted(trained ^ saved.names))
+        raise AgreedError(
+            f"{paths[0].parent}: holds other parameters than the recipe's model: {others}; put the run's own "
+            "checkpoints back"
+        )
     optimizer, scaler = model.basic_optimizer, _scaler(model)
     steps = numbers["optimizer_steps"]
     in_tensors = not hasattr(optimizer, "ds_opt_adam")  # CPUAdam counts its steps in integers

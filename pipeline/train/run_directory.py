@@ -156,7 +156,7 @@ def describe(run: Path, recipe: TrainingRecipe, data: list[dict], **start: objec
     path = run / "environment.json"
     try:
         starts = json.loads(path.read_text())["starts"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         starts = []
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -8,19 +8,22 @@ run, and on however many ranks it was continued.
 """
 
 import hashlib
+import re
 from pathlib import Path
 
 import torch
 
 from pipeline.whole_file import write_whole
 
+LINE = re.compile(r"(\d+) .+\n")
+
 
 def take_back(run: Path, step: int) -> None:
     """Remove what any rank wrote from `step` on, also those that are gone; rank 0 calls it, before the others
     open their files."""
     for path in (run / "samples").glob("*rank-*.txt"):
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and int(line.split(" ", 1)[0]) < step]
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if (found := LINE.fullmatch(line)) and int(found[1]) < step]
         write_whole(path, "".join(kept))
 
 

@@ -106,6 +106,9 @@ def test_a_directory_that_cannot_be_listed_is_no_empty_one(tmp_path):
     checkpoints.symlink_to(checkpoints)  # of a loop not even root learns what is in it
     with pytest.raises(AgreedError, match="Too many levels of symbolic links"):
         checkpoint.newest_whole(checkpoints)
+    (tmp_path / "file").touch()
+    with pytest.raises(AgreedError, match="Not a directory"):
+        checkpoint.newest_whole(tmp_path / "file")
 
 
 def test_a_run_that_comes_by_a_damaged_checkpoint_again_replaces_it(tmp_path):
@@ -119,7 +122,7 @@ def test_a_first_checkpoint_that_finds_no_place_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("no directory")
     world = World(0, 1, 0, 1, torch.device("cpu"), 1)
     with pytest.raises(
-        AgreedError, match=r"checkpoint of step 4 cannot be written: .*GiB are free.*none bef"
+        AgreedError, match=r"checkpoint of step 4 cannot be written: .*GiB are free.*: mend the storage"
     ):
         checkpoint.save(None, None, tmp_path / "checkpoints", 4, {}, TrainSection(steps=4), world)
 

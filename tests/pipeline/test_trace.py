@@ -39,11 +39,11 @@ def test_after_any_history_of_world_sizes_the_trace_is_an_undisturbed_ranks(tmp_
         assert lines(run, kind) == lines(undisturbed, kind)
 
 
-def test_a_line_that_a_kill_cut_off_is_taken_back(tmp_path):
+def test_a_line_that_a_kill_cut_off_is_taken_back_and_so_is_what_is_none(tmp_path):
     write(tmp_path, 0, 1, 0, 3)
     for name in ("rank-0.txt", "pixels-rank-0.txt"):
         with open(tmp_path / "samples" / name, "a") as file:
-            file.write("2 2.")
+            file.write("\n\x00\x00 2\n2 2.")
     take_back(tmp_path, 3)
     assert len(lines(tmp_path, "rank")) == len(lines(tmp_path, "pixels-rank")) == 18
 
