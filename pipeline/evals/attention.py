@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from timm.layers import Attention
 from torch import nn
+from tqdm import tqdm
 
 from pipeline.evals.canvas import Column, Scale, heat, sheet
 from pipeline.evals.encoder import ImageEncoder
@@ -20,7 +21,8 @@ MOST_HEADS = 6
 
 def picture(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tuple[Image.Image, str]:
     """Attention maps for photographs (B, 3, S, S) of the encoder's image size; and how many, in words."""
-    heads, rollout = class_attention(encoder, batch)
+    each = [class_attention(encoder, one) for one in tqdm(batch.split(1), "attention", delay=5, leave=False)]
+    heads, rollout = (torch.cat(maps) for maps in zip(*each, strict=True))
     grid = encoder.image_size // encoder.patch_size
     maps = {"rollout": rollout, "last layer, mean": heads.mean(dim=1)}
     maps |= {f"head {h + 1}": heads[:, h] for h in range(min(heads.shape[1], MOST_HEADS))}

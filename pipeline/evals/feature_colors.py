@@ -7,6 +7,7 @@ a colour means the same in each; beside it those of each photograph alone, which
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from pipeline.evals.canvas import Column, enlarged, sheet
 from pipeline.evals.encoder import ImageEncoder
@@ -18,7 +19,8 @@ def picture(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tu
     """Colours of the patches of photographs (B, 3, S, S) of the encoder's image size; and what they explain
     of the features, in a sentence."""
     with torch.inference_mode():
-        features = encoder(batch)[:, 1:]
+        each = [encoder(one)[:, 1:] for one in tqdm(batch.split(1), "features", delay=5, leave=False)]
+        features = torch.cat(each)
     together, share = main_directions(features.flatten(0, 1))
     alone = torch.stack([main_directions(one)[0] for one in features])
     grid, side = encoder.image_size // encoder.patch_size, batch.shape[-1]

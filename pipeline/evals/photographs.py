@@ -11,31 +11,58 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.data.reader import ShardReader
-from pipeline.errors import UserError
+from pipeline.errors import UserError, some
 from pipeline.sections import DataSection
+from pipeline.train.distributed import say
 
 
-def load_photographs(places: Sequence[Path], count: int, data: DataSection, size: int) -> torch.Tensor:
+def open_photographs(places: Sequence[Path], count: int) -> list[Image.Image]:
     """The first `count` images of files, and of folders and what is below, by name and one of each sub-folder
-    in turn: (B, 3, size, size) float32, normalised.
+    in turn: upright, in RGB.
 
-    Files in folders that are no images are passed over. UserError where none is left, and for a file that was
-    named and is none.
+    Files in folders that are no images are passed over, and damaged images too, which is said. UserError
+    where none is left, and for a file that was named and is none.
     """
     paths = [path for place in places for path in (_files_below(place) if place.is_dir() else [place])]
     images: list[Image.Image] = []
+    damaged = []
     for path in paths:
         if len(images) == count:
             break
         try:
             with Image.open(path) as image:
-                images.append(ImageOps.exif_transpose(image).convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                images.append(as_rgb(ImageOps.exif_transpose(image)))
+        except (
+            UnidentifiedImageError,
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:
             if path in places:
                 raise UserError(f"--images {path}: is no image that can be read") from None
+            if path.suffix.lower() in Image.registered_extensions():
+                damaged.append(f"{path} ({str(error).splitlines()[0]})")
+    if damaged:
+        say(f"--images: passed over, as it cannot be read: {some(damaged)}")
     if not images:
         raise UserError(f"--images {', '.join(map(str, places))}: no image there that can be read")
-    return as_batch(images, data, size)
+    return images
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """As data_prep builds it into shards: grey of more than 8 bits by its full range, float from 0 to 1 where
+    it stays inside, and what is transparent on white. ValueError where a pixel is not finite."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("pixels that are not finite")
+        top = 1 if image.mode == "F" and values.max() <= 1 else 255 if values.max() <= 255 else 65535
+        image = Image.fromarray(np.clip(np.rint(values / top * 255), 0, 255).astype(np.uint8))
+    elif image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def _files_below(folder: Path) -> list[Path]:

@@ -3,7 +3,8 @@
 Each kind of picture has a file of its own beside this one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from PIL import Image
 from pipeline.errors import UserError
 from pipeline.evals import agreement, attention, difficulty_map, feature_colors, picture
 from pipeline.evals.encoder import load_encoder
-from pipeline.evals.photographs import load_photographs
+from pipeline.evals.photographs import as_batch, open_photographs
 from pipeline.trained import Trained, load_run
 
 MOST_TILES = 16
@@ -51,18 +52,31 @@ def reconstruct(
         raise UserError(f"--images {missing[0]}: no such file or folder")
     if blocked := [above for place in places.values() for above in place.parents if above.is_file()]:
         raise UserError(f"--out {out}: {blocked[0]} is a file, so no folder can be there")
-    said = []
+    photographs, said = open_photographs(images, options.count), []
+    counted = f"{len(photographs)} photograph{'s' * (len(photographs) > 1)}"
     for run in runs:
         trained = load_run(run)
         data = trained.recipe.data
-        batch = load_photographs(images, options.count, data, options.tiles * data.image_size)
+        batch = as_batch(photographs, data, options.tiles * data.image_size)
         for kind in kinds:
-            drawn, sentence = _draw(kind, run, trained, batch, options)
             place = places[run, kind]
-            place.parent.mkdir(parents=True, exist_ok=True)
-            drawn.save(place)
-            said.append(f"{place}: {len(batch)} photographs after step {trained.step}{sentence}")
+            with _writing(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+            drawn, sentence = _draw(kind, run, trained, batch, options)
+            with _writing(place):
+                drawn.save(place)
+            said.append(f"{place}: {counted} after step {trained.step}{sentence}")
     return "\n".join(said)
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--out {place}: cannot be written: {error.strerror or error}; give another place"
+        ) from None
 
 
 def _draw(
@@ -90,7 +104,7 @@ def _places(runs: Sequence[Path], out: Path, kinds: Sequence[str]) -> dict[tuple
     names = [run.resolve().name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"{max(names, key=names.count)}: two runs of this name, whose pictures would be one")
-    if (out.suffix and not out.is_dir()) or out.is_file():
+    if (out.suffix.lower() in Image.registered_extensions() and not out.is_dir()) or out.is_file():
         raise UserError(f"--out {out}: give a folder, or a name that ends in .png")
     return {
         (run, kind): out / f"{name}-{kind}.png"

@@ -7,6 +7,7 @@ from PIL import Image
 from small_run import small_run
 from torch.nn import functional as F
 
+from data_prep.pixels import decode_other
 from pipeline.__main__ import main
 from pipeline.evals.agreement import agreement
 from pipeline.evals.attention import attention_weights, class_attention
@@ -14,7 +15,7 @@ from pipeline.evals.canvas import GAP, MARGIN, Chart, Column, Scale, columns_of,
 from pipeline.evals.difficulty_map import by_distance, distance_of, error_of
 from pipeline.evals.encoder import load_encoder
 from pipeline.evals.feature_colors import main_directions
-from pipeline.evals.photographs import load_photographs, to_pixels
+from pipeline.evals.photographs import as_batch, as_rgb, open_photographs, to_pixels
 from pipeline.evals.picture import picture, reconstructed
 from pipeline.evals.tiles import as_maps, cut, join
 from pipeline.losses import patch_error, patchify
@@ -64,8 +65,39 @@ def test_few_photographs_of_class_folders_are_of_all_classes(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / name)
     data = DataSection()
-    drawn = to_pixels(load_photographs([tmp_path], 4, data, 8), data)[:, 0, 0, 0]
+    drawn = to_pixels(as_batch(open_photographs([tmp_path], 4), data, 8), data)[:, 0, 0, 0]
     assert drawn.tolist() == [0, 180, 240, 60]
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "I;16", "I", "F", "LA", "P", "RGBA", "RGB", "CMYK", "see-through"]
+)
+def test_a_photograph_looks_as_data_prep_builds_it(tmp_path, mode):
+    chance = np.random.default_rng(0)
+    path = tmp_path / "image.tiff"
+    if mode in ("I;16", "I", "F"):
+        values = chance.random((9, 7)) * (1 if mode == "F" else 65535)
+        Image.fromarray(values.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])).save(path)
+    else:
+        image = Image.fromarray(chance.integers(0, 256, (9, 7, 4), np.uint8), "RGBA")
+        path = path if mode == "CMYK" else tmp_path / "image.png"
+        options = {"transparency": 3} if mode == "see-through" else {}
+        image.convert("P" if options else mode).save(path, **options)
+    wanted, _, _ = decode_other(path.read_bytes(), max_pixels=100)
+    with Image.open(path) as image:
+        assert mode == "see-through" or image.mode == mode
+        assert (np.asarray(as_rgb(image)) == wanted).all()
+    assert wanted.min() < wanted.max()
+
+
+def test_a_damaged_photograph_in_a_folder_is_passed_over_aloud(photographs, tmp_path, capsys):
+    whole = (photographs / "a.png").read_bytes()
+    for name, content in {"a.png": whole, "cut.png": whole[: len(whole) // 2], "notes.txt": b"none"}.items():
+        (tmp_path / name).write_bytes(content)
+    assert len(open_photographs([tmp_path], 9)) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"--images: passed over, as it cannot be read: {tmp_path / 'cut.png'} (")
+    assert said.count("\n") == 1 and "notes" not in said
 
 
 def test_disagreement_is_the_mean_difference_where_both_predict(runs):
@@ -134,6 +166,21 @@ def test_an_out_below_a_file_is_refused_before_anything_is_drawn(runs, photograp
         said = capsys.readouterr().err
         assert f"{tmp_path / 'notes'} is a file" in said and said.count("\n") == 1
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_an_out_that_cannot_be_written_is_one_line(runs, photographs, capsys):
+    arguments = ["reconstruct", str(runs["mae"]), "--images", str(photographs / "a.png"), "--out"]
+    for out in ("/proc/none/x.png", "/proc/none.png"):
+        assert main([*arguments, out]) == 2
+        said = capsys.readouterr().err
+        assert f"--out {out}: cannot be written: " in said and said.count("\n") == 1
+
+
+def test_a_folder_may_have_a_dot_in_its_name(runs, photographs, tmp_path, capsys):
+    arguments = ["reconstruct", str(runs["mae"]), "--images", str(photographs / "a.png")]
+    assert main([*arguments, "--out", str(tmp_path / "pics.v2")]) == 0
+    assert (tmp_path / "pics.v2" / "mae-grid.png").is_file()
+    assert "mae-grid.png: 1 photograph after step 30" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["mae", "lomar"])
