@@ -109,7 +109,8 @@ def main() -> None:
                 tolerance = {"rtol": 0, "atol": 0} if target == source else {"rtol": 1e-3, "atol": 1e-5}
                 for key, value in uninterrupted.items():
                     torch.testing.assert_close(after[key], value, **tolerance)
-                print("carried", optimizer, source, "to", target, len(saved), "tensors")
+                if world.rank == 0:
+                    print("carried", optimizer, source, "to", target, len(saved), "tensors")
     leave()
 
 
