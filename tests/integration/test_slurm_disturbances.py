@@ -40,7 +40,7 @@ def until(condition, seconds, job):
 def train_on(job, steps):
     """Wait until the job has logged so many steps more than it has now."""
     wanted = len(job.losses()) + steps
-    until(lambda: len(job.losses()) >= wanted, 200, job)
+    until(lambda: len(job.losses()) >= wanted, 400, job)
 
 
 def has_left(job):
@@ -112,8 +112,10 @@ def test_ten_random_disturbances(cluster, shards, tmp_path, undisturbed):
 def test_a_time_limit_that_comes_without_a_notice_costs_nothing_either(cluster, shards, tmp_path):
     """Slurm ends the job with SIGTERM at its limit; the same command, submitted again, goes on."""
     job = Job(cluster, shards, tmp_path, train__steps=100_000, **LONG)
-    job.submit(TEMPLATE, "--time=1", "--signal=CONT@1")
-    job.wait(180)
+    job.submit(TEMPLATE, "--time=60", "--signal=CONT@1")
+    train_on(job, 10)
+    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
+    assert job.wait()["JobState"] == "TIMEOUT"
     saved = len(job.losses())
     assert (job.run / "checkpoints" / f"step-{saved:08d}").exists(), job.said()[-4000:]
     job = Job(cluster, shards, tmp_path, train__steps=saved + 5, **LONG)
