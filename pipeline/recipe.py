@@ -23,7 +23,7 @@ class Recipe(TrainingRecipe):
     """What is pre-trained, on what, and how. `load_recipe` makes one."""
 
     COMMAND = "pretrain"
-    OF_OTHERS = {"classifier": "finetune"}  # noqa: RUF012 (not a field)
+    OF_OTHERS = {"classifier": "finetune", "probe": "linprobe"}  # noqa: RUF012 (not a field)
 
     method: MethodSection
     model: ModelSection

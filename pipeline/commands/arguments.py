@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+LARGEST_SIDE = 4096
+"""In pixels: larger images are a slip, which no machine's memory would survive."""
+
 
 def add_command(
     commands,
@@ -103,6 +106,13 @@ def natural(text: str) -> int:
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return int(text)
+
+
+def side(text: str) -> int:
+    """Of images, in pixels."""
+    if not text.isdecimal() or not 1 <= int(text) <= LARGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels, from 1 to {LARGEST_SIDE}")
     return int(text)
 
 

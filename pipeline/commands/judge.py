@@ -11,6 +11,7 @@ from pipeline.commands.arguments import (
     override_argument,
     positive,
     run_argument,
+    side,
 )
 from pipeline.exits import rank
 
@@ -91,10 +92,10 @@ def _encoder_arguments(command: argparse.ArgumentParser) -> None:
         default="class_token",
         help="of the encoder's tokens: its class token, or the mean of its patches (default: class_token)",
     )
-    command.add_argument("--image-size", type=positive, metavar="PX", help="default: as trained")
+    command.add_argument("--image-size", type=side, metavar="PX", help="default: as trained")
     command.add_argument(
         "--resize",
-        type=positive,
+        type=side,
         metavar="PX",
         help="shorter side before the centre is cut out (default: as MAE, 256/224 of sizes up to 224)",
     )

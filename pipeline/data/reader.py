@@ -316,12 +316,18 @@ class ShardReader:
         else:
             self._choose_by_key()
         self.shard_sizes[:] = [int.from_bytes(chosen.tobytes()).bit_count() for chosen in self._chosen]
-        key = "holdout" if self.part == "held_out" else "subset"
+        if self.part == "held_out":
+            key, wanted = "holdout", " to be held out; give a larger share"
+        elif self.data.subset < 1:
+            key, wanted = "subset", "; give a larger share"
+        else:
+            key, wanted = "holdout", " to learn from; give a smaller share"
         empty = [
             place for place, sizes in zip(self.places, self._sizes_by_set(), strict=True) if not sizes.sum()
         ]
         if empty and (self._weights() or not self.num_samples):
-            raise UserError(f"data.{key}: {getattr(self.data, key):g} leaves no sample of {', '.join(empty)}")
+            share = getattr(self.data, key)
+            raise UserError(f"data.{key}: {share:g} leaves no sample of {', '.join(empty)}{wanted}")
 
     def _choose_by_class(self) -> None:
         if not self.manifest.classes:

@@ -115,6 +115,12 @@ def linprobe(
                 + (f", continued after step {step}" if step else "")
             )
 
+            if batch > samples:
+                log.note(
+                    f"data.global_batch: {batch} is more than the {samples} training images: steps see them "
+                    f"more than once, and {total_steps} steps are few; a small set wants a small batch"
+                )
+
         def make_sure() -> None:
             """Write a checkpoint."""
             state = {**identity, "window": window.collect(), "recipe": recipe.model_dump(mode="json")}

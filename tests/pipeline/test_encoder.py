@@ -164,6 +164,8 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path):
     (tmp_path / "word.pth").write_text("hello")
     (tmp_path / "empty.pth").write_text("")
     (tmp_path / "bare").mkdir()
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "recipe.yaml").write_text("probe: {weights: pixels}")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.safetensors").write_text("")
     torch.save({"model": {}, "args": load_recipe("vitb16_mae")}, tmp_path / "objects.pth")
@@ -177,6 +179,7 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path):
         ("objects.pth", "holds more than tensors"),
         ("other.pth", "no patch_embed.proj.weight in it"),
         ("nothing", "no such run directory or file"),
+        ("probe", "is a recipe for `linprobe`"),
         ("bare", "no run directory"),
     ):
         with pytest.raises(UserError, match=complaint) as refusal:

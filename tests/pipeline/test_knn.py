@@ -177,6 +177,14 @@ def test_all_ranks_agree_on_what_is_wrong_so_that_one_says_it(
         knn(**{"weights": "pixels:8", "train": train, "val": val} | wrong)
 
 
+@pytest.mark.parametrize("option", ["--image-size", "--resize"])
+def test_images_that_no_memory_holds_are_refused(option, capsys):
+    places = ["--weights", "pixels", "--data", "train", "--val", "val"]
+    with pytest.raises(SystemExit):
+        main(["knn", *places, option, "100000"])
+    assert f"{option}: '100000' is not a number of pixels, from 1 to 4096" in capsys.readouterr().err
+
+
 def test_few_labels_are_a_share_of_every_class(labelled_sets, kept_environment):
     result = knn("pixels:24", *map(str, labelled_sets), labels=0.2, resize=24, ks=[1])
     assert result["train"]["samples"] == 12 and result["val"]["samples"] == 42

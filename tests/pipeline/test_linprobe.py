@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pipeline.__main__ import main
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.evals.features import Extractor, Features
@@ -84,6 +85,16 @@ def test_a_probe_of_another_length_is_another_probe(tmp_path):
         UserError, match=r"train.epochs was 60.0, is 90.0; .* another length is another probe"
     ):
         _check(tmp_path, longer)
+
+
+def test_a_batch_that_is_more_than_the_set_is_said(labelled_sets, tmp_path, capsys, kept_environment):
+    train, val = map(str, labelled_sets)
+    command = ["linprobe", "--weights", "pixels:8", "--center-crops", "--data", train, "--val", val]
+    command += ["--lr", "0.1", "--set=data.holdout=0", "--set=train.steps=1"]
+    for batch, said in ((64, True), (32, False)):
+        assert main([*command, f"--set=data.global_batch={batch}", "--run", str(tmp_path / f"{batch}")]) == 0
+        line = f"data.global_batch: {batch} is more than the 60 training images"
+        assert (line in capsys.readouterr().err) == said
 
 
 @pytest.mark.parametrize(

@@ -51,3 +51,12 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     recipe = load_probe_recipe(PIXELS, ["data.global_batch=100", "engine.micro_batch=30"])
     with pytest.raises(UserError, match=r"data.global_batch: 100 is no multiple"):
         recipe.accumulation(1)
+
+
+def test_a_share_of_the_labels_is_given_once():
+    given = {**PIXELS, "data": {"subset": 0.01, "subset_by_class": True}}
+    assert load_probe_recipe(given).data.subset == 0.01
+    with pytest.raises(
+        UserError, match=r"--set data.subset: follows from --labels; leave one of the two out"
+    ):
+        load_probe_recipe(given, ["data.subset=0.5"])

@@ -90,10 +90,14 @@ def test_what_is_chosen_is_read_as_before(shards):
 
 
 def test_a_part_without_a_sample_is_refused(shards, other_shards):
-    with pytest.raises(UserError, match=f"data.subset: 1e-06 leaves no sample of {shards}"):
+    with pytest.raises(UserError, match=f"data.subset: 1e-06 leaves no sample of {shards}; give a larger"):
         ShardReader(shards, DataSection(subset=1e-6))
-    with pytest.raises(UserError, match=f"data.holdout: 0 leaves no sample of {shards}"):
+    with pytest.raises(
+        UserError, match=f"data.holdout: 0 leaves no sample of {shards} to be held out; give a l"
+    ):
         ShardReader(shards, part="held_out")
+    with pytest.raises(UserError, match=rf"data.holdout: 1 leaves no sample of {shards} to learn from"):
+        ShardReader(shards, DataSection(holdout=1 - 1e-9))
 
 
 def test_the_fingerprint_tells_whatever_changes_the_stream_and_nothing_else(shards, other_shards):
