@@ -69,7 +69,7 @@ METHODS = {
     "lomar + difficulty": {"method.name": "lomar", "method.lomar.difficulty_flatten": "true"},
 }
 TRIAL = 100  # steps by which a method's speed is measured; the first fifth is not counted
-FEATURES = ("--resize", "32", "--pool", "mean")
+FEATURES = ("--resize", "32")
 SOME, FEW = 0.2, 0.01  # shares of the labels: for k-NN and the probe, and in fine-tuning
 PICTURES = 64
 ON_ONE_CORE = {} if torch.cuda.is_available() else {"data.threads": 1}
@@ -178,7 +178,8 @@ def _agreement(out: Path, run: Path, picture: Path) -> dict:
 def _judged(out: Path, place: Path, weights: str, seed: int = 0, tuned: bool = True) -> dict:
     """What some weights are worth: k-NN (k = 20), the probe on centre crops, fine-tuning on few labels."""
     sets = ("--data", out / "train", "--val", out / "test")
-    some = ("--labels", SOME, *FEATURES, "--cache", place / "features")
+    pool = () if weights.startswith("pixels") else ("--pool", "mean")
+    some = ("--labels", SOME, *FEATURES, *pool, "--cache", place / "features")
 
     def knn() -> dict:
         return json.loads(

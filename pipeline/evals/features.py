@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from pipeline.data.crops import resize_of
 from pipeline.data.evaluation import EvaluationLoader
@@ -23,6 +22,7 @@ from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.evals.representation import Representation
 from pipeline.sections import DataSection
+from pipeline.tensor_file import save_tensors
 from pipeline.train.distributed import World, agreed, gathered, gathered_rows, say
 from pipeline.whole_file import replacing
 
@@ -141,7 +141,7 @@ def _write(path: Path, features: Features) -> bool:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as new:
-            save_file(features._asdict(), new, {CHECKSUM: _checksum(features)})
+            save_tensors(features._asdict(), new, {CHECKSUM: _checksum(features)})
     except (OSError, SafetensorError) as error:
         say(f"features are not kept: {path.parent} cannot be written: {error}")
         return False

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
@@ -30,6 +30,7 @@ from pipeline.evals.labelled import check_bytes, open_labelled
 from pipeline.evals.probe_recipe import ProbeRecipe
 from pipeline.evals.representation import Representation, representation
 from pipeline.recipe_file import load
+from pipeline.tensor_file import save_tensors
 from pipeline.train import checkpoint, run_directory, wandb_run
 from pipeline.train.distributed import agreed, gathered_rows, joined
 from pipeline.train.hardware import device_name, memory_gib
@@ -293,7 +294,7 @@ def _save(heads: Heads, directory: Path, step: int, state: dict, recipe: ProbeRe
     partial = directory / (checkpoint.name_of(step) + checkpoint.PARTIAL)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        save_file(heads.state_dict(), partial / HEADS)
+        save_tensors(heads.state_dict(), partial / HEADS)
         files = checkpoint.describe(partial, checkpoint.files_of(partial))
         checkpoint.publish(directory, step, {"step": step, **state, "files": files}, recipe.train)
     except (OSError, SafetensorError) as error:

@@ -172,8 +172,6 @@ def _publish(partial: Path, out: Path, about: dict) -> None:
     about["files"] = describe(partial, names)
     (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     describe(partial, [ABOUT])
-    for path in partial.iterdir():
-        path.chmod(partial.stat().st_mode & 0o666)  # safetensors makes its files for their owner alone
     if out.exists():
         old = _cleared(out, OLD)
         out.rename(old)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 
 from pipeline.data.crops import crop_share, resize_of
 from pipeline.export.target import Exportable, Target, check_images, relative_difference
 from pipeline.export.vit import Vit
 from pipeline.models.sizes import SIZES
+from pipeline.tensor_file import save_tensors
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURES = {
@@ -71,7 +71,7 @@ def _source(value: object) -> str:
 def _write(trained: Exportable, folder: Path) -> None:
     vit = trained.vit
     about = {"format": "pt", "heads": str(vit.size.heads)}
-    save_file({key: tensor.contiguous() for key, tensor in vit.weights.items()}, folder / WEIGHTS, about)
+    save_tensors({key: tensor.contiguous() for key, tensor in vit.weights.items()}, folder / WEIGHTS, about)
     (folder / "config.json").write_text(json.dumps(_config(vit), indent=2) + "\n")
 
 

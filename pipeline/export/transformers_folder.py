@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from pipeline.data.crops import resize_of
 from pipeline.errors import UserError
@@ -26,6 +25,7 @@ from pipeline.export.target import (
 from pipeline.masking import random_split
 from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.recipe import Recipe
+from pipeline.tensor_file import save_tensors
 from pipeline.trained import Trained
 
 BICUBIC = 3  # Pillow's number
@@ -39,7 +39,7 @@ def _write(trained: Trained, folder: Path, decoder: bool) -> None:
 
 def write_model(state: dict[str, torch.Tensor], recipe: Recipe, folder: Path, decoder: bool) -> None:
     """What `from_pretrained` needs, from a state dict with the official keys."""
-    save_file(transformers_state_dict(state, decoder), folder / "model.safetensors", {"format": "pt"})
+    save_tensors(transformers_state_dict(state, decoder), folder / "model.safetensors", {"format": "pt"})
     _write_json(folder / "config.json", _config(recipe, decoder))
 
 

@@ -26,10 +26,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.errors import AgreedError, some
+from pipeline.tensor_file import save_tensors
 
 WEIGHT, AVERAGE = "fp32", "ema"
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -108,7 +108,7 @@ def save(model, path: Path, averages: list[torch.Tensor]) -> None:
             for kind, values in kinds.items():
                 # A copy: safetensors refuses tensors that share memory.
                 tensors[f"{kind}:{name}"] = values.reshape(-1)[offset : offset + numel].cpu().clone()
-    save_file(tensors, path, {"ranges": json.dumps(ranges)})
+    save_tensors(tensors, path, {"ranges": json.dumps(ranges)})
 
 
 def numbers(model) -> dict:

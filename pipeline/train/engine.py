@@ -19,12 +19,12 @@ import ninja
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
 from pipeline.errors import Diverged, StoppedEarly, UserError
 from pipeline.learner import Learner
+from pipeline.tensor_file import save_tensors
 from pipeline.train import elastic
 from pipeline.train.average import Average
 from pipeline.train.distributed import gathered
@@ -258,7 +258,7 @@ def complete(engine: Engine, average: Average | None, path: Path) -> None:
     shapes = {key: getattr(p, "ds_shape", p.shape) for key, p in engine.module.named_parameters()}
     files = {WEIGHTS: elastic.WEIGHT} | ({WEIGHTS_EMA: elastic.AVERAGE} if average else {})
     for file, kind in files.items():
-        save_file({key: saved.whole(key, kind).view(shape) for key, shape in shapes.items()}, path / file)
+        save_tensors({key: saved.whole(key, kind).view(shape) for key, shape in shapes.items()}, path / file)
 
 
 def load(engine: Engine, average: Average | None, directory: Path, name: str) -> None:
