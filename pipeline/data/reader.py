@@ -44,7 +44,7 @@ from pipeline.data.mixture import Mixture
 from pipeline.data.order import Stream
 from pipeline.data.patience import FIRST_WAIT, Patience, Warnings, patiently
 from pipeline.data.store import LocalStore, Span, Store, coalesced, open_store
-from pipeline.data.subset import Part, in_part
+from pipeline.data.subset import Part, in_part, nothing_left
 from pipeline.errors import UserError
 from pipeline.sections import DataSection, Source
 
@@ -316,18 +316,11 @@ class ShardReader:
         else:
             self._choose_by_key()
         self.shard_sizes[:] = [int.from_bytes(chosen.tobytes()).bit_count() for chosen in self._chosen]
-        if self.part == "held_out":
-            key, wanted = "holdout", " to be held out; give a larger share"
-        elif self.data.subset < 1:
-            key, wanted = "subset", "; give a larger share"
-        else:
-            key, wanted = "holdout", " to learn from; give a smaller share"
         empty = [
             place for place, sizes in zip(self.places, self._sizes_by_set(), strict=True) if not sizes.sum()
         ]
         if empty and (self._weights() or not self.num_samples):
-            share = getattr(self.data, key)
-            raise UserError(f"data.{key}: {share:g} leaves no sample of {', '.join(empty)}{wanted}")
+            raise UserError(nothing_left(self.part, self.data.subset, self.data.holdout, ", ".join(empty)))
 
     def _choose_by_class(self) -> None:
         if not self.manifest.classes:

@@ -41,6 +41,15 @@ def in_part(
     return chosen
 
 
+def nothing_left(part: Part, subset: float, holdout: float, places: str) -> str:
+    """What to do where a part has no sample of `places`, in a line."""
+    if part == "held_out":
+        return f"data.holdout: {holdout:g} leaves no sample of {places} to be held out; give a larger share"
+    if subset < 1:
+        return f"data.subset: {subset:g} leaves no sample of {places}; give a larger share"
+    return f"data.holdout: {holdout:g} leaves no sample of {places} to learn from; give a smaller share"
+
+
 def _hashes(keys: Sequence[str], purpose: bytes) -> np.ndarray:
     """A number in [0, 1) a key, float64 (n,), another one for each purpose."""
     blake = hashlib.blake2b(digest_size=8, person=purpose)
