@@ -68,13 +68,15 @@ class Plan:
     forward_gflops: float
     """10^9 floating-point operations an image; a multiply-add counts as two."""
     step_gflops: float
-    """Forward and backward: three times the forward pass, four with activation checkpointing."""
+    """Forward and backward, as the device computes them: with activation checkpointing forward once more."""
     gpu: str
     gpus: int
     """In all nodes together."""
     nodes: int
     precision: str
     micro_batch: int
+    """The recipe's, or a GPU's whole share of the global batch where that is less."""
+    recipe_micro_batch: int
     accumulation: int
     global_batch: int
     memory: list[Memory]
@@ -105,6 +107,14 @@ def forward_flops(recipe: Recipe) -> int:
     return counter.get_total_flops()
 
 
+def training_flops(forward: int) -> int:
+    """Operations of one image's forward and backward pass, as MFU counts them: three forward passes.
+
+    What activation checkpointing computes once more is none of them: PaLM (arXiv 2204.02311), appendix B.
+    """
+    return 3 * forward
+
+
 def plan(
     recipe: Recipe,
     *,
@@ -117,7 +127,8 @@ def plan(
 ) -> Plan:
     """What the recipe costs on `nodes` machines of `gpus` each, if a GPU reaches `mfu` (0 to 1) of its peak.
 
-    `samples`, `shards`: of the data set. UserError: an unknown GPU, a number out of range, or a global batch
+    `samples`, `shards`: of the data set. Where the GPUs would take more than the global batch at once, a
+    micro batch is a GPU's share of it. UserError: an unknown GPU, a number out of range, or a global batch
     that does not divide among the GPUs.
     """
     if gpu not in GPUS:
@@ -128,13 +139,15 @@ def plan(
     if not 0 < mfu <= 1:
         raise UserError(f"--mfu {mfu}: must lie in (0, 1]")
     world = gpus * nodes
+    recipe_micro_batch = recipe.engine.micro_batch
+    recipe = _shared(recipe, world)
     with torch.device("meta"):
         method = build_method(recipe)
     parameters = sum(p.numel() for p in method.parameters())
     forward = forward_flops(recipe)
-    step = forward * (4 if recipe.engine.activation_checkpointing else 3)
+    training = training_flops(forward)
     peak = 1e12 * (GPUS[gpu].bits32 if recipe.engine.precision == "fp32" else GPUS[gpu].bits16)
-    images_per_s = world * mfu * peak / step
+    images_per_s = world * mfu * peak / training
     steps = recipe.total_steps(samples)
     hours = steps * recipe.data.global_batch / images_per_s / 3600
     shards = shards or -(-samples // SHARD_SAMPLES)
@@ -146,12 +159,13 @@ def plan(
         parameters=parameters,
         encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
         forward_gflops=forward / 1e9,
-        step_gflops=step / 1e9,
+        step_gflops=(training + forward * recipe.engine.activation_checkpointing) / 1e9,
         gpu=gpu,
         gpus=world,
         nodes=nodes,
         precision=recipe.engine.precision,
         micro_batch=recipe.engine.micro_batch,
+        recipe_micro_batch=recipe_micro_batch,
         accumulation=recipe.accumulation(world),
         global_batch=recipe.data.global_batch,
         memory=memory(recipe, parameters, world, GPUS[gpu].memory_gb * 1e9 / GIB),
@@ -165,6 +179,14 @@ def plan(
         shards_per_rank=shards / world,
         checkpoint_gib=checkpoint_bytes(recipe, parameters) / GIB,
     )
+
+
+def _shared(recipe: Recipe, world: int) -> Recipe:
+    """The recipe, with the largest micro batch that `world` GPUs can take: no more than their shares."""
+    share, rest = divmod(recipe.data.global_batch, world)
+    if rest or share % recipe.data.crops_per_image or not 0 < share < recipe.engine.micro_batch:
+        return recipe
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"micro_batch": share})})
 
 
 def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
@@ -215,7 +237,13 @@ def format_plan(plan: Plan) -> str:
         f"one image       {plan.forward_gflops:.1f} GFLOP forward, {plan.step_gflops:.1f} a training step "
         f"({plan.forward_gflops / 2:.1f} G multiply-adds forward)",
         f"batch           {plan.global_batch} = {plan.micro_batch} a GPU x {plan.accumulation} accumulated "
-        f"x {plan.gpus} GPUs",
+        f"x {plan.gpus} GPUs"
+        + (
+            f"; the recipe's {plan.recipe_micro_batch} a GPU are more than that: "
+            f"--set engine.micro_batch={plan.micro_batch}"
+            if plan.micro_batch < plan.recipe_micro_batch
+            else ""
+        ),
         f"speed           {plan.images_per_s:,.0f} images/s on {plan.gpus} {plan.gpu} in {plan.nodes} "
         f"node{'s' * (plan.nodes > 1)}, {plan.precision}, if MFU is {plan.mfu:.0%}",
         f"schedule        {plan.steps:,} steps of {plan.samples:,} samples: {plan.hours:,.1f} hours, "

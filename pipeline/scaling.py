@@ -19,7 +19,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.methods import build_method
-from pipeline.plan import GPUS, checkpoint_bytes, forward_flops
+from pipeline.plan import GPUS, checkpoint_bytes, forward_flops, training_flops
 from pipeline.recipe import Recipe
 
 BACKWARD = 2 / 3
@@ -72,7 +72,7 @@ def scaling(
         parameters = sum(p.numel() for p in build_method(recipe).parameters())
     bits32 = recipe.engine.precision == "fp32"
     peak = 1e12 * (GPUS[gpu].bits32 if bits32 else GPUS[gpu].bits16)
-    image_s = forward_flops(recipe) * (4 if recipe.engine.activation_checkpointing else 3) / (peak * mfu)
+    image_s = training_flops(forward_flops(recipe)) / (peak * mfu)
     weights = parameters * (4 if bits32 else 2)
     counts = sorted({nodes, *(2**power for power in range(nodes.bit_length()) if 2**power < nodes)})
     scales = [

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.data.loader import Loader
+from pipeline.plan import training_flops
 from pipeline.train.distributed import World, all_ranks, gathered, node_name
 from pipeline.train.hardware import memory_gib, peak_flops
 from pipeline.training_recipe import TrainingRecipe
@@ -27,7 +28,7 @@ class Pace:
     def __init__(self, recipe: TrainingRecipe, forward_flops: int, world: World):
         """forward_flops: of one image."""
         self.world, self.global_batch = world, recipe.data.global_batch
-        self.image_flops = 3 * forward_flops  # a backward pass costs two forward ones
+        self.image_flops = training_flops(forward_flops)
         self.peak = peak_flops(world.device, recipe.engine.precision)
         self.hosts = gathered(node_name())
 

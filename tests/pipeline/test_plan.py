@@ -1,16 +1,20 @@
 """The plan against the papers' figures and against counting by hand."""
 
 import json
+import re
+import shlex
 from dataclasses import asdict
 
 import pytest
 import torch
 
+from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.footprint import activation_bytes
 from pipeline.methods import build_method
 from pipeline.plan import GPUS, format_plan, forward_flops, plan
 from pipeline.recipe import load_recipe
+from tests.documentation import PAGES
 
 TABLE_3 = {  # "Efficient MAE towards Large-Scale Vision Transformers", 10^9 multiply-adds an image
     "vitb16_mae": 9.8,
@@ -111,11 +115,32 @@ def test_activations_are_what_autograd_keeps_by_a_real_count(name):
     assert activation_bytes(recipe) == pytest.approx(kept(5) - kept(4), rel=0.03)
 
 
-def test_checkpointing_saves_most_activations_and_costs_a_forward_pass():
+def test_checkpointing_saves_most_activations_and_costs_a_forward_pass_that_mfu_does_not_count():
     plain = plan(load_recipe("vitl16_mae"))
     saving = plan(load_recipe("vitl16_mae", ["engine.activation_checkpointing=true"]))
     assert saving.memory[0].activations < 0.2 * plain.memory[0].activations
     assert saving.step_gflops == pytest.approx(4 / 3 * plain.step_gflops)
+    assert saving.images_per_s == plain.images_per_s
+
+
+@pytest.mark.parametrize(("nodes", "micro_batch"), [(32, 16), (64, 8)])
+def test_more_gpus_than_the_batch_holds_take_their_shares_and_the_text_says_so(nodes, micro_batch):
+    result = plan(load_recipe("vitb16_emae"), gpus=8, nodes=nodes)
+    assert (result.micro_batch, result.accumulation) == (micro_batch, 1)
+    advice = f"the recipe's 16 a GPU are more than that: --set engine.micro_batch={micro_batch}"
+    assert (advice in format_plan(result)) == (micro_batch < 16)
+    overridden = load_recipe("vitb16_emae", [f"engine.micro_batch={micro_batch}"])
+    assert plan(overridden, gpus=8, nodes=nodes).memory == result.memory
+
+
+def test_every_example_of_help_and_documentation_has_an_answer(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    texts = [capsys.readouterr().out, *(page.read_text() for page in PAGES)]
+    examples = set(re.findall(r"-m pipeline (plan vit[^`\n#]*)", "\n".join(texts)))
+    assert len(examples) >= 4
+    for example in examples:
+        assert main(shlex.split(example)) == 0, example
 
 
 def test_the_json_holds_every_figure_and_the_text_names_the_main_ones():

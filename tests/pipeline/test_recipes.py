@@ -1,6 +1,7 @@
 """The recipes that ship: complete, possible, documented, and with the papers' settings."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ MODELS = {
     "vitl16": ("vit_large", 16, (1024, 24, 16)),
     "vith14": ("vit_huge", 14, (1280, 32, 16)),
 }
+SLURM = Path(__file__).parents[2] / "slurm"
 METHODS = ("mae", "emae", "efficient_mae", "lomar")
 NAMES = [f"{model}_{method}" for model in MODELS for method in METHODS]
 every_recipe = pytest.mark.parametrize("name", NAMES)
@@ -64,6 +66,24 @@ def test_the_mask_ratios_are_the_papers():
 def test_the_batch_divides_among_the_usual_numbers_of_gpus(gpus):
     for name in NAMES:
         assert load_recipe(name).accumulation(gpus) >= 1
+
+
+def ranks_of(template: str) -> int:
+    """Tasks that a Slurm template asks for."""
+    text = (SLURM / f"{template}.sh").read_text()
+    nodes, tasks = (
+        int(re.search(rf"^#SBATCH --{name}=(\d+)$", text, re.MULTILINE)[1])
+        for name in ("nodes", "ntasks-per-node")
+    )
+    return nodes * tasks
+
+
+@pytest.mark.parametrize(("size", "model"), [("vitl", "vitl16"), ("vith", "vith14")])
+def test_the_batch_divides_among_the_tasks_of_the_models_slurm_templates(size, model):
+    for method in METHODS:
+        assert load_recipe(f"{model}_{method}").accumulation(ranks_of(f"pretrain_{size}")) >= 1
+    tuning = load_finetune_recipe(f"finetune_{model}", "W")
+    assert tuning.accumulation(ranks_of(f"finetune_{size}")) >= 1
 
 
 @pytest.mark.parametrize(
