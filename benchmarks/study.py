@@ -73,7 +73,7 @@ FEATURES = ("--resize", "32")
 SOME, FEW = 0.2, 0.01  # shares of the labels: for k-NN and the probe, and in fine-tuning
 PICTURES = 64
 ON_ONE_CORE = {} if torch.cuda.is_available() else {"data.threads": 1}
-AT_A_TIME = 1 if torch.cuda.is_available() else os.cpu_count()
+AT_A_TIME = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 FIGURES = {
     "knn": "k-NN, %",
     "probe": "linear probe, %",
@@ -202,6 +202,7 @@ def _judged(out: Path, place: Path, weights: str, seed: int = 0, tuned: bool = T
             "engine.micro_batch": 64,
             "train.checkpoint_every": 10**6,
             "seed": seed,
+            **ON_ONE_CORE,
         }
         arguments = ("finetune_tiny", "--weights", weights, *sets, "--run", place / "tuned")
         _command("pipeline", "finetune", *arguments, *_sets(settings))

@@ -72,7 +72,7 @@ def newest_weights(run: Path, recipe: TrainingRecipe, ema: bool) -> tuple[dict[s
     if ema and recipe.train.ema_decay is None:
         raise UserError(f"{run}: keeps no moving average of the weights (train.ema_decay is null)")
     weights = engine.WEIGHTS_EMA if ema else engine.WEIGHTS
-    newest = checkpoint.newest_whole(run / "checkpoints", only=weights)
+    newest = checkpoint.newest_with(run / "checkpoints", weights)
     if newest is None:
         raise UserError(f"{run}: has no checkpoint yet; one is written every train.checkpoint_every steps")
     return load_file(newest / weights), checkpoint.read_state(newest)["step"]

@@ -146,4 +146,4 @@ def _linprobe(args: argparse.Namespace) -> None:
 
 def _cache(args: argparse.Namespace) -> Path | None:
     run = Path(args.weights.removeprefix("ema:"))
-    return args.cache or (run / "features" if run.is_dir() else None)
+    return args.cache or (run / "features" if (run / "recipe.yaml").is_file() else None)

@@ -30,8 +30,8 @@ class EvaluationBatch(NamedTuple):
     """(B, 3, H, W) float32, normalised."""
     labels: torch.Tensor | None
     """(B,) int64, positions in the manifest's `classes`; None where the shard set has no labels."""
-    keys: list[str]
-    """The samples' keys in the shard set."""
+    samples: np.ndarray
+    """(B,) int64, positions in the shard set."""
 
 
 class Planned(NamedTuple):
@@ -97,11 +97,9 @@ class EvaluationLoader:
                 except StopIteration:
                     raise ahead.failure from None
                 labels = planned.labels
-                yield EvaluationBatch(
-                    images,
-                    None if labels is None else torch.from_numpy(labels).to(self.device, non_blocking=True),
-                    [self.reader.key(*at) for at in zip(*planned.located[1:3], strict=True)],
-                )
+                if labels is not None:
+                    labels = torch.from_numpy(labels).to(self.device, non_blocking=True)
+                yield EvaluationBatch(images, labels, planned.located.sample)
         finally:
             decoder.close()
             ahead.close()

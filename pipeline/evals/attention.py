@@ -3,12 +3,14 @@
 Attention is computed anew from each block's queries and keys, as the fused kernel inside keeps none.
 """
 
+import psutil
 import torch
 from PIL import Image
 from timm.layers import Attention
 from torch import nn
 from tqdm import tqdm
 
+from pipeline.errors import UserError
 from pipeline.evals.canvas import Column, Scale, heat, sheet
 from pipeline.evals.encoder import ImageEncoder
 from pipeline.evals.photographs import to_pixels
@@ -17,10 +19,13 @@ from pipeline.sections import DataSection
 
 MOST_HEADS = 6
 """Shown one by one."""
+COPIES = 2
+"""Of one layer's attention that are held at once: before and after the softmax."""
 
 
 def picture(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tuple[Image.Image, str]:
     """Attention maps for photographs (B, 3, S, S) of the encoder's image size; and how many, in words."""
+    _check_memory(encoder)
     each = [class_attention(encoder, one) for one in tqdm(batch.split(1), "attention", delay=5, leave=False)]
     heads, rollout = (torch.cat(maps) for maps in zip(*each, strict=True))
     grid = encoder.image_size // encoder.patch_size
@@ -38,6 +43,16 @@ def picture(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tu
     )
     scale = Scale("attention", "0", "99th percentile")
     return sheet(columns, caption, [scale]), f"{heads.shape[1]} heads, {grid} x {grid} patches"
+
+
+def _check_memory(encoder: ImageEncoder) -> None:
+    tokens = (encoder.image_size // encoder.patch_size) ** 2 + 1
+    needed = 4 * tokens**2 * (COPIES * encoder.heads + 3)
+    if needed > psutil.virtual_memory().available:
+        raise UserError(
+            f"--kind attention: the weights of {encoder.heads} heads between {tokens} tokens need "
+            f"{needed / 2**30:.0f} GiB of memory; take fewer --tiles, or a smaller --image-size"
+        )
 
 
 @torch.inference_mode()

@@ -62,7 +62,7 @@ class ImageEncoder(nn.Module):
         self.name, self.recipe = saved.name, saved.recipe
         self.image_size, self.patch_size = image_size, vit.patch_embed.patch_size[0]
         self.mean, self.std = saved.mean, saved.std
-        self.width = vit.embed_dim
+        self.width, self.heads = vit.embed_dim, vit.blocks[0].attn.num_heads
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images (B, 3, S, S), normalised by mean and std -> tokens (B, 1 + L, D), class token first."""
@@ -177,7 +177,7 @@ def _exported(path: Path) -> Saved:
             weights = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"--weights {path}: cannot be read: {error}") from None
-    heads = int(about["heads"]) if "heads" in about else None
+    heads = about.get("heads")
     config = path.with_name("config.json")  # timm's, beside it
     if not config.is_file():
         return _of_file(path, weights, heads)
@@ -205,6 +205,8 @@ def _official(path: Path) -> Saved:
             "weights alone: torch.save({'model': checkpoint['model']}, 'weights.pth')"
         ) from None
     state = content.get("model", content) if isinstance(content, dict) else {}
+    if not isinstance(state, dict):
+        raise UserError(f"--weights {path}: 'model' in it is no mapping of names to tensors")
     weights = {
         key: tensor.float()
         for key, tensor in state.items()
@@ -243,6 +245,14 @@ def _of_file(
         plain = DataSection()
         normal = plain.mean, plain.std
         assumed.append(f"mean {list(plain.mean)} and std {list(plain.std)}, ImageNet's")
+    try:
+        heads = int(heads)
+    except (TypeError, ValueError):
+        heads = 0
+    if heads < 1 or width % heads:
+        raise UserError(
+            f"--weights {path}: a width of {width} cannot have the heads that it names; mend that"
+        )
     if assumed:
         say(
             f"{path}: does not tell, so assumed: {'; '.join(assumed)}. The run directory, or its export for "

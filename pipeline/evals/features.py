@@ -2,8 +2,8 @@
 
 Invariant: every sample has one feature, in the order of the shard set, and batches are the same whatever the
 number of ranks; so features are, too. A file of the cache is whole, by its checksum, and
-its name is a digest of all that decides what is in it: weights, images, how they are cut and in which
-precision they are computed.
+its name is a digest of all that decides what is in it: weights, images, how they are cut, in which precision
+they are computed, and the version of the code that does it.
 """
 
 import hashlib
@@ -27,6 +27,8 @@ from pipeline.train.distributed import World, agreed, gathered, gathered_rows, s
 from pipeline.whole_file import replacing
 
 Precision = Literal["fp32", "bf16"]
+VERSION = 1
+"""Of the code: whoever changes what comes out of the same weights and images raises it."""
 BATCH = 128
 CHECKSUM = "sha256"
 """In the metadata of a file of features."""
@@ -117,7 +119,7 @@ class Extractor:
 
     def _digest(self, reader: ShardReader) -> str:
         how = (self.resize, self.precision, self.batch, self.world.device.type)
-        content = json.dumps([self.model.digest, reader.fingerprint, how])
+        content = json.dumps([VERSION, self.model.digest, reader.fingerprint, how])
         return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -57,6 +57,7 @@ def knn(
         "features": model.name,
         "image_size": model.image_size,
         "resize": extract.resize,
+        "precision": extract.precision,
         "train": {"data": train, "samples": len(features.labels), "labels": labels or 1.0},
         "val": {"data": val, "samples": len(queries.labels)},
         "classes": sets.classes,

@@ -35,7 +35,7 @@ from pipeline.train import checkpoint, run_directory, wandb_run
 from pipeline.train.distributed import agreed, gathered_rows, joined
 from pipeline.train.hardware import device_name, memory_gib
 from pipeline.train.metrics import Log, Window
-from pipeline.train.schedule import learning_rate
+from pipeline.train.schedule import learning_rate, warning
 from pipeline.train.stopping import UNWRITTEN, Stopping
 from pipeline.train.watchdog import Watchdog
 from pipeline.whole_file import write_json
@@ -75,6 +75,11 @@ def linprobe(
         agreed(lambda: held.enter_context(run_directory.begun(run, recipe)) if world.rank == 0 else None)
         patience = 60 * recipe.engine.timeout_minutes
         watchdog = agreed(lambda: held.enter_context(closing(Watchdog(run, world.rank, patience))))
+
+        def alive() -> None:
+            watchdog.alive()
+            stopping.check()
+
         extract = Extractor(
             model,
             world,
@@ -82,7 +87,7 @@ def linprobe(
             precision=recipe.engine.precision,
             batch=recipe.engine.micro_batch,
             cache=cache,
-            alive=watchdog.alive,
+            alive=alive,
         )
         judged = extract(sets.val)
         chosen_by = extract(held_out) if held_out else None
@@ -100,8 +105,8 @@ def linprobe(
         step = saved_step = state["step"]
         window = Window(state["window"])
         samples = sets.train.num_samples
-        total_steps = recipe.total_steps(samples)
-        batch = recipe.data.global_batch
+        batch, total_steps = recipe.data.global_batch, recipe.total_steps(samples)
+        warmup = recipe.probe.warmup_epochs * samples / batch
         feed = (KeptFeatures if recipe.probe.center_crops else RandomCrops)(recipe, sets.train, extract, step)
         log = agreed(lambda: Log(run, recipe, step, total_steps, []) if world.rank == 0 else None)
         device = device_name(world.device)
@@ -115,7 +120,8 @@ def linprobe(
                 f"{total_steps} steps of {batch} on {world.size} x {device}"
                 + (f", continued after step {step}" if step else "")
             )
-
+            if short := warning(total_steps, warmup):
+                log.note(f"probe.warmup_epochs: {short}")
             if batch > samples:
                 log.note(
                     f"data.global_batch: {batch} is more than the {samples} training images: steps see them "
@@ -141,7 +147,6 @@ def linprobe(
             if stopping.reason:
                 break
             features, labels = (gathered_rows(torch.cat(rows)) for rows in zip(*parts, strict=True))
-            warmup = recipe.probe.warmup_epochs * samples / batch
             rate = learning_rate(step, total_steps, warmup, batch / 256)
             losses = heads.learn(features, labels, rate)
             step += 1
@@ -200,6 +205,7 @@ def linprobe(
                 "val": {"data": val, "samples": len(judged.labels)},
                 "classes": sets.classes,
                 "steps": step,
+                "recipe": recipe.model_dump(mode="json"),
                 **_judge(heads, sets.classes, judged, chosen_by, world.device),
             }
             agreed(lambda: write_json(run / RESULT, result) if log else None)
@@ -220,9 +226,11 @@ def format_probe(result: dict) -> str:
     train = result["train"]
     share = "" if train["labels"] == 1 else f" ({train['labels']:g} of the labels"
     share += (", class-balanced" if train["by_class"] else "") + ")" if share else ""
+    crops = ", centre crops alone" if result["recipe"]["probe"]["center_crops"] else ""
     lines = [
-        f"{result['features']}: {train['samples']} training images{share}, {result['held_out']['samples']} "
-        f"held out, {result['val']['samples']} to be judged, {result['classes']} classes",
+        f"{result['features']}: {train['samples']} training images{share}{crops}, "
+        f"{result['held_out']['samples']} held out, {result['val']['samples']} to be judged, "
+        f"{result['classes']} classes",
         " base lr   held out                      top-1 [95 % interval]"
         + "         top-5" * ("top5" in result["rates"][0]["val"]),
     ]

@@ -113,6 +113,8 @@ def load_probe_recipe(given: dict[str, dict], overrides: Sequence[str] = ()) -> 
     for key in sorted(overridden(overrides)):
         if key in OF_THE_WEIGHTS:
             raise UserError(f"--set {key}: follows from --weights; {OF_THE_WEIGHTS[key]}")
+        if key in {f"probe.{name}" for name in given.get("probe", {})}:
+            raise UserError(f"--set {key}: has an option of its own; give that")
         if key in {f"data.{name}" for name in given.get("data", {})}:
             raise UserError(f"--set {key}: follows from --labels; leave one of the two out")
         if key in OF_RANDOM_CROPS and recipe.probe.center_crops:

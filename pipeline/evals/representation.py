@@ -5,6 +5,7 @@ pixels, pixels:SIZE                                    the image itself, 32 px o
 """
 
 import hashlib
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -28,7 +29,7 @@ class Representation(nn.Module):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Of everything that decides what comes out."""
         return digest(self, self.name, self.image_size, self.mean, self.std)
@@ -48,6 +49,10 @@ class PooledTokens(Representation):
         """images (B, 3, S, S) -> (B, D)."""
         tokens = self.encoder(images)
         return tokens[:, 0] if self.pool == "class_token" else tokens[:, 1:].mean(dim=1)
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self, self.name, self.encoder.heads, self.image_size, self.mean, self.std)
 
 
 class Pixels(Representation):

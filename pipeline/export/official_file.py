@@ -76,7 +76,7 @@ model = models_mae.MaskedAutoencoderViT(
     norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
 )
 model.load_state_dict(torch.load("OUT/{WEIGHTS}", weights_only=True)["model"])
-loss, prediction, mask = model(images, mask_ratio={mask_ratio(recipe):g})
+loss, prediction, mask = model(images, mask_ratio={mask_ratio(recipe)})
 """
 
 

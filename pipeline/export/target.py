@@ -3,6 +3,7 @@
 Invariant: `difference` sees nothing but the folder. What it compares with comes from the trained model.
 """
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -86,9 +87,16 @@ def relative_difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
 
 
 def mask_ratio(recipe: Recipe) -> float:
-    """Share of an image's patches that the encoder does not see in training."""
-    if recipe.method.name == "emae":
-        return 1 - 1 / recipe.method.emae.num_parts
-    return {"mae": recipe.method.mae, "efficient_mae": recipe.method.efficient_mae}[
-        recipe.method.name
-    ].mask_ratio
+    """Share of an image's patches that the encoder does not see in training, as MAE's code rounds it."""
+    name = recipe.method.name
+    if name == "emae":
+        return ratio_leaving(recipe.num_visible, recipe.num_patches)
+    return {"mae": recipe.method.mae, "efficient_mae": recipe.method.efficient_mae}[name].mask_ratio
+
+
+def ratio_leaving(visible: int, patches: int) -> float:
+    """The mask ratio by which MAE's code and transformers, `int(patches * (1 - ratio))`, keep so many."""
+    ratio = 1 - visible / patches
+    while int(patches * (1 - ratio)) < visible:
+        ratio = math.nextafter(ratio, 0)
+    return ratio

@@ -113,7 +113,7 @@ def whole_difference(trained: Trained, folder: Path) -> float:
         logits = model(pixel_values=images, noise=noise).logits
         model.config.mask_ratio = 0.0
         everything = model.vit(pixel_values=images, noise=in_order).last_hidden_state
-    visible_ids, masked_ids = random_split(noise, int(noise.shape[1] * (1 - mask_ratio(trained.recipe))))
+    visible_ids, masked_ids = random_split(noise, trained.recipe.num_visible)
     theirs = logits.gather(1, masked_ids[..., None].expand(-1, -1, logits.shape[2]))
     return max(
         relative_difference(everything, tokens(trained.method, images)),

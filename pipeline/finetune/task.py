@@ -63,9 +63,10 @@ class Finetuning(Task):
         self._found = Begun(
             encoder=encoder.name,
             digest=digest(encoder.vit),
-            heads=encoder.vit.blocks[0].attn.num_heads,
+            heads=encoder.heads,
             classes=reader.manifest.classes,
             class_names=reader.manifest.class_names,
+            val=self._val.fingerprint,
         )
         self._classifier = Classifier(encoder.vit, self._classes, self.recipe)
         self._flops = _forward_flops(self._classifier, self.recipe.data.image_size)
@@ -87,13 +88,26 @@ class Finetuning(Task):
         )
 
     def _begun(self) -> Begun:
-        """What the run began with. UserError where nothing is saved yet and the weights are others by now;
-        what is saved holds its own."""
-        begun = begin(self._run, self._found)
-        if begun.digest != self._found.digest and not checkpoint.steps_of(self._run / "checkpoints"):
+        """What the run began with. UserError where it is judged on another set, or where nothing is saved yet
+        and weights or classes are others by now; what is saved holds its own."""
+        run, found = self._run, self._found
+        begun = begin(run, found)
+        if begun.val != found.val:
             raise UserError(
-                f"--weights {self.recipe.weights}: are others ({self._found.encoder}) than those that "
-                f"{self._run} began with ({begun.encoder}); give a new --run"
+                f"--val {self._place}: is another set than {run} is judged on; figures of two sets are no "
+                "curve: give that one, or a new --run"
+            )
+        if checkpoint.steps_of(run / "checkpoints"):
+            return begun
+        if begun.digest != found.digest:
+            raise UserError(
+                f"--weights {self.recipe.weights}: are others ({found.encoder}) than those that "
+                f"{run} began with ({begun.encoder}); give a new --run"
+            )
+        if (begun.classes, begun.class_names) != (found.classes, found.class_names):
+            raise UserError(
+                f"--data {self._train.places[0]}: its classes have other names, or another order, than those "
+                f"that {run} began with; give a new --run"
             )
         return begun
 

@@ -23,7 +23,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from pipeline.errors import AgreedError
 from pipeline.sections import TrainSection
 from pipeline.train import engine
 from pipeline.train.average import Average
-from pipeline.train.distributed import World, agreed, from_rank_0, gathered
+from pipeline.train.distributed import World, agreed, from_rank_0, gathered, say
 from pipeline.whole_file import write_whole
 
 STATE = "state.json"
@@ -89,39 +88,59 @@ def save(
     together(lambda: publish(directory, step, whole, retention) if alone else None)
 
 
-def newest_whole(directory: Path, rank: int = 0, world_size: int = 1, only: str | None = None) -> Path | None:
+def newest_whole(
+    directory: Path, rank: int = 0, world_size: int = 1, at_most: int | None = None
+) -> Path | None:
     """The newest checkpoint without a fault, None if there is none at all; every rank calls it.
 
-    only: the file that is wanted; the others are not looked at. A damaged checkpoint is passed over with a
-    warning. UserError where all are damaged, or gone: training from the beginning would overwrite what could
-    perhaps be saved.
+    at_most: later steps are not looked at. A damaged checkpoint is passed over with a warning. UserError
+    where all are damaged, or gone: training from the beginning would overwrite what could perhaps be saved.
     """
+    steps, named = from_rank_0(agreed(lambda: _there(directory) if rank == 0 else None))
+
+    def found(checkpoint: Path) -> list[str]:
+        mine = _faults(checkpoint, lambda files: files[rank::world_size])
+        return [fault for part in gathered(mine) for fault in part]
+
+    return _newest(directory, [step for step in steps if at_most is None or step <= at_most], named, found)
+
+
+def newest_with(directory: Path, file: str) -> Path | None:
+    """As `newest_whole`, for who reads this one file only and asks no other rank."""
+    return _newest(directory, *_there(directory), lambda checkpoint: _faults(checkpoint, lambda _: [file]))
+
+
+def _there(directory: Path) -> tuple[list[int], bool]:
+    """Steps that have a checkpoint, oldest first; and whether `latest` says that there is one."""
+    return steps_of(directory), (directory / LATEST).exists()
+
+
+def _newest(
+    directory: Path, steps: list[int], named: bool, faults_of: Callable[[Path], list[str]]
+) -> Path | None:
     latest = directory / LATEST
-    found = agreed(lambda: (steps_of(directory), latest.exists()) if rank == 0 else None)
-    steps, named = from_rank_0(found)
     if named and not steps:
         raise AgreedError(
             f"{latest}: names a checkpoint, and there is none; put it back, or remove {latest} to begin anew"
         )
     for step in reversed(steps):
         checkpoint = directory / name_of(step)
-        try:
-            files = [only] if only else sorted(read_state(checkpoint)["files"])
-            found = faults(checkpoint, files[rank::world_size])
-        except (ValueError, OSError) as error:
-            found = [str(error)]
-        found = [fault for part in gathered(found) for fault in part]
-        if not found:
+        if not (found := faults_of(checkpoint)):
             return checkpoint
-        if rank == 0:
-            print(
-                f"warning: {checkpoint.name} is damaged ({found[0]}); trying the one before", file=sys.stderr
-            )
+        say(f"warning: {checkpoint.name} is damaged ({found[0]}); trying the one before")
     if steps:
         raise AgreedError(
             f"{directory}: every checkpoint is damaged; mend one, or remove them all to begin anew"
         )
     return None
+
+
+def _faults(checkpoint: Path, share: Callable[[list[str]], list[str]]) -> list[str]:
+    """`faults` of some of a checkpoint's files, or why they cannot be told."""
+    try:
+        return faults(checkpoint, share(sorted(read_state(checkpoint)["files"])))
+    except (ValueError, OSError) as error:
+        return [str(error)]
 
 
 def name_of(step: int) -> str:

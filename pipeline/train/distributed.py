@@ -179,17 +179,23 @@ def gathered_rows(rows: torch.Tensor) -> torch.Tensor:
 
 def agreed(what: Callable[[], T]) -> T:
     """This rank's result of what needs no other rank. AgreedError on all where one raises UserError, or its
-    storage an OSError."""
-    done, fault = None, None
+    storage an OSError; StoppedEarly on all where one raises that."""
+    done, fault, early = None, None, None
     try:
         done = what()
     except UserError as error:
         fault = str(error)
     except OSError as error:
         fault = str(of_storage(error))
-    faults = dict.fromkeys(text for text in gathered(fault) if text)
+    except StoppedEarly as stop:
+        early = str(stop)
+    faults, stops = (
+        list(dict.fromkeys(filter(None, texts))) for texts in zip(*gathered((fault, early)), strict=True)
+    )
     if faults:
         raise AgreedError("; ".join(faults))
+    if stops:
+        raise StoppedEarly(stops[0])
     return done
 
 

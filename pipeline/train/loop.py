@@ -26,7 +26,7 @@ from pipeline.train.metrics import Log, Window
 from pipeline.train.pace import Pace
 from pipeline.train.profiler import Profiler
 from pipeline.train.retreat import retreat, write_samples
-from pipeline.train.schedule import learning_rate
+from pipeline.train.schedule import learning_rate, warning
 from pipeline.train.stopping import UNWRITTEN, Stopping
 from pipeline.train.task import Task
 from pipeline.train.trace import Trace, take_back
@@ -128,6 +128,8 @@ def _train(
         )
         if unchecked:
             log.note(unchecked)
+        if short := warning(total_steps, warmup_steps):
+            log.note(f"optim: {short}")
 
     unmeasured: AgreedError | None = None
 

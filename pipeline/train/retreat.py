@@ -31,9 +31,9 @@ def retreat(run: Path, trouble: Trouble, guard: Guard, global_batch: int, every:
             f"and on with the data after step {trouble.last}",
             file=sys.stderr,
         )
-    agreed(lambda: checkpoint.abandon(checkpoints, back) if world.rank == 0 else None)
-    found = checkpoint.newest_whole(checkpoints, world.rank, world.size)
+    found = checkpoint.newest_whole(checkpoints, world.rank, world.size, at_most=back)
     state = checkpoint.read_state(found)
+    agreed(lambda: checkpoint.abandon(checkpoints, state["step"]) if world.rank == 0 else None)
     gathered("read")
     changed = guard.go_back(trouble, state["step"], in_a_row, state["guard"], global_batch)
     agreed(lambda: checkpoint.amend(found, {"guard": changed}) if world.rank == 0 else None)

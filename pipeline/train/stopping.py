@@ -87,6 +87,15 @@ class Stopping:
             backend="gloo", timeout=timedelta(minutes=10 + 2 * SLOW * timeout_minutes)
         )
 
+    def check(self) -> None:
+        """StoppedEarly where this rank was told to stop: for what ranks do alone, inside `agreed`, before
+        there are steps and anything to save."""
+        if self._heard:
+            raise StoppedEarly(
+                f"stopped early by {_name(self._heard)}, before this start's first step; the same command "
+                "continues"
+            )
+
     def next(self, loader) -> object | None:
         """The loader's next micro batch, or None on all ranks where one of them was told to stop or cannot
         read its data. Every rank calls it."""

@@ -140,6 +140,14 @@ def test_relative_positions_of_a_small_square_are_those_inside_a_larger_one():
         assert torch.equal(large(query), small(query))
 
 
+@pytest.mark.parametrize("heads", ["five", "5", "0", "-3"])
+def test_heads_that_a_width_cannot_have_are_refused_in_one_line(tmp_path, heads):
+    path = tmp_path / "model.safetensors"
+    save_file(timm_state_dict(method_of(recipe_file(tmp_path))), path, {"heads": heads})
+    with pytest.raises(UserError, match="a width of 192 cannot have the heads that it names"):
+        load_encoder(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
@@ -170,7 +178,9 @@ def test_what_is_no_encoder_is_refused_in_one_line(tmp_path):
     (tmp_path / "out" / "model.safetensors").write_text("")
     torch.save({"model": {}, "args": load_recipe("vitb16_mae")}, tmp_path / "objects.pth")
     torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "other.pth")
+    torch.save({"model": "vit_large"}, tmp_path / "named.pth")
     for name, complaint in (
+        ("named.pth", "'model' in it is no mapping of names to tensors"),
         ("text.safetensors", "cannot be read"),
         ("text.pth", "cannot be read: damaged, or no file that torch.save wrote"),
         ("word.pth", "cannot be read: damaged, or no file that torch.save wrote"),

@@ -29,7 +29,8 @@ def test_the_ranks_see_every_sample_once_in_the_order_of_the_set(shards, world_s
     parts = everything(shards, batch, world_size, DataSection(image_size=16))
     manifest = read_manifest(shards)
     in_order = [key for shard in manifest.shards for key in read_index(shards, shard).keys]
-    assert [key for part in parts for item in part for key in item.keys] == in_order
+    seen = [sample for part in parts for item in part for sample in item.samples.tolist()]
+    assert seen == list(range(len(in_order)))
     sizes = [sum(len(item.images) for item in part) for part in parts]
     assert max(sizes) - min(sizes) <= batch
     assert [len(item.labels) for part in parts for item in part] == [
@@ -40,11 +41,12 @@ def test_the_ranks_see_every_sample_once_in_the_order_of_the_set(shards, world_s
 def test_labels_are_the_classes_of_the_photographs_folders(shards):
     reader = ShardReader(shards)
     classes = reader.manifest.classes
+    keys = [key for shard in reader.manifest.shards for key in read_index(shards, shard).keys]
     (batches,) = everything(shards, 32, data=DataSection(image_size=16))
     for item in batches:
         assert item.labels.dtype == torch.int64
-        for key, label in zip(item.keys, item.labels.tolist(), strict=True):
-            assert key.startswith(classes[label])
+        for sample, label in zip(item.samples.tolist(), item.labels.tolist(), strict=True):
+            assert keys[sample].startswith(classes[label])
 
 
 def test_the_pixels_are_torchvisions(shards):

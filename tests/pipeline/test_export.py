@@ -3,9 +3,12 @@
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.export import load_official_state_dict, official_state_dict, timm_state_dict
+from pipeline.export.target import ratio_leaving
 from pipeline.losses import patchify
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
@@ -52,6 +55,12 @@ def test_the_large_models_have_timms_keys_and_shapes(name, model):
         state = timm_state_dict(build_method(load_recipe(name)))
         wanted = timm.create_model(model, num_classes=0).state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in wanted.items()}
+
+
+@given(st.integers(2, 32).flatmap(lambda side: st.tuples(st.integers(1, side**2 - 1), st.just(side**2))))
+def test_the_mask_ratio_of_an_export_leaves_as_many_patches_as_training(counts):
+    visible, patches = counts
+    assert int(patches * (1 - ratio_leaving(visible, patches))) == visible
 
 
 def test_weights_that_do_not_fit_are_refused_with_their_names_and_nothing_is_loaded():

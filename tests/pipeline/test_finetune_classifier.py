@@ -1,6 +1,8 @@
 """The classifier: MAE's head, layer-wise rates, and randomness by noise alone."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,6 +201,36 @@ def test_weights_that_have_changed_since_the_run_began_are_refused_until_it_has_
         begin(1)
     (run / "checkpoints/step-00000002").mkdir(parents=True)
     assert begin(1) == begun
+
+
+def test_a_run_is_of_one_pair_of_sets(labelled_sets, tmp_path):
+    """Classes by name before anything is saved (after that by the checkpoint); what judges it at any time."""
+    train, val = labelled_sets
+    run, renamed = tmp_path / "run", tmp_path / "renamed"
+    run.mkdir()
+    for place in labelled_sets:
+        manifest = shutil.copytree(place, renamed / place.name) / "manifest.json"
+        tree = json.loads(manifest.read_text())
+        tree["classes"][0] = "another"
+        manifest.write_text(json.dumps(tree))
+
+    def begin(train: Path, val: Path) -> None:
+        task = Finetuning(recipe(), str(val))
+        reader = ShardReader(train, task.recipe.data)
+        task.begin(run, reader, task.build(reader), ALONE)
+
+    begin(train, val)
+    before = (run / "weights.json").read_text()
+    with pytest.raises(
+        UserError, match=r"other names, or another order, than those that .*; give a new --run"
+    ):
+        begin(renamed / train.name, renamed / val.name)
+    with pytest.raises(UserError, match=r"--val .* is another set than .* is judged on"):
+        begin(val, train)
+    (run / "checkpoints/step-00000002").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"--val .* is another set than .* is judged on"):
+        begin(val, train)
+    assert (run / "weights.json").read_text() == before
 
 
 def test_a_damaged_validation_set_is_found_at_the_start(labelled_sets, tmp_path):

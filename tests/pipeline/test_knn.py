@@ -17,6 +17,7 @@ from pipeline.errors import AgreedError
 from pipeline.evals.features import Extractor, Features
 from pipeline.evals.knn import KS, TEMPERATURE, classify, counted, knn, nearest, votes
 from pipeline.evals.representation import representation
+from pipeline.recipe import load_recipe
 from pipeline.train.distributed import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), 1)
@@ -98,6 +99,14 @@ def test_damaged_features_are_extracted_again_and_said(labelled_sets, tmp_path, 
     )
 
 
+def test_features_of_another_number_of_heads_are_others(tmp_path):
+    digests = set()
+    for heads in (2, 4):
+        (tmp_path / "recipe.yaml").write_text(load_recipe("demo_emae", [f"model.heads={heads}"]).to_yaml())
+        digests.add(representation(f"random:{tmp_path / 'recipe.yaml'}", None, "mean").digest)
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize("place", ["a file in its way", "a full disk"])
 def test_features_that_cannot_be_kept_are_said_once_and_used(labelled_sets, tmp_path, capsys, place):
     cache, limit = tmp_path / "cache", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -129,6 +138,8 @@ def test_the_ranks_count_together_what_one_counts(ranks):
 
 def test_features_of_a_run_and_of_its_average_are_kept_in_the_run(tmp_path):
     given = {"cache": None}
+    assert _cache(Namespace(weights=str(tmp_path), **given)) is None  # any folder
+    (tmp_path / "recipe.yaml").touch()
     for weights in (tmp_path, f"ema:{tmp_path}"):
         assert _cache(Namespace(weights=str(weights), **given)) == tmp_path / "features"
     assert _cache(Namespace(weights="random:demo_emae", **given)) is None

@@ -98,14 +98,19 @@ def test_a_batch_that_is_more_than_the_set_is_said(labelled_sets, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("labels", "by_class", "said"),
+    ("labels", "by_class", "center_crops", "said"),
     [
-        (1.0, False, "9 training images, 3 held"),
-        (0.5, False, "9 training images (0.5 of the labels), 3 held"),
-        (0.5, True, "9 training images (0.5 of the labels, class-balanced), 3 held"),
+        (1.0, False, False, "9 training images, 3 held"),
+        (0.5, False, False, "9 training images (0.5 of the labels), 3 held"),
+        (
+            0.5,
+            True,
+            True,
+            "9 training images (0.5 of the labels, class-balanced), centre crops alone, 3 held",
+        ),
     ],
 )
-def test_the_table_says_which_labels_were_learned_from(labels, by_class, said):
+def test_the_table_says_what_was_learned_from(labels, by_class, center_crops, said):
     found = {"correct": 1, "total": 2}
     result = {
         "features": "pixels",
@@ -113,6 +118,7 @@ def test_the_table_says_which_labels_were_learned_from(labels, by_class, said):
         "held_out": {"samples": 3},
         "val": {"samples": 4},
         "classes": 2,
+        "recipe": {"probe": {"center_crops": center_crops}},
         "rates": [{"base_lr": 0.1, "held_out": None, "val": {"top1": found}}],
         "chosen": 0.1,
     }

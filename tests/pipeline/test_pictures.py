@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from data_prep.pixels import decode_other
 from pipeline.__main__ import main
+from pipeline.errors import UserError
 from pipeline.evals.agreement import agreement
 from pipeline.evals.attention import attention_weights, class_attention
+from pipeline.evals.attention import picture as draw_attention
 from pipeline.evals.canvas import GAP, MARGIN, Chart, Column, Scale, columns_of, enlarged, sheet
 from pipeline.evals.difficulty_map import by_distance, distance_of, error_of
 from pipeline.evals.encoder import load_encoder
@@ -194,6 +196,13 @@ def test_attention_is_what_the_layers_use(runs, name):
     heads, rollout = class_attention(encoder, IMAGES)
     assert heads.shape == (2, 4, 36) and rollout.shape == (2, 36)
     assert (heads > 0).all() and (heads.sum(2) < 1).all() and (rollout.sum(1) < 1).all()
+
+
+def test_attention_that_no_memory_holds_is_refused(runs):
+    encoder = load_encoder(runs["mae"])
+    encoder.image_size = 2048 * encoder.patch_size
+    with pytest.raises(UserError, match=r"between 4194305 tokens need \d+ GiB of memory; take fewer --tiles"):
+        draw_attention(encoder, DataSection(), IMAGES)
 
 
 def test_main_directions_are_those_of_the_covariance():

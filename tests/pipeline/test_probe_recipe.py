@@ -36,6 +36,7 @@ def test_an_override_leaves_the_rest_of_the_protocol_as_it_is():
         (["data.mean=[0, 0, 0]"], "data.mean: follows from --weights"),
         (["data.std=[1, 1, 1]"], "data.std: follows from --weights"),
         (["probe.digest=abc"], "probe.digest: follows from --weights"),
+        (["probe.weights=pixels:8"], "probe.weights: has an option of its own; give that"),
         (["probe.center_crops=true", "data.crop_scale=[0.2, 1]"], "data.crop_scale: is not for --center"),
         (["probe.center_crops=true", "data.crop_ratio=[1, 1]"], "data.crop_ratio: is not for --center-crops"),
         (["probe.center_crops=true", "data.flip=false"], "data.flip: is not for --center-crops"),
