@@ -54,26 +54,29 @@ NAMES = {
 }
 
 
-def connect(timeout_minutes: float) -> None:
-    """Join the other ranks. `distributed.find_world` has prepared the environment.
+def connect(timeout_minutes: float, watched: bool = True) -> None:
+    """Join the other ranks. `distributed.find_world` has prepared the environment. StoppedEarly where they
+    cannot meet.
 
-    Collectives wait longer than `timeout_minutes`: the watchdog is to end a rank, and say where it hung.
+    The ranks wait `timeout_minutes` for each other, here and in collectives. Where they are watched, longer:
+    the watchdog is to end a rank, and say where it hung.
     """
     logger.setLevel(logging.WARNING)
     # Of two ninjas each would compile again what the other has compiled: it is always ours.
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
     if get_accelerator().device_name() == "cpu":
         _say_if_compiled(ShareMemCommBuilder())
-    timeout = timedelta(minutes=max(10.0, 2 * SLOW * timeout_minutes))
+    timeout = timedelta(minutes=max(10.0, 2 * SLOW * timeout_minutes) if watched else timeout_minutes)
     waiting = threading.Timer(LONG, _say_connecting)
     waiting.daemon = True
     waiting.start()
     try:
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
-    except dist.DistNetworkError as error:
+    except dist.DistError as error:
         where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
+        why = str(error).splitlines()[0].rstrip(".")
         raise StoppedEarly(
-            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}. If another run has the port, "
+            f"the ranks cannot meet at {where}: {why}. If another run has the port, "
             "give this one its own: deepspeed --master_port N, or MASTER_PORT=N"
         ) from error
     finally:
@@ -191,7 +194,8 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
     before the last.
 
     `verdict` is asked with that norm once it is known, before any weight is touched; where it is 1.0 weights
-    and moments stay as they are. The host does not look at it, unless the optimiser is DeepSpeed's own.
+    and moments stay as they are. The host does not wait for it, unless the optimiser is DeepSpeed's own or
+    works on the CPU.
     DeepSpeed itself leaves a step out, too, where the gradient is not finite, and then says that its norm is
     infinite.
     """
@@ -225,10 +229,11 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
 @contextmanager
 def _asking(optimizer: torch.optim.Optimizer, verdict: Callable[[], torch.Tensor]) -> Iterator[None]:
     """Let the optimiser leave its steps out where the verdict is 1.0."""
-    if isinstance(optimizer, torch.optim.AdamW):  # reads found_inf on the device
+    if isinstance(optimizer, torch.optim.AdamW):  # reads found_inf where its parameters are
 
         def ask(*_: object) -> None:
-            optimizer.found_inf = verdict()
+            device = next(p.device for group in optimizer.param_groups for p in group["params"])
+            optimizer.found_inf = verdict().to(device)  # torch's own copy to a CPU would not wait for it
 
         asking = optimizer.register_step_pre_hook(ask)
         try:

@@ -2,7 +2,8 @@
 
 Invariant: the recipe decides batch, precision, optimiser, schedule and clipping; the file only how the engine
 does it. What both set must be the same, and what is not known to leave results and checkpoints right is
-refused by name. So neither can silently win. "auto" in the file leaves a key to the recipe or to DeepSpeed.
+refused by name; what has no effect in the run is left out and said. So neither can silently win. "auto" in
+the file leaves a key to the recipe or to DeepSpeed.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.recipe_file import flat
+from pipeline.recipe_file import flat, overridden
 from pipeline.training_recipe import TrainingRecipe
 
 ADAM_EPS = 1e-8
@@ -95,21 +96,28 @@ def engine_overrides(path: Path, given: Sequence[str]) -> list[str]:
 
     UserError where both set one and differ, or the file cannot be read.
     """
-    found = _read(path)
+    file = _read(path)
     values = {}
-    if (stage := found.get("zero_optimization.stage")) is not None:
+    if (stage := file.get("zero_optimization.stage")) is not None:
         values["engine.zero_stage"] = str(stage)
-    if (device := found.get("zero_optimization.offload_optimizer.device")) is not None:
+    if (device := file.get("zero_optimization.offload_optimizer.device")) is not None:
         values["engine.offload"] = {"none": "none", "cpu": "optimizer"}.get(str(device))
         if values["engine.offload"] is None:
             raise UserError(
                 f"{path}: zero_optimization.offload_optimizer.device: cpu or none, not {device!r}"
             )
-    said = dict(override.split("=", 1) for override in given if "=" in override)
-    for key in values.keys() & said.keys():
-        if said[key].strip() != values[key]:
-            raise UserError(f"--set {key}={said[key]}: {path} says {values[key]}; leave one of them out")
-    return [f"{key}={value}" for key, value in values.items()]
+    found = [f"{key}={value}" for key, value in values.items()]
+    said, meant = overridden(given), overridden(found)
+    for key in meant.keys() & said.keys():
+        if said[key] != meant[key]:
+            raise UserError(f"--set {key}={said[key]}: {path} says {meant[key]}; leave one of them out")
+    return found
+
+
+def unused(path: Path, recipe: TrainingRecipe) -> list[str]:
+    """The file's keys that have no bearing on the recipe, and are left out: of fp16's loss scale in another
+    precision, of an offload that there is none of."""
+    return [key for key in _read(path) if key in ENGINE_KEYS and not _applies(key, recipe)]
 
 
 def _shipped(recipe: TrainingRecipe) -> Path:

@@ -19,8 +19,8 @@ from pipeline.errors import AgreedError
 from pipeline.train import checkpoint, engine, run_directory, wandb_run
 from pipeline.train.average import Average
 from pipeline.train.distributed import agreed, find_world, leaving_together
-from pipeline.train.engine_config import engine_config
-from pipeline.train.guard import Guard
+from pipeline.train.engine_config import engine_config, unused
+from pipeline.train.guard import Guard, Trouble
 from pipeline.train.hardware import device_name
 from pipeline.train.metrics import Log, Window
 from pipeline.train.pace import Pace
@@ -55,6 +55,7 @@ def _train(
     world = find_world()
     accumulation = recipe.accumulation(world.size)
     config = engine_config(recipe, world.size, deepspeed_config)
+    left_out = unused(deepspeed_config, recipe) if deepspeed_config else []
     wandb_run.check(recipe)
     run_directory.check(run, recipe)
     reader = ShardReader(recipe.sources(data), recipe.data)
@@ -126,6 +127,8 @@ def _train(
             + (f" by {deepspeed_config}" if deepspeed_config else "")
             + f"; weights are updated by {engine.optimizer_name(model)}"
         )
+        if left_out:
+            log.note(f"{deepspeed_config}: without effect in this run: {', '.join(left_out)}")
         if unchecked:
             log.note(unchecked)
         if short := warning(total_steps, warmup_steps):
@@ -161,6 +164,15 @@ def _train(
             with stopping.writing():
                 task.show(step)
             checkpoint.save(model, average, checkpoints, step, state, recipe.train, world)
+
+    def read(upto: int) -> Trouble | None:
+        """What the guard hears of the steps up to this one; the skipped are said."""
+        known = len(guard.skips)
+        trouble = guard.read(upto)
+        if log:
+            for skip in guard.skips[known:]:
+                log.note(skip.sentence())
+        return trouble
 
     # ---- Train
     pace, profiler = Pace(recipe, task.forward_flops(), world), None
@@ -213,13 +225,8 @@ def _train(
         evaluates = task.evaluates(step, total_steps, num_samples)
         says = step % recipe.train.log_every == 0 or step == total_steps or evaluates
         saves = step % recipe.train.checkpoint_every == 0 or step == total_steps
-        known = len(guard.skips)
-        trouble = guard.read(
-            step if says or saves else step - 1
-        )  # a step late: without waiting for the device
-        if log:
-            for skip in guard.skips[known:]:
-                log.note(skip.sentence())
+        # A step late: without waiting for the device.
+        trouble = read(step if says or saves else step - 1)
         if trouble:
             loader.close()
             reader.reopen()
@@ -274,7 +281,7 @@ def _train(
             saved_step = step
 
     # Stopped early or not measured, not in trouble, and with nothing missing that belongs to the steps since.
-    if step > saved_step and stopping.reason != UNWRITTEN and not guard.read(step):
+    if step > saved_step and stopping.reason != UNWRITTEN and not read(step):
         make_sure()
         saved_step = step
 

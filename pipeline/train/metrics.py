@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from pipeline.columns import read_lines
 from pipeline.train.distributed import all_ranks_mean
 from pipeline.train.progress import Progress
-from pipeline.train.wandb_run import WandbRun
+from pipeline.train.wandb_run import Failed, WandbRun
 from pipeline.training_recipe import TrainingRecipe
 from pipeline.whole_file import write_whole
 
@@ -74,13 +74,11 @@ class Log:
         self.path = run / "metrics.jsonl"
         self.found = _take_back(self.path, step, returns)
         """The last line of the run that this one continues: {"step", "time"}; None at the beginning."""
-        self.wandb = WandbRun(run, recipe) if recipe.train.wandb else None
         self.file = open(self.path, "a")  # noqa: SIM115 (closed in `close`)
         threading.excepthook = _quiet_where_the_disk_is_full
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.bar = Progress(step, total_steps)
-        if self.wandb:
-            self.note(self.wandb.said)
+        self.wandb = self._begun_there(run, recipe) if recipe.train.wandb else None
 
     def write(self, line: dict) -> None:
         """Append one line; numbers also go to TensorBoard and Weights & Biases, the main ones to the bar."""
@@ -105,6 +103,7 @@ class Log:
 
     def flush(self) -> None:
         """Force everything written so far to the disk."""
+        self.file.flush()
         os.fsync(self.file.fileno())
         self.board.flush()
 
@@ -119,16 +118,28 @@ class Log:
         if self.wandb:
             self._tell(WandbRun.close)
 
+    def _begun_there(self, run: Path, recipe: TrainingRecipe) -> WandbRun | None:
+        try:
+            there = WandbRun(run, recipe)
+        except Failed as error:
+            self._note_without(error)
+            return None
+        self.note(there.said)
+        return there
+
     def _tell(self, what: Callable[[WandbRun], None]) -> None:
         try:
             what(self.wandb)
         except Exception as error:  # of its helper process, which a signal to the run may end as well
             self.wandb.abandon()
             self.wandb = None
-            self.note(
-                f"Weights & Biases: {error}; nothing more goes there until the run continues, all is in "
-                f"{self.path}"
-            )
+            self._note_without(error)
+
+    def _note_without(self, error: Exception) -> None:
+        self.note(
+            f"Weights & Biases: {error}; nothing more goes there until the run continues, all is in "
+            f"{self.path}"
+        )
 
 
 def _quiet_where_the_disk_is_full(what: threading.ExceptHookArgs) -> None:

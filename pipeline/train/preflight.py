@@ -20,7 +20,16 @@ from pipeline.data.reader import ShardReader
 from pipeline.errors import AgreedError, StoppedEarly, Unanswered, UserError
 from pipeline.plan import checkpoint_bytes
 from pipeline.train import checkpoint, engine, run_directory
-from pipeline.train.distributed import World, agreed, find_world, from_rank_0, gathered, leave, node_name
+from pipeline.train.distributed import (
+    World,
+    agreed,
+    find_world,
+    from_rank_0,
+    gathered,
+    leaving_together,
+    node_name,
+    of_storage,
+)
 from pipeline.train.engine_config import engine_config
 from pipeline.train.hardware import device_name
 from pipeline.train.task import Task
@@ -32,7 +41,7 @@ REDUCED = 64 * 2**20
 """Bytes of the all-reduce."""
 ROUNDS = 5
 TIMEOUT_MINUTES = 10.0
-"""As engine.timeout_minutes, which is not known where the recipe is wrong."""
+"""For the ranks to meet: as long as one may wait for storage that does not answer, and no longer."""
 
 
 class Findings(NamedTuple):
@@ -57,17 +66,16 @@ def preflight(
     began = time.monotonic()
     world = find_world()
     mine = look(make_task, data, run, deepspeed_config, world)
-    engine.connect(TIMEOUT_MINUTES)
-    everyone = gathered(mine)
-    begun = from_rank_0(agreed(lambda: bool(checkpoint.steps_of(run / "checkpoints"))))
-    if any(rank.faults for rank in everyone):
-        raise complaint(everyone, begun)
-    _complain([(rank.node, _difference(rank, everyone[0])) for rank in everyone])
-    reduced = _all_reduce(world)
-    _complain(
-        gathered((mine.node, "" if reduced else "the all-reduce gave a wrong sum; test this node's network"))
-    )
-    leave()
+    engine.connect(TIMEOUT_MINUTES, watched=False)
+    with leaving_together():
+        everyone = gathered(mine)
+        begun = from_rank_0(agreed(lambda: bool(checkpoint.steps_of(run / "checkpoints"))))
+        if any(rank.faults for rank in everyone):
+            raise complaint(everyone, begun)
+        _complain([(rank.node, _difference(rank, everyone[0])) for rank in everyone])
+        reduced = _all_reduce(world)
+        fault = "" if reduced else "the all-reduce gave a wrong sum; test this node's network"
+        _complain(gathered((mine.node, fault)))
     first = everyone[0]
     nodes = list(dict.fromkeys(rank.node for rank in everyone))
     lines = {
@@ -111,9 +119,10 @@ def look(
 def _noting(faults: list[UserError]) -> Iterator[None]:
     try:
         yield
-    except UserError as error:
-        if str(error) not in map(str, faults):
-            faults.append(error)
+    except (UserError, OSError) as error:
+        fault = of_storage(error) if isinstance(error, OSError) else error
+        if str(fault) not in map(str, faults):
+            faults.append(fault)
 
 
 def complaint(everyone: Sequence[Findings], begun: bool) -> AgreedError | StoppedEarly:

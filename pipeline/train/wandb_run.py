@@ -26,11 +26,15 @@ def check(recipe: TrainingRecipe) -> None:
         )
 
 
+class Failed(Exception):
+    """wandb could not begin, by whatever it met: the run goes on without it."""
+
+
 class WandbRun:
     """The run there, begun or continued; `said` is a sentence about it.
 
     Where the server is out of reach, this start is recorded in RUN/wandb alone. UserError where nobody is
-    logged in.
+    logged in; Failed for all else that wandb raises.
     """
 
     def __init__(self, run: Path, recipe: TrainingRecipe):
@@ -49,6 +53,17 @@ class WandbRun:
             "dir": str(run),
             "settings": wandb.Settings(console="off", silent=True, disable_git=True),
         }
+        try:
+            self._begin(options)
+        except UserError:
+            raise
+        except Exception as error:
+            self.abandon()
+            raise Failed(str(error)) from error
+
+    def _begin(self, options: dict) -> None:
+        import wandb
+
         offline = os.environ.get("WANDB_MODE") == "offline"
         try:
             self.run = wandb.init(**options, resume=None if offline else "allow")

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
-from pipeline.train.engine_config import engine_config, engine_overrides
+from pipeline.train.engine_config import engine_config, engine_overrides, unused
 
 WORLD = 8
 
@@ -75,6 +75,10 @@ def test_a_users_file_sets_the_engine_and_leaves_the_rest_to_the_recipe(tmp_path
     }
     assert config["train_batch_size"] == 4096 and config["bf16"] == {"enabled": True}
     assert "fp16" not in config and "optimizer" not in config
+    assert unused(path, recipe) == ["fp16.loss_scale_window"]
+    assert unused(path, load_recipe("vitl16_mae", ["engine.precision=fp16"])) == [
+        "zero_optimization.offload_optimizer.pin_memory"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -104,11 +108,14 @@ def test_a_contradiction_is_one_line_that_names_both_places(tmp_path, content, p
     assert str(path) in message and "\n" not in message and all(part in message for part in parts), message
 
 
-def test_set_against_the_file_is_refused_and_the_same_is_not(tmp_path):
+@pytest.mark.parametrize(
+    "written", ["engine.zero_stage={}", "engine.zero_stage = {}", "engine={{zero_stage: {}}}"]
+)
+def test_set_against_the_file_is_refused_and_the_same_is_not(tmp_path, written):
     path = given(tmp_path, {"zero_optimization": {"stage": 3}})
     with pytest.raises(UserError, match=r"--set engine.zero_stage=2: .*my.json says 3"):
-        config_of(path, "engine.zero_stage=2")
-    assert config_of(path, "engine.zero_stage=3")[0].engine.zero_stage == 3
+        config_of(path, written.format(2))
+    assert config_of(path, written.format(3))[0].engine.zero_stage == 3
 
 
 def test_a_file_without_offload_leaves_that_to_the_recipe(tmp_path):

@@ -100,6 +100,24 @@ def test_a_run_outlives_wandbs_helper_process_and_goes_on_there_when_it_continue
     assert any(r.HasField("history") for r in records(max((tmp_path / "wandb").glob("offline-run-*"))))
 
 
+def test_a_wandb_that_cannot_begin_is_said_and_the_log_does_without(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp-localhost-9")  # a helper process that nobody can reach
+    log = Log(tmp_path, recipe, 0, 4, [])
+    log.write(LINE)
+    log.close()
+    assert capsys.readouterr().err.count("nothing more goes there until the run continues") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_is_flushed_is_in_the_file(tmp_path):
+    log = Log(tmp_path, load_recipe("demo_emae"), 0, 4, [])
+    log.file.write("here")
+    log.flush()
+    assert (tmp_path / "metrics.jsonl").read_text() == "here"
+    log.close()
+
+
 @pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\xff\xfe", b'{"loss": 2.0}', b"[2]", b""])
 def test_a_damaged_line_costs_no_other_and_a_cut_last_one_nothing(tmp_path, capsys, damage):
     path = tmp_path / "metrics.jsonl"

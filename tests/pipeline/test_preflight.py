@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from http_store import serve
 from small_run import SMALL
 
 from pipeline.errors import AgreedError, StoppedEarly
 from pipeline.pretraining import Pretraining
 from pipeline.recipe import load_recipe
-from pipeline.train.distributed import World
-from pipeline.train.preflight import complaint, look
+from pipeline.train import engine
+from pipeline.train.distributed import World, find_world
+from pipeline.train.preflight import complaint, look, preflight
 
 
 def task(*overrides):
@@ -34,6 +36,44 @@ def test_a_wrong_recipe_is_a_finding_like_others(shards, tmp_path):
     found = look(lambda: load_recipe("typo"), [str(shards)], tmp_path / "run", None, world)
     (fault,) = found.faults
     assert "recipe 'typo'" in str(fault) and found.node and not found.texts
+
+
+def test_what_the_system_says_of_a_path_is_a_finding_like_others(shards, tmp_path):
+    world = World(0, 1, 0, 1, torch.device("cpu"), 1)
+    found = look(task, [str(shards)], tmp_path / ("r" * 300), None, world)
+    (fault,) = found.faults
+    assert "File name too long" in str(fault) and set(found.texts) == {"batch", "precision", "data"}
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """Sets what a launcher would; afterwards nothing that this process adds to it is left."""
+
+    def launch(**said):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        for name, value in said.items():
+            monkeypatch.setenv(name, value)
+
+    return launch
+
+
+def test_preflight_parts_from_the_others_whatever_it_finds(launcher, tmp_path):
+    launcher()
+    with pytest.raises(AgreedError, match="recipe 'typo'"):
+        preflight(lambda: load_recipe("typo"), [], tmp_path / "run")
+    assert not dist.is_initialized()
+
+
+def test_ranks_that_do_not_come_are_waited_for_as_long_as_was_said(launcher):
+    launcher()
+    find_world()
+    launcher(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    with pytest.raises(
+        StoppedEarly, match=r"the ranks cannot meet at 127.0.0.1:0: .*1/2 clients joined\. If"
+    ):
+        engine.connect(1 / 60, watched=False)
 
 
 def test_storage_that_does_not_answer_stops_a_new_run_and_lets_one_with_checkpoints_try_again(
