@@ -45,8 +45,13 @@ if [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MIN" ]; then
   # After all tasks, however they end: where one failed, the last step says which shards are missing. A task that was
   # put back does not know whether it came to this before and submits it again: a second one, after the first, finds
   # the set whole.
+  export SHARDMAE SOURCE SRC OUT
+  limit=$(squeue --noheader --job "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" --format %l) || limit=
   FINALIZE=yes sbatch --array=0 --dependency="afterany:$SLURM_ARRAY_JOB_ID,singleton" \
-    --job-name="finalize-shards-$SLURM_ARRAY_JOB_ID" --cpus-per-task=1 --output=%x-%A.out "$SHARDMAE/slurm/build_shards.sh"
+    --job-name="finalize-shards-$SLURM_ARRAY_JOB_ID" --cpus-per-task=1 --output=%x-%A.out \
+    ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} ${SLURM_JOB_PARTITION:+--partition="$SLURM_JOB_PARTITION"} \
+    ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} ${limit:+--time="$limit"} "$SHARDMAE/slurm/build_shards.sh" ||
+    say "error: cannot submit the last step; when all tasks are done: $PYTHON -m data_prep finalize $OUT"
 fi
 read -ra options <<<"$OPTIONS"
 alone -m data_prep "$SOURCE" "$SRC" "$OUT" "${options[@]}" --workers "${SLURM_CPUS_PER_TASK:-1}" \

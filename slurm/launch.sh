@@ -3,7 +3,7 @@
 #
 # A job ends in one of four ways. Done: exit 0. Something to mend, said above in one line: exit 2, or 4 where the
 # guard gave up. Stopped early (75: time limit, pre-emption) or failed (a node, a rank, a network): it is put back
-# into the queue and continues from its last checkpoint, unless it has come no further in RETRIES starts.
+# into the queue and continues from its last checkpoint, unless RETRIES more starts have come no further.
 set -euo pipefail
 
 RETRIES=${RETRIES:-3}
@@ -31,14 +31,22 @@ choose() {
   [[ " $* " == *" $value "* ]] || stop "$name=$value: choose one of $*"
 }
 
+# PYTHON: VENV's, also inside a container, where nobody looks for it yet; without VENV .venv's, or the image's own.
+interpreter() {
+  PYTHON=${VENV:-$SHARDMAE/.venv}/bin/python
+  if [ ${#INSIDE[@]} -gt 0 ] || [[ " ${SRUN_OPTIONS[*]} " == *" --container"* ]]; then
+    [ -n "${VENV:-}" ] || PYTHON=python
+  else
+    [ -x "$PYTHON" ] || stop "$PYTHON: no Python there; run \`make setup\`, or set VENV in slurm/site.env"
+  fi
+}
+
 setup() {
   [[ $RETRIES =~ ^[0-9]+$ ]] || stop "RETRIES=$RETRIES: give a number of starts"
   [ -n "${SLURM_JOB_ID:-}" ] || stop "this is a batch script: submit it with sbatch"
   # shellcheck source=slurm/site.env
   . "$SHARDMAE/slurm/site.env"
-  PYTHON=${VENV:-$SHARDMAE/.venv}/bin/python
-  [ ${#SRUN_OPTIONS[@]} -eq 0 ] && [ ${#INSIDE[@]} -eq 0 ] || PYTHON=python
-  [ "$PYTHON" = python ] || [ -x "$PYTHON" ] || stop "$PYTHON: no Python there; run \`make setup\`, or set VENV in slurm/site.env"
+  interpreter
 
   local cache=${NODE_CACHE:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/shardmae-$(id -un)}
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions}
@@ -47,11 +55,11 @@ setup() {
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
   export PYTHONUNBUFFERED=1 PYTHONPATH=$SHARDMAE${PYTHONPATH:+:$PYTHONPATH}
   [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun no longer inherits it
-  [ -n "${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-}" ] || export DS_ACCELERATOR=cpu
+  [ -n "${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-}" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 
   # Where the ranks meet. Asked here, because a container may have no scontrol.
   local first
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
   MASTER_ADDR=${MASTER_ADDR:-$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')}
   export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12768))}
 }
@@ -125,7 +133,7 @@ finish() {
   [ ! -f "$RUN/checkpoints/latest" ] || at=$(<"$RUN/checkpoints/latest")
   if [ -f "$RUN/recipe.yaml" ]; then
     echo "$SLURM_JOB_ID $at" >>"$history"
-    tries=$(tac "$history" | awk -v same="$SLURM_JOB_ID $at" '$0 != same { exit } { n++ } END { print n + 0 }')
+    tries=$(awk -v same="$SLURM_JOB_ID $at" '{ n = $0 == same ? n + 1 : 0 } END { print n }' "$history")
   else
     tries=$((${SLURM_RESTART_COUNT:-0} + 1))
   fi
