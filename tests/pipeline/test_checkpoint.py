@@ -155,6 +155,18 @@ def test_another_schedule_takes_no_checkpoint_of_the_one_before_and_no_way_back(
         assert retreat(tmp_path, trouble, guard, 16, 7, world).name == checkpoint.name_of(found)
 
 
+def test_a_return_removes_nothing_before_it_has_found_where_to(tmp_path):
+    guard = Guard(GuardSection(), "fp32", torch.device("cpu"), None)
+    for step in (1, 2, 3):
+        write(tmp_path / "checkpoints", step, guard=guard.state())
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / checkpoint.name_of(step) / "model.pt").unlink()
+    world, trouble = World(0, 1, 0, 1, torch.device("cpu"), 1), Trouble(3, 4, "the loss is not finite")
+    with pytest.raises(AgreedError, match="every checkpoint is damaged"):
+        retreat(tmp_path, trouble, guard, 16, 1, world)
+    assert checkpoint.newest_whole(tmp_path / "checkpoints").name == checkpoint.name_of(3)
+
+
 def test_a_checkpoint_that_does_not_say_whether_it_is_scheduled_is_judged_by_its_step(tmp_path):
     for step in (3, 4, 8):
         path = write(tmp_path, step)
