@@ -4,12 +4,14 @@
 
 FAULTS is JSON: a list of {"kind": "loss" | "gradient" | "spike", and "steps": [...], numbers as in
 metrics.jsonl, or "data_of_steps": [...]: whenever a sample comes by that those steps would read}; and of
-{"kind": "slow", "rank": R, "seconds": S}: that rank's forward pass takes so much longer.
+{"kind": "slow", "rank": R, "seconds": S}: that rank's forward pass takes so much longer; and of
+{"kind": "signal", "steps": [...]}: SIGTERM comes in their forward passes.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -64,6 +66,10 @@ class Faulty(Method):
         for fault in self.faults:
             if fault["kind"] == "slow":
                 time.sleep(fault["seconds"] * (fault["rank"] == int(os.environ["RANK"])))
+                continue
+            if fault["kind"] == "signal":
+                if self.step in fault["steps"]:
+                    os.kill(os.getpid(), signal.SIGTERM)
                 continue
             now = torch.tensor(self.step in fault.get("steps", []))
             if "noise" in fault:

@@ -50,6 +50,14 @@ def test_bad_losses_gradients_and_spikes_are_skipped_counted_and_said(shards, tm
     assert all(f"<td>{skip['step']}</td><td>{skip['reason']}</td>" in page for skip in said)
 
 
+def test_a_step_that_is_skipped_just_before_an_early_stop_is_said(shards, tmp_path):
+    faults = [{"kind": "loss", "steps": [3]}, {"kind": "signal", "steps": [3]}]
+    run = FaultyRun(shards, tmp_path / "run", faults)
+    settings = {"train__log_every": 100, "train__checkpoint_every": 100, "engine__micro_batch": 16}
+    assert run.start(1, train__steps=8, **settings).wait() == 75
+    assert run.output.read_text().count("step 3 is skipped: the loss is not finite") == 1
+
+
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
     run = FaultyRun(shards, tmp_path_factory.mktemp("returning") / "run", [DATA_FAULT])
