@@ -21,7 +21,7 @@ import torch
 
 from pipeline.methods import build_method
 from pipeline.models.sizes import SIZES
-from pipeline.plan import GPUS, forward_flops
+from pipeline.plan import GPUS, forward_flops, training_flops
 from pipeline.recipe import load_recipe
 
 IMAGE, MASK_RATIO = 224, 0.75
@@ -217,7 +217,7 @@ def main() -> None:
     for name, (_, flops) in contestants.items():
         seconds = statistics.median(times[name])
         row = {"name": name, "seconds": seconds, "images_per_s": args.batch / seconds}
-        row["tflops"] = 3 * flops * row["images_per_s"] / 1e12
+        row["tflops"] = training_flops(flops) * row["images_per_s"] / 1e12
         if args.device == "cuda":
             row |= {"mfu": row["tflops"] * 1e12 / peak, "activations_gib": memory[name]}
         rows.append(row)
