@@ -19,9 +19,12 @@ def events(lines):
     return [{k: v for k, v in line.items() if k != "time"} for line in lines if "event" in line]
 
 
-def test_a_skipped_step_moves_no_bit_of_weights_moments_and_counters():
-    # Precisions x (stages x with and without clipping, two stages with offload, Muon).
-    assert printed("skipped_step").count(" tensors; ") == 3 * (4 * 2 + 2 + 1)
+@pytest.mark.parametrize(
+    "precision", ["bf16", *(pytest.param(p, marks=pytest.mark.soak) for p in ("fp32", "fp16"))]
+)
+def test_a_skipped_step_moves_no_bit_of_weights_moments_and_counters(precision):
+    # Stages x with and without clipping, two stages with offload, Muon.
+    assert printed("skipped_step", precision).count(" tensors; ") == 4 * 2 + 2 + 1
 
 
 def test_bad_losses_gradients_and_spikes_are_skipped_counted_and_said(shards, tmp_path):
