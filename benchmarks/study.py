@@ -15,12 +15,13 @@ training images; k-NN and probe learn from the labels of a fifth, fine-tuning fr
 Accuracies are top-1 on all 10,000 test images; k-NN and probe are of the mean of the patch tokens.
 Disagreement and error are of pixels, in levels of 255, on 64 test images behind five masks each; they compare
 only methods that hide as much, and losses only methods that have the same. A seed is that of pre-training, of
-the heads and of fine-tuning; the labelled images are always the same. Of several seeds the mean, and in
-brackets the least and the greatest.
+the heads and of fine-tuning; the labelled images are always the same. Of several seeds the mean, and half of
+its 95 % interval over seeds (Student's t).
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -35,6 +36,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from scipy.stats import t
 from tqdm import tqdm
 
 matplotlib.use("Agg")
@@ -302,8 +304,13 @@ def _cell(values: list[float], figure: str) -> str:
         return f"{statistics.mean(values):.3f}"
     if figure in ("disagreement", "error"):
         return f"{statistics.mean(values):.1f}"
-    low, mean, high = (100 * value for value in (min(values), statistics.mean(values), max(values)))
-    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * _half_interval(values):.1f}"
+
+
+def _half_interval(values: list[float]) -> float:
+    """Half of Student's 95 % interval of the mean over seeds."""
+    return t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def _plot(rows: dict[str, list[dict]], path: Path) -> None:
