@@ -25,7 +25,7 @@ class Labelled(NamedTuple):
 def open_labelled(train: str | Path, val: str | Path, data: DataSection) -> Labelled:
     """The sets in two directories or URLs; `data.subset` and `data.holdout` are of the training set.
 
-    UserError where one has no labels, their classes differ, or they share a shard.
+    UserError as `check_labelled`.
     """
     whole = data.model_copy(update={"subset": 1.0, "subset_by_class": False, "holdout": 0.0})
     found = Labelled(ShardReader(train, data), ShardReader(val, whole))
@@ -34,13 +34,19 @@ def open_labelled(train: str | Path, val: str | Path, data: DataSection) -> Labe
 
 
 def check_labelled(train: ShardReader, val: ShardReader) -> None:
-    """UserError where one has no labels, their classes differ, or they share a shard."""
+    """UserError where one has no labels, there is but one class, their classes differ, or they share a
+    shard."""
     for option, reader in (("--data", train), ("--val", val)):
         if not reader.manifest.classes:
             raise UserError(
                 f"{option} {reader.places[0]}: its samples have no labels; build it from a folder of class "
                 "folders, or from a source with labels"
             )
+    if len(train.manifest.classes) == 1:
+        (only,) = train.manifest.classes
+        raise UserError(
+            f"--data {train.places[0]}: all its samples are of one class, {only!r}: nothing to tell apart"
+        )
     where = f"--val {val.places[0]}"
     theirs, ours = val.manifest.classes, train.manifest.classes
     if theirs != ours:

@@ -18,11 +18,12 @@ COMMANDS = {"knn": [], "linprobe": ["--run", "RUN"], "finetune": ["--run", "RUN"
 def sets(tmp_path_factory, labelled_sets) -> dict[str, str]:
     """Labelled sets to learn from and to be judged on, and others that cannot stand for them."""
     folder = tmp_path_factory.mktemp("sets")
-    for place in ("plain", "zoo/lion", "zoo/tiger"):
+    for place in ("plain", "zoo/lion", "zoo/tiger", "alone/cat"):
         (folder / place).mkdir(parents=True)
-        Image.new("RGB", (40, 40), (len(place),) * 3).save(folder / place / "1.png")
+        for number in range(4):
+            Image.new("RGB", (40, 40), (len(place),) * 3).save(folder / place / f"{number}.png")
     train, val = labelled_sets
-    others = {name: str(build(folder / name, folder / f"{name}-set")) for name in ("plain", "zoo")}
+    others = {name: str(build(folder / name, folder / f"{name}-set")) for name in ("plain", "zoo", "alone")}
     return {"train": str(train), "val": str(val), **others}
 
 
@@ -59,6 +60,12 @@ def test_labels_that_are_missing(command, option, complaint, sets):
     chosen = {"--data": sets["train"], "--val": sets["val"], option: sets["plain"]}
     said = complaint(command, "random:demo_emae", chosen["--data"], chosen["--val"])
     assert f"{option} {sets['plain']}: its samples have no labels" in said
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_single_class(command, complaint, sets):
+    said = complaint(command, "random:demo_emae", sets["alone"], sets["alone"])
+    assert f"--data {sets['alone']}: all its samples are of one class, 'cat': nothing to tell apart" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
