@@ -26,8 +26,6 @@ class Begun(Section):
     """The shard set's, in the order of the logits."""
     class_names: tuple[str, ...]
     """For people, class by class, or empty."""
-    val: str | None = None
-    """The fingerprint of the set that it is judged on. None: begun by an earlier version."""
 
     @model_validator(mode="after")
     def _of_all_classes(self) -> "Begun":

@@ -30,7 +30,7 @@ from pipeline.train import checkpoint
 from pipeline.train.distributed import World, agreed, equally_many, from_rank_0, gathered
 from pipeline.train.loop import train
 from pipeline.train.task import Task
-from pipeline.whole_file import write_json
+from pipeline.whole_file import read_json, write_json
 
 
 def finetune(
@@ -66,7 +66,6 @@ class Finetuning(Task):
             heads=encoder.heads,
             classes=reader.manifest.classes,
             class_names=reader.manifest.class_names,
-            val=self._val.fingerprint,
         )
         self._classifier = Classifier(encoder.vit, self._classes, self.recipe)
         self._flops = _forward_flops(self._classifier, self.recipe.data.image_size)
@@ -88,13 +87,13 @@ class Finetuning(Task):
         )
 
     def _begun(self) -> Begun:
-        """What the run began with. UserError where it is judged on another set, or where nothing is saved yet
-        and weights or classes are others by now; what is saved holds its own."""
+        """What the run began with. UserError where it was measured on another set, or where nothing is saved
+        yet and weights or classes are others by now; what is saved holds its own."""
         run, found = self._run, self._found
         begun = begin(run, found)
-        if begun.val != found.val:
+        if _measured_on(run) not in (None, self._val.fingerprint):
             raise UserError(
-                f"--val {self._place}: is another set than {run} is judged on; figures of two sets are no "
+                f"--val {self._place}: is another set than {run} was measured on; figures of two sets are no "
                 "curve: give that one, or a new --run"
             )
         if checkpoint.steps_of(run / "checkpoints"):
@@ -128,7 +127,11 @@ class Finetuning(Task):
             "digest": self._digest,
             "seed": self.recipe.seed,
             "data": {"place": self._train.places[0], "samples": self._train.num_samples},
-            "val": {"place": self._val.places[0], "samples": self._val.num_samples},
+            "val": {
+                "place": self._val.places[0],
+                "samples": self._val.num_samples,
+                "fingerprint": self._val.fingerprint,
+            },
             **{name: accuracy.as_json() for name, accuracy in found.items()},
         }
         agreed(lambda: write_json(self._run / RESULT, result) if self._world.rank == 0 else None)
@@ -150,6 +153,16 @@ class Finetuning(Task):
             alive()
         totals = [sum(column) for column in zip(*gathered(counts), strict=True)]
         return top_1_and_5(*totals, self._classes)
+
+
+def _measured_on(run: Path) -> str | None:
+    """The validation set's fingerprint in RUN/accuracy.json; None where there is none."""
+    if not (run / RESULT).is_file():
+        return None
+    try:
+        return read_json(run / RESULT)["val"].get("fingerprint")
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{run / RESULT}: is not what a fine-tuning measures; mend or remove it") from None
 
 
 def _forward_flops(classifier: Classifier, size: int) -> int:

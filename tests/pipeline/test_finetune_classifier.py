@@ -204,7 +204,7 @@ def test_weights_that_have_changed_since_the_run_began_are_refused_until_it_has_
 
 
 def test_a_run_is_of_one_pair_of_sets(labelled_sets, tmp_path):
-    """Classes by name before anything is saved (after that by the checkpoint); what judges it at any time."""
+    """Classes by name before anything is saved (after that by the checkpoint); what judges it once it has."""
     train, val = labelled_sets
     run, renamed = tmp_path / "run", tmp_path / "renamed"
     run.mkdir()
@@ -214,22 +214,24 @@ def test_a_run_is_of_one_pair_of_sets(labelled_sets, tmp_path):
         tree["classes"][0] = "another"
         manifest.write_text(json.dumps(tree))
 
-    def begin(train: Path, val: Path) -> None:
+    def begun(train: Path, val: Path) -> Finetuning:
         task = Finetuning(recipe(), str(val))
         reader = ShardReader(train, task.recipe.data)
         task.begin(run, reader, task.build(reader), ALONE)
+        return task
 
-    begin(train, val)
+    begun(train, val)
     before = (run / "weights.json").read_text()
     with pytest.raises(
         UserError, match=r"other names, or another order, than those that .*; give a new --run"
     ):
-        begin(renamed / train.name, renamed / val.name)
-    with pytest.raises(UserError, match=r"--val .* is another set than .* is judged on"):
-        begin(val, train)
+        begun(renamed / train.name, renamed / val.name)
+    begun(val, train)  # nothing is measured yet, and a set may have been mended
+    begun(train, val).evaluate(2, lambda: None)
     (run / "checkpoints/step-00000002").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"--val .* is another set than .* is judged on"):
-        begin(val, train)
+    with pytest.raises(UserError, match=r"--val .* is another set than .* was measured on"):
+        begun(val, train)
+    begun(train, val)
     assert (run / "weights.json").read_text() == before
 
 
