@@ -51,7 +51,7 @@ def _check_memory(encoder: ImageEncoder) -> None:
     if needed > psutil.virtual_memory().available:
         raise UserError(
             f"--kind attention: the weights of {encoder.heads} heads between {tokens} tokens need "
-            f"{needed / 2**30:.0f} GiB of memory; take fewer --tiles, or a smaller --image-size"
+            f"{needed / 2**30:.0f} GiB of memory; take fewer --tiles"
         )
 
 

@@ -216,7 +216,7 @@ def _official(path: Path) -> Saved:
 
 
 def _of_file(
-    path: Path, weights: dict[str, torch.Tensor], heads: int | None = None, normal: Normal | None = None
+    path: Path, weights: dict[str, torch.Tensor], heads: int | str | None = None, normal: Normal | None = None
 ) -> Saved:
     """Weights under timm's names. What else is not known is assumed, and said. UserError where they are no
     encoder's."""
@@ -246,19 +246,20 @@ def _of_file(
         normal = plain.mean, plain.std
         assumed.append(f"mean {list(plain.mean)} and std {list(plain.std)}, ImageNet's")
     try:
-        heads = int(heads)
+        count = int(heads)
     except (TypeError, ValueError):
-        heads = 0
-    if heads < 1 or width % heads:
+        count = 0
+    if count < 1 or width % count:
         raise UserError(
-            f"--weights {path}: a width of {width} cannot have the heads that it names; mend that"
+            f"--weights {path}: {heads!r} heads, by its metadata or the config.json beside it, do not fit a "
+            f"width of {width}; mend that"
         )
     if assumed:
         say(
             f"{path}: does not tell, so assumed: {'; '.join(assumed)}. The run directory, or its export for "
             "timm, tells"
         )
-    return Saved(path.name, weights, heads, None, *normal, None)
+    return Saved(path.name, weights, count, None, *normal, None)
 
 
 def _grid(saved: Saved) -> int:
