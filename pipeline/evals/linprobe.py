@@ -239,7 +239,7 @@ def format_probe(result: dict) -> str:
         cells = [str(Accuracy(cell["correct"], cell["total"])) if cell else " " * 25 for cell in found]
         mark = "  <- chosen" if row["base_lr"] == result["chosen"] else ""
         lines.append(f"{row['base_lr']:8g}  " + "   ".join(cells) + mark)
-    rates = [row["base_lr"] for row in result["rates"]]
+    rates = [row["base_lr"] for row in result["rates"] if row["held_out"]]
     if len(rates) > 1 and result["chosen"] in (min(rates), max(rates)):
         lines.append(
             "The chosen rate is the last of the sweep on its side; a better one may lie beyond: --lr"

@@ -28,11 +28,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pipeline.errors import AgreedError
+from pipeline.errors import AgreedError, UserError
 from pipeline.sections import TrainSection
 from pipeline.train import engine
 from pipeline.train.average import Average
-from pipeline.train.distributed import World, agreed, from_rank_0, gathered, say
+from pipeline.train.distributed import World, agreed, from_rank_0, gathered, of_storage, say
 from pipeline.whole_file import write_whole
 
 STATE = "state.json"
@@ -107,7 +107,14 @@ def newest_whole(
 
 def newest_with(directory: Path, file: str) -> Path | None:
     """As `newest_whole`, for who reads this one file only and asks no other rank."""
-    return _newest(directory, *_there(directory), lambda checkpoint: _faults(checkpoint, lambda _: [file]))
+    try:
+        return _newest(
+            directory, *_there(directory), lambda checkpoint: _faults(checkpoint, lambda _: [file])
+        )
+    except AgreedError as error:  # with nobody
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise of_storage(error) from None
 
 
 def _there(directory: Path) -> tuple[list[int], bool]:

@@ -125,18 +125,23 @@ def test_the_table_says_what_was_learned_from(labels, by_class, center_crops, sa
     assert said in format_probe(result)
 
 
-@pytest.mark.parametrize(("chosen", "said"), [(0.1, True), (0.3, False), (1.0, True)])
-def test_a_rate_at_the_edge_of_the_sweep_is_said(chosen, said):
-    rates = [
-        {"base_lr": r, "held_out": None, "val": {"top1": {"correct": 1, "total": 2}}} for r in (0.1, 0.3, 1.0)
-    ]
-    train = {"samples": 9, "labels": 1.0, "by_class": False}
-    sizes = {
+@pytest.mark.parametrize(
+    ("chosen", "held_out", "said"),
+    [(0.1, True, True), (0.3, True, False), (1.0, True, True), (0.1, False, False)],
+)
+def test_a_rate_chosen_at_the_edge_of_the_sweep_is_said(chosen, held_out, said):
+    found = {"top1": {"correct": 1, "total": 2}}
+    result = {
         "features": "pixels",
-        "train": train,
-        "held_out": {"samples": 3},
+        "train": {"samples": 9, "labels": 1.0, "by_class": False},
+        "held_out": {"samples": 3 * held_out},
         "val": {"samples": 4},
         "classes": 2,
+        "recipe": {"probe": {"center_crops": False}},
+        "rates": [
+            {"base_lr": rate, "held_out": found if held_out else None, "val": found}
+            for rate in (0.1, 0.3, 1.0)
+        ],
+        "chosen": chosen,
     }
-    result = {**sizes, "recipe": {"probe": {"center_crops": False}}, "rates": rates, "chosen": chosen}
     assert ("a better one may lie beyond" in format_probe(result)) == said
