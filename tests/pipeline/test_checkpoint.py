@@ -109,7 +109,7 @@ def test_a_directory_that_cannot_be_listed_is_no_empty_one(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(AgreedError, match="Not a directory"):
         checkpoint.newest_whole(tmp_path / "file")
-    with pytest.raises(UserError, match="Not a directory.*; mend the storage") as refusal:
+    with pytest.raises(UserError, match=r"Not a directory.*; mend the storage") as refusal:
         checkpoint.newest_with(tmp_path / "file", "model.pt")
     assert not isinstance(refusal.value, AgreedError)  # each rank would leave it to rank 0
 
