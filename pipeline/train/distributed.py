@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import AgreedError, Diverged, StoppedEarly, UserError
+from pipeline.train.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 PORTS = range(20000, 32768)  # below the usual range of ephemeral ports
@@ -40,7 +41,10 @@ class World(NamedTuple):
 
 
 def find_world() -> World:
-    """Read the launcher's environment, complete it for DeepSpeed, choose the device and its CPU threads."""
+    """Read the launcher's environment, complete it for DeepSpeed, choose the device.
+
+    On a CPU also the number of threads, and how memory is held.
+    """
     env = os.environ
     cores = None
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -80,6 +84,7 @@ def find_world() -> World:
             )
         device = torch.device("cpu")
         env["DS_ACCELERATOR"] = "cpu"
+        keep_freed_memory()
     cores = cores or max(1, len(os.sched_getaffinity(0)) // local_size)
     world = World(rank, size, local_rank, local_size, device, cores)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
