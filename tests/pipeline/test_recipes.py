@@ -8,6 +8,7 @@ import torch
 
 from pipeline.finetune.recipe import load_finetune_recipe
 from pipeline.methods import build_method
+from pipeline.plan import plan
 from pipeline.recipe import load_recipe
 from pipeline.recipe_file import SHIPPED, shipped_recipes
 
@@ -47,11 +48,25 @@ def test_the_optimiser_is_the_papers(name):
 @every_recipe
 def test_the_head_comment_names_paper_time_accuracy_and_command(name):
     lines = (SHIPPED / f"{name}.yaml").read_text().splitlines()
-    head = "\n".join(line.removeprefix("# ") for line in lines[: lines.index("seed: 0")])
+    head = " ".join(line.removeprefix("# ") for line in lines[: lines.index("seed: 0")])
     assert re.search(r"arXiv \d{4}\.\d{5}|WACV 2024", head)
-    assert "hours" in head.lower() and ("ImageNet-1k" in head or "No figure" in head)
+    assert re.search(r"\b\d+ (A100|H100)\b.*\b\d+(\.\d)? hours", head)
+    assert "ImageNet-1k" in head or "No figure" in head
     assert f"deepspeed --module pipeline pretrain {name} --data DATA --run RUN" in head
-    assert "has not been trained to the end" in head.replace("\n", " ")
+    assert "has not been trained to the end" in head
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(("_emae", "_lomar"))])
+def test_hours_that_nobody_has_published_are_the_plans(name):
+    head = (SHIPPED / f"{name}.yaml").read_text().partition("seed: 0")[0]
+    said = re.search(
+        r"an estimate by `pipeline plan`: (\d+) H100 at (\d+) % of their peak, an assumption, "
+        r"would take ([\d.]+) hours",
+        head,
+    )
+    gpus, percent, hours = map(float, said.groups())
+    cost = plan(load_recipe(name), gpus=int(gpus), mfu=percent / 100)
+    assert hours == pytest.approx(cost.hours, abs=0.06)
 
 
 def test_the_mask_ratios_are_the_papers():
