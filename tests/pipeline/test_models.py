@@ -8,9 +8,11 @@ import torch
 
 from pipeline.losses import patchify
 from pipeline.masking import take
+from pipeline.methods import build_method
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
 from pipeline.models.position import sincos_2d
+from pipeline.recipe import load_recipe
 
 
 def small_encoder(**changes) -> Encoder:
@@ -92,26 +94,42 @@ def test_checkpointing_changes_neither_the_value_nor_the_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_every_parameter_is_used_by_the_module_that_owns_it():
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["mae"],
+        ["emae"],
+        ["emae", "method.emae.difficulty_flatten=true"],
+        ["efficient_mae"],
+        ["lomar"],
+        ["lomar", "method.lomar.difficulty_flatten=true"],
+    ],
+    ids=" ".join,
+)
+def test_every_parameter_is_used_by_the_module_that_owns_it(settings, checkpointing):
     """ZeRO-3 fills a module's own parameters before its forward and empties them after it."""
-
-    encoder, decoder = small_encoder(), small_decoder()
+    name, *more = settings
+    small = ["data.image_size=32", "model.patch_size=4", "model.depth=2"]
+    checkpoint = f"engine.activation_checkpointing={checkpointing}".lower()
+    method = build_method(load_recipe("demo_emae", [f"method.name={name}", *more, *small, checkpoint]))
     running: list[torch.nn.Module] = []
-    owners = {}
-    for module in [*encoder.modules(), *decoder.modules()]:
+    owners, used = {}, set()
+    for module in method.modules():
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = module
         module.register_forward_pre_hook(lambda module, _: running.append(module))
-        module.register_forward_hook(lambda *_: running.pop() and None)
+        module.register_forward_hook(lambda *_: running.pop() and None, always_call=True)
 
     class Watch(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             for value in torch.utils._pytree.tree_leaves((args, kwargs or {})):
                 if isinstance(value, torch.nn.Parameter) and running:
                     assert owners[id(value)] is running[-1], func
+                    used.add(id(value))
             return func(*args, **(kwargs or {}))
 
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, method.noise_size)
     with Watch():
-        ids = torch.arange(3)[None]
-        decoder(encoder(torch.randn(1, 3, 48), ids), ids, torch.arange(3, 9)[None])
-    assert not running
+        method(images, noise).loss.backward()  # where checkpointing runs the blocks again
+    assert not running and used == owners.keys()
