@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import model_validator
 
-from pipeline.method_options import MethodSection
+from pipeline.method_options import EASIEST_BETA, MethodSection
 from pipeline.recipe_file import load
 from pipeline.sections import EvalsSection, ModelSection
 from pipeline.training_recipe import TrainingRecipe
@@ -57,20 +57,40 @@ class Recipe(TrainingRecipe):
                     f"method.{name}.mask_ratio: {getattr(method, name).mask_ratio} leaves {self.num_visible} "
                     f"of {maskable} patches visible; at least one must be visible and one masked"
                 )
-        if name == "efficient_mae" or (name == "emae" and method.emae.difficulty_flatten):
-            if efficient.beta is not None and efficient.metric in ("neighbors_3x3", "inverse_distance_5x5"):
-                raise ValueError(
-                    f"method.efficient_mae.beta: a distance in pixels, which {efficient.metric} is not; "
-                    f"set it to null"
-                )
-            if efficient.scheduler != "flatten" and name == "emae":
-                raise ValueError(
-                    f"method.efficient_mae.scheduler: {efficient.scheduler} goes with efficient_mae alone"
-                )
-            if efficient.beta is None and efficient.scheduler in ("threshold", "schedule"):
-                raise ValueError(
-                    f"method.efficient_mae.beta: the scheduler {efficient.scheduler} needs a threshold"
-                )
+        borrowed = (name == "emae" and method.emae.difficulty_flatten) or (
+            name == "lomar" and lomar.difficulty_flatten
+        )
+        if borrowed and efficient.scheduler != "flatten":
+            raise ValueError(
+                f"method.efficient_mae.scheduler: {efficient.scheduler} goes with efficient_mae alone"
+            )
+        if name == "efficient_mae" or (borrowed and name == "emae"):
+            self._possible_threshold()
+
+    def _possible_threshold(self) -> None:
+        efficient, patch = self.method.efficient_mae, self.model.patch_size
+        beta, in_pixels = efficient.beta, efficient.metric in ("p2dist", "nearest_patch")
+        if efficient.scheduler == "schedule" and not in_pixels:
+            raise ValueError(
+                f"method.efficient_mae.scheduler: the threshold that grows is a distance in pixels, which "
+                f"{efficient.metric} is not"
+            )
+        if beta is None:
+            if efficient.scheduler == "threshold":
+                raise ValueError("method.efficient_mae.beta: the scheduler threshold needs one")
+            return
+        if not in_pixels:
+            raise ValueError(
+                f"method.efficient_mae.beta: a distance in pixels, which {efficient.metric} is not; "
+                f"set it to null"
+            )
+        # A patch beside a visible one is (P + 1) / 2 pixels away on average; the schedule starts above that.
+        least = (patch + 1) / 2 if efficient.scheduler != "schedule" else EASIEST_BETA * patch
+        if beta < least:
+            raise ValueError(
+                f"method.efficient_mae.beta: {beta:g} px would leave next to no patch of {patch} px to learn "
+                f"from; it must be at least {least:g}"
+            )
 
     @property
     def grid(self) -> int:
@@ -97,7 +117,7 @@ class Recipe(TrainingRecipe):
 
     @property
     def num_predicted(self) -> int:
-        """Efficient MAE: slots of the decoder."""
+        """Efficient MAE, and EMAE with its loss: slots of the decoder."""
         masked, share = self.num_patches - self.num_visible, self.method.efficient_mae.prediction_ratio
         return masked if share is None else max(1, min(masked, round(share * self.num_patches)))
 

@@ -32,6 +32,7 @@ def build_method(recipe: "Recipe") -> Method:
             consistency_kind=options.emae.consistency_kind,
             decode_share=options.emae.decode_share,
             flattening=_flattening(recipe) if options.emae.difficulty_flatten else None,
+            num_slots=recipe.num_predicted,
             **common,
         )
     if options.name == "efficient_mae":

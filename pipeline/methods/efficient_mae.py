@@ -7,9 +7,9 @@ decoder (Section 4.2). The ablations of Tables 5 (`metric`) and 6 (`scheduler`) 
 Layout. The threshold keeps another number of patches in every image. The decoder gets the same number of
 slots for each: the easiest `prediction_ratio` x L masked patches, the threshold inside them as an attention
 mask. Shapes are static, an image's loss depends on no other image, and the loss equals the one of really
-dropping the patches. The paper's "Decoder Pred. Ratio" of 0.75 and "Number of Patches" of 150 (Table 8)
-suggest that its authors cut at a fixed number too. With `prediction_ratio` null every masked patch has a slot
-and the threshold alone decides.
+dropping the patches. The number of slots is ours, not the paper's: where a mask leaves more patches under the
+threshold than there are slots, the hardest of them go (docs/methods.md says how many). With
+`prediction_ratio` null every masked patch has a slot and the threshold alone decides.
 """
 
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from typing import Literal
 import torch
 
 from pipeline.difficulty import Metric, difficulty
-from pipeline.losses import difficulty_flatten_loss, patch_error, patchify, weighted_mean
+from pipeline.losses import difficulty_flatten_loss, patch_error, weighted_mean
 from pipeline.masking import as_mask, random_split, take
+from pipeline.method_options import EASIEST_BETA
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
 
 Scheduler = Literal["flatten", "threshold", "schedule", "normalize"]
 
-EASIEST_BETA = 9.0  # pixels; where the growing threshold of Table 6 (b) starts: the smallest beta of Table 8
 REFERENCE_MASK_RATIO = 0.75  # Table 6 (c) compares with MAE's
 
 
@@ -57,6 +57,14 @@ class Flattening:
         return distance.isfinite() if self.metric in ("neighbors_3x3", "inverse_distance_5x5") else None
 
 
+def easiest(distance: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices into distance (..., M) of the `count` smallest, in their order: int64 (..., count).
+
+    Equal distances may differ in their last bits; rounded to 1/1024, they rank the same on every device.
+    """
+    return (distance * 1024).round().argsort(dim=-1, stable=True)[..., :count]
+
+
 class EfficientMAE(Method):
     """`num_visible` of L patches are encoded, `num_predicted` of the others are slots of the decoder."""
 
@@ -76,9 +84,10 @@ class EfficientMAE(Method):
         self.num_visible, self.num_predicted = num_visible, num_predicted
         self.flattening, self.scheduler = flattening, scheduler
         self.normalize_targets = normalize_targets
-        self.patch_size, self.noise_size = encoder.patch_size, encoder.grid**2
+        self.grid, self.patch_size = encoder.grid, encoder.patch_size
+        self.noise_size = self.grid**2
         if scheduler == "schedule":
-            # In millionths and whole: DeepSpeed would round a floating-point buffer to bf16.
+            # In millionths and whole: cast to bf16 with the module, a fraction would be rounded.
             self.register_buffer("progress", torch.zeros((), dtype=torch.int64), persistent=False)
         if scheduler == "normalize":
             counts = interval_ratios(encoder.grid, num_visible, flattening)
@@ -91,12 +100,11 @@ class EfficientMAE(Method):
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
         """MethodOutput with M = num_predicted, from easy to hard; a prediction beyond the threshold means
         nothing."""
-        patches = patchify(images, self.patch_size)
+        patches = self.patches(images)
         visible_ids, masked_ids = random_split(noise, self.num_visible)
         distance = self.flattening.difficulty(visible_ids, self.encoder.grid).gather(1, masked_ids)
-        # Equal distances may differ in their last bits; rounded, they rank the same on every device.
-        easiest = (distance * 1024).round().argsort(dim=1, stable=True)[:, : self.num_predicted]
-        asked_ids, distance = masked_ids.gather(1, easiest), distance.gather(1, easiest)
+        slots = easiest(distance, self.num_predicted)
+        asked_ids, distance = masked_ids.gather(1, slots), distance.gather(1, slots)
         keep = self.flattening.keep(distance, self._beta())
 
         encoded = self.encoder(take(patches, visible_ids), visible_ids)
@@ -114,17 +122,19 @@ class EfficientMAE(Method):
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """All masked patches at once, the hardest included, although the decoder was not trained on those."""
-        patches = patchify(images, self.patch_size)
+        patches = self.patches(images)
         visible_ids, masked_ids = random_split(noise, self.num_visible)
         encoded = self.encoder(take(patches, visible_ids), visible_ids)
         prediction = self.decoder(encoded, visible_ids, masked_ids)
         return self.picture(patches, prediction[:, None], visible_ids[:, None], masked_ids[:, None])
 
     def _beta(self) -> float | torch.Tensor | None:
+        """The threshold in pixels. Table 6 (b) grows it, to beta or, without one, beyond every patch."""
         beta = self.flattening.beta
         if self.scheduler != "schedule":
             return beta
-        return EASIEST_BETA + (beta - EASIEST_BETA) * self.progress / 1e6
+        first, done = EASIEST_BETA * self.patch_size, self.progress / 1e6
+        return first / (1 - done) if beta is None else first + (beta - first) * done
 
     def _loss(self, error: torch.Tensor, distance: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         if self.scheduler == "flatten":
@@ -144,21 +154,21 @@ def interval(distance: torch.Tensor, patch_size: int) -> torch.Tensor:
     return (distance * 4 / patch_size).clamp(max=NUM_INTERVALS - 1).long()
 
 
-def interval_ratios(grid: int, num_visible: int, flattening: Flattening, masks: int = 64) -> torch.Tensor:
+def interval_ratios(grid: int, num_visible: int, flattening: Flattening, masks: int = 1024) -> torch.Tensor:
     """Table 6 (c): per interval, masked patches at mask ratio 0.75 over masked patches at this one: float32
-    (16,).
+    (16,); 1 where this one has none.
 
-    Counted once on 64 random masks from a fixed seed.
+    Counted once on random masks from a fixed seed.
     """
     device = torch.empty(0).device  # the caller's default, which may be the meta device
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(masks, grid * grid, generator=generator, device="cpu")
-    counts = []
+    counts = torch.zeros(2, NUM_INTERVALS, device="cpu")
     with torch.device("cpu"):
-        for visible in (int(grid * grid * (1 - REFERENCE_MASK_RATIO)), num_visible):
-            visible_ids, masked_ids = random_split(noise, max(1, visible))
-            distance = flattening.difficulty(visible_ids, grid).gather(1, masked_ids)
-            found = interval(distance, flattening.patch_size).flatten()
-            counts.append(torch.bincount(found, minlength=NUM_INTERVALS).float())
+        for noise in torch.rand(masks, grid * grid, generator=generator).split(64):
+            for row, visible in enumerate((int(grid * grid * (1 - REFERENCE_MASK_RATIO)), num_visible)):
+                visible_ids, masked_ids = random_split(noise, max(1, visible))
+                distance = flattening.difficulty(visible_ids, grid).gather(1, masked_ids)
+                found = interval(distance, flattening.patch_size).flatten()
+                counts[row] += torch.bincount(found, minlength=NUM_INTERVALS)
     reference, own = counts
-    return (reference / own.clamp(min=1.0)).to(device)
+    return torch.where(own > 0, reference / own, 1.0).to(device)

@@ -20,11 +20,10 @@ from pipeline.losses import (
     difficulty_flatten_loss,
     disagreement,
     patch_error,
-    patchify,
     self_consistency_loss,
 )
 from pipeline.masking import parallel_parts, take
-from pipeline.methods.efficient_mae import Flattening
+from pipeline.methods.efficient_mae import Flattening, easiest
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
@@ -41,8 +40,9 @@ class EMAE(Method):
     share below 1, only the first patches of every part, in noise order and so at random, are ever predicted:
     by all K-1 others, so that every pair of predictions stays a pair.
 
-    `flattening`: Efficient MAE's loss and decoder masking on every part; None, as in the paper: neither. What
-    is beyond the threshold counts for nothing, the consistency included.
+    `flattening`: Efficient MAE's loss and decoder masking on every part; None, as in the paper: neither. Of
+    what a part is asked for the easiest `num_slots` patches are decoded; what is beyond them or beyond the
+    threshold counts for nothing, the consistency included.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class EMAE(Method):
         consistency_kind: str,
         decode_share: float,
         flattening: Flattening | None,
+        num_slots: int,
         normalize_targets: bool,
     ) -> None:
         super().__init__()
@@ -62,21 +63,31 @@ class EMAE(Method):
         self.num_parts, self.normalize_targets = num_parts, normalize_targets
         self.consistency_weight, self.consistency_kind = consistency_weight, consistency_kind
         self.flattening = flattening
-        self.patch_size, self.noise_size = encoder.patch_size, encoder.grid**2
+        self.grid, self.patch_size = encoder.grid, encoder.patch_size
+        self.noise_size = self.grid**2
         self.part_size = self.noise_size // num_parts
         self.num_decoded = max(1, round(decode_share * self.part_size))  # of each part, by each other part
+        self.num_slots = min(num_slots, (num_parts - 1) * self.num_decoded)
+        self.some_have_no_slot = (
+            flattening is not None and self.num_slots < (num_parts - 1) * self.num_decoded
+        )
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
         """MethodOutput with K parts, V = L/K, M = (K-1) x the decoded patches of a part."""
-        patches = patchify(images, self.patch_size)
+        patches = self.patches(images)
         parts = parallel_parts(noise, self.num_parts)  # (B, K, V)
         asked = parts[:, :, : self.num_decoded]
         asked_ids = self._for_each_slot(asked).flatten(2, 3)  # (B, K, M)
-        distance, keep = self._difficulty(parts, asked_ids)
+        distance, keep = None, None
+        if self.flattening:
+            asked_ids, distance, keep = self._flattened(parts, asked_ids)
 
         prediction = self._predict(patches, parts, asked_ids, keep)  # (B, K, M, D)
-        target = self.targets(take(patches, asked.flatten(1))).view(*asked.shape, -1)
-        target = self._for_each_slot(target).flatten(2, 3)
+        if self.some_have_no_slot:
+            target = self.targets(take(patches, asked_ids.flatten(1))).view(*asked_ids.shape, -1)
+        else:  # normalised once for all the parts that predict it
+            target = self.targets(take(patches, asked.flatten(1))).view(*asked.shape, -1)
+            target = self._for_each_slot(target).flatten(2, 3)
         error = patch_error(prediction, target)
         if self.flattening:
             gamma = self.flattening.gamma
@@ -93,7 +104,7 @@ class EMAE(Method):
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
-        patches = patchify(images, self.patch_size)
+        patches = self.patches(images)
         parts = parallel_parts(noise, self.num_parts)
         asked_ids = self._for_each_slot(parts).flatten(2, 3)
         prediction = self._predict(patches, parts, asked_ids, keep=None)
@@ -104,15 +115,16 @@ class EMAE(Method):
         there."""
         return torch.stack([of_part.roll(-1 - s, dims=1) for s in range(self.num_parts - 1)], dim=2)
 
-    def _difficulty(
+    def _flattened(
         self, parts: torch.Tensor, asked_ids: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Difficulty (B, K, M) of what each part is asked for, and which of it stays under the threshold."""
-        if self.flattening is None:
-            return None, None
-        distance = self.flattening.difficulty(parts.flatten(0, 1), self.encoder.grid)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """-> what each part has a slot for, (B, K, M); its difficulty; which of it the threshold keeps."""
+        distance = self.flattening.difficulty(parts.flatten(0, 1), self.grid)
         distance = distance.view(*parts.shape[:2], -1).gather(2, asked_ids)
-        return distance, self.flattening.keep(distance, self.flattening.beta)
+        if self.some_have_no_slot:
+            slots = easiest(distance, self.num_slots)
+            asked_ids, distance = asked_ids.gather(2, slots), distance.gather(2, slots)
+        return asked_ids, distance, self.flattening.keep(distance, self.flattening.beta)
 
     def _predict(
         self, patches: torch.Tensor, parts: torch.Tensor, asked_ids: torch.Tensor, keep: torch.Tensor | None
@@ -128,13 +140,13 @@ class EMAE(Method):
     def _consistency(
         self, prediction: torch.Tensor, asked_ids: torch.Tensor, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        """`losses.self_consistency_loss`: in value always, and by its own code where a threshold drops
-        predictions.
+        """`losses.self_consistency_loss`: in value always, and by its own code where predictions are dropped.
 
         Without one, every pair of parts shares equally many patches, so the mean over pairs of means is one
         mean over the packed layout. K = 2 has no pair that predicts the same patch: 0.
         """
-        if keep is not None:
+        if keep is not None or self.some_have_no_slot:
+            keep = torch.ones_like(asked_ids, dtype=torch.bool) if keep is None else keep
             whole = prediction.new_zeros(*prediction.shape[:2], self.noise_size, prediction.shape[3])
             whole = whole.scatter(2, asked_ids[..., None].expand_as(prediction), prediction)
             predicted = keep.new_zeros(*keep.shape[:2], self.noise_size).scatter(2, asked_ids, keep)

@@ -9,7 +9,7 @@ there a batch shares its windows, here every image draws its own.
 import torch
 from torch import nn
 
-from pipeline.losses import difficulty_flatten_loss, patch_error, patchify
+from pipeline.losses import difficulty_flatten_loss, patch_error
 from pipeline.masking import draw_windows, random_split, take, tile_windows
 from pipeline.methods.efficient_mae import Flattening
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
@@ -50,7 +50,7 @@ class LoMaR(Method):
         """MethodOutput with K = num_windows; its ids are positions in the image."""
         place_noise, mask_noise = noise[:, : 2 * self.places], noise[:, 2 * self.places :]
         windows = draw_windows(place_noise, self.grid, self.window, self.num_windows)  # (B, K, window^2)
-        patches = patchify(images, self.patch_size)
+        patches = self.patches(images)
         prediction, visible, masked = self._predict(patches, windows, mask_noise)
         visible_ids, predicted_ids = windows.gather(2, visible), windows.gather(2, masked)
         target = self.targets(take(patches, predicted_ids.flatten(1))).view(prediction.shape)
@@ -66,7 +66,7 @@ class LoMaR(Method):
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """As every method's; the whole image is one large window."""
-        patches = patchify(images, self.patch_size)
+        patches = self.patches(images)
         ids = torch.arange(patches.shape[1], device=images.device).expand(patches.shape[:2])
         return self.encoder(patches, ids, patches.shape[1])
 
@@ -74,7 +74,7 @@ class LoMaR(Method):
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """One view (K = 1) of windows that tile the whole image; where the last ones overlap, one of them is
         shown."""
-        patches = patchify(images, self.patch_size)
+        patches = self.patches(images)
         windows = tile_windows(self.grid, self.window, images.device).expand(len(images), -1, -1)
         mask_noise = noise[:, 2 * self.places :]
         wanted = windows.shape[1] * self.window**2

@@ -7,7 +7,7 @@ the same loss.
 
 import torch
 
-from pipeline.losses import patch_error, patchify
+from pipeline.losses import patch_error
 from pipeline.masking import random_split, take
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.models.decoder import Decoder
@@ -23,10 +23,11 @@ class MAE(Method):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.num_visible, self.normalize_targets = num_visible, normalize_targets
-        self.patch_size, self.noise_size = encoder.patch_size, encoder.grid**2
+        self.grid, self.patch_size = encoder.grid, encoder.patch_size
+        self.noise_size = self.grid**2
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
-        patches = patchify(images, self.patch_size)
+        patches = self.patches(images)
         visible_ids, masked_ids = random_split(noise, self.num_visible)
         encoded = self.encoder(take(patches, visible_ids), visible_ids)
         prediction = self.decoder(encoded, visible_ids, masked_ids).float()
@@ -39,4 +40,4 @@ class MAE(Method):
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         out = self(images, noise)
         views = (out.prediction[:, None], out.visible_ids[:, None], out.predicted_ids[:, None])
-        return self.picture(patchify(images, self.patch_size), *views)
+        return self.picture(self.patches(images), *views)

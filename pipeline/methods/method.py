@@ -49,6 +49,8 @@ class Reconstruction(NamedTuple):
 
 class Method(Learner):
     encoder: nn.Module
+    grid: int
+    """Patches along a side of an image."""
     patch_size: int
     normalize_targets: bool
 
@@ -58,13 +60,20 @@ class Method(Learner):
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
         """What the encoder makes of whole images: (B, 3, H, W) -> (B, 1 + L, D), the class token first."""
-        patches = patchify(images, self.patch_size)
+        patches = self.patches(images)
         ids = torch.arange(patches.shape[1], device=images.device).expand(patches.shape[:2])
         return self.encoder(patches, ids)
 
     @abstractmethod
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """Every patch that a view did not see, predicted. Same arguments as forward; no gradient."""
+
+    def patches(self, images: torch.Tensor) -> torch.Tensor:
+        """`losses.patchify`; ValueError for images of another size than the model's."""
+        side = self.grid * self.patch_size
+        if images.shape[1:] != (3, side, side):
+            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, {side}, {side})")
+        return patchify(images, self.patch_size)
 
     def targets(self, patches: torch.Tensor) -> torch.Tensor:
         return normalize_targets(patches) if self.normalize_targets else patches

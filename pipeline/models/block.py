@@ -33,7 +33,7 @@ class TransformerBlock(Block):
         else:
             rows = self.attn.qkv(self.norm1(torch.cat([tokens.flatten(0, 1), table])))
             own, shared = rows.split([count * given, len(table)])
-            # An embedding, because its backward adds up in float32, and in a fixed order.
+            # An embedding, because its backward adds up in float32, and (not compiled) in a fixed order.
             qkv = torch.cat([own.view(count, given, -1), F.embedding(ids, shared)], dim=1)
             tokens = torch.cat([tokens, F.embedding(ids, table)], dim=1)
         heads = self.attn.num_heads

@@ -7,10 +7,9 @@ the next step pays for each page again, by tens of thousands of page faults (doc
 import ctypes
 import os
 
-# malloc.h
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
-LARGEST = 2**31 - 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+LARGEST, LARGEST_OF_OLD = 2**31 - 1, 32 * 2**20  # bytes; a glibc before 2.35 takes no more for mmap
+NEVER = -1
 CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -25,4 +24,6 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all([mallopt(threshold, LARGEST) == 1 for threshold in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)])
+    # The order counts: to set any of the two ends glibc's own adjustment of both.
+    taken = any(mallopt(M_MMAP_THRESHOLD, size) == 1 for size in (LARGEST, LARGEST_OF_OLD))
+    return taken and mallopt(M_TRIM_THRESHOLD, NEVER) == 1

@@ -25,14 +25,24 @@ VARIANTS = {
     "emae, half decoded": ("method.emae.decode_share=0.5",),
     "emae, flattened": ("method.emae.difficulty_flatten=true", EFFICIENT + "beta=6"),
     "efficient_mae": (EFFICIENT + "beta=6",),
-    "efficient_mae, exact": (EFFICIENT + "exact_distance=true",),
+    "emae, flattened, fewer slots": (
+        "method.emae.difficulty_flatten=true",
+        EFFICIENT + "beta=6",
+        EFFICIENT + "prediction_ratio=0.5",
+    ),
+    "efficient_mae, exact": (EFFICIENT + "exact_distance=true", EFFICIENT + "beta=5"),
     "efficient_mae, no threshold": (EFFICIENT + "beta=null", EFFICIENT + "prediction_ratio=null"),
     "efficient_mae, 3x3": (EFFICIENT + "metric=neighbors_3x3", EFFICIENT + "beta=null"),
     "efficient_mae, 5x5": (EFFICIENT + "metric=inverse_distance_5x5", EFFICIENT + "beta=null"),
-    "efficient_mae, nearest": (EFFICIENT + "metric=nearest_patch",),
-    "efficient_mae, threshold": (EFFICIENT + "scheduler=threshold",),
-    "efficient_mae, schedule": (EFFICIENT + "scheduler=schedule",),
-    "efficient_mae, normalize": (EFFICIENT + "scheduler=normalize",),
+    "efficient_mae, nearest": (EFFICIENT + "metric=nearest_patch", EFFICIENT + "beta=6"),
+    "efficient_mae, threshold": (EFFICIENT + "scheduler=threshold", EFFICIENT + "beta=4"),
+    "efficient_mae, schedule": (
+        EFFICIENT + "scheduler=schedule",
+        EFFICIENT + "beta=null",
+        EFFICIENT + "prediction_ratio=null",
+    ),
+    "efficient_mae, schedule to beta": (EFFICIENT + "scheduler=schedule", EFFICIENT + "beta=6"),
+    "efficient_mae, normalize": (EFFICIENT + "scheduler=normalize", EFFICIENT + "beta=6"),
     "lomar": (),
     "lomar, flattened": ("method.lomar.difficulty_flatten=true",),
 }
@@ -84,6 +94,15 @@ def test_an_images_loss_does_not_depend_on_its_batch(variant):
     whole = method(images, noise).loss
     cut = torch.stack([method(images[i : i + 1], noise[i : i + 1]).loss for i in range(4)]).mean()
     assert torch.allclose(whole, cut, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["mae", "emae", "efficient_mae", "lomar"])
+def test_images_of_another_size_are_refused(variant):
+    method = small(variant)
+    images = torch.zeros(2, 3, 36, 36)
+    for use in (lambda: method(images, torch.rand(2, method.noise_size)), lambda: method.tokens(images)):
+        with pytest.raises(ValueError, match=r"shape \(2, 3, 36, 36\): expected \(B, 3, 32, 32\)"):
+            use()
 
 
 @every_variant

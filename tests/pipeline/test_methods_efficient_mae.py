@@ -1,5 +1,6 @@
 """Efficient MAE: the packed layout against really dropping patches, image by image; its ablations."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,18 +119,46 @@ def test_thresholding_of_table_6_a_drops_but_does_not_weigh():
     assert abs(method(images, noise).loss.item() - expected) < 1e-5
 
 
-@pytest.mark.parametrize(("done", "beta"), [(0.0, 9.0), (0.5, 17.5), (1.0, 26.0)])
-def test_scheduling_of_table_6_b_lets_harder_patches_in_as_training_goes_on(done, beta):
-    torch.manual_seed(0)
-    method = build_method(
-        load_recipe("vitb16_efficient_mae", [*SMALL, OPTION + "scheduler=schedule", "model.patch_size=10"])
-    )
+@pytest.mark.parametrize(
+    ("end", "done", "beta"),
+    [
+        ("6.5", 0.0, 2.25),  # 9 px at patch 16
+        ("6.5", 0.5, 4.375),
+        ("6.5", 1.0, 6.5),
+        ("null", 0.0, 2.25),
+        ("null", 0.5, 4.5),
+        ("null", 1.0, float("inf")),  # "no additional restriction is imposed"
+    ],
+)
+def test_scheduling_of_table_6_b_lets_harder_patches_in_as_training_goes_on(end, done, beta):
+    method = small("scheduler=schedule", f"beta={end}", "prediction_ratio=null")
     method.set_progress(done)
-    noise = torch.rand(3, method.noise_size)
-    out = method(torch.randn(3, 3, 40, 40), noise)
-    visible = as_mask(out.visible_ids, 16).view(3, 4, 4)
-    d = patch_distance(visible, 10).flatten(1).gather(1, out.predicted_ids)
+    images, noise = batch(method)
+    out = method(images, noise)
+    visible = as_mask(out.visible_ids, PATCHES).view(4, GRID, GRID)
+    d = patch_distance(visible, 4).flatten(1).gather(1, out.predicted_ids)
     assert out.metrics["decoded_patches"] == (d <= beta).float().sum(1).mean()
+    if done == 1:
+        expected = plain(method, images, noise, beta=beta, weigh=lambda d: 1.0)
+        assert abs(out.loss.item() - expected) < 1e-5
+
+
+def test_the_weights_of_table_6_c_are_ratios_of_counts():
+    """Counted again, with other masks and one patch at a time."""
+    method = small("scheduler=normalize", "beta=null", "prediction_ratio=null")
+    generator = np.random.default_rng(1)
+    counts = np.zeros((2, 16))
+    for row, masked_share in enumerate((0.75, 0.85)):
+        for _ in range(400):
+            visible = np.zeros(PATCHES, bool)
+            visible[generator.permutation(PATCHES)[: PATCHES - round(masked_share * PATCHES)]] = True
+            d = patch_distance(torch.tensor(visible).view(1, GRID, GRID), 4).flatten().double().numpy()
+            for index in np.flatnonzero(~visible):
+                counts[row, min(15, int(d[index] // 1))] += 1  # a quarter of a patch is a pixel here
+    common = counts.min(axis=0) > 1000
+    assert common.sum() >= 4
+    expected = counts[0, common] / counts[1, common]
+    assert np.allclose(method.interval_weights.double().numpy()[common], expected, rtol=0.1)
 
 
 def test_normalisation_of_table_6_c_weighs_as_if_the_mask_ratio_were_maes():
@@ -158,7 +187,10 @@ def test_reconstruction_predicts_the_hardest_patches_too():
     [
         (["mask_ratio=0.999"], "method.efficient_mae.mask_ratio: 0.999 leaves 0 of 100 patches visible"),
         (["metric=neighbors_3x3"], "method.efficient_mae.beta: a distance in pixels"),
-        (["scheduler=schedule", "beta=null"], "method.efficient_mae.beta: the scheduler schedule needs"),
+        (["scheduler=threshold", "beta=null"], "method.efficient_mae.beta: the scheduler threshold needs"),
+        (["scheduler=schedule", "beta=null", "metric=neighbors_3x3"], "threshold that grows is a distance"),
+        (["scheduler=schedule", "beta=2.2"], "beta: 2.2 px .* it must be at least 2.25"),
+        (["beta=2.4"], "beta: 2.4 px would leave next to no patch of 4 px .* at least 2.5"),
     ],
 )
 def test_impossible_options_are_refused_by_name(options, message):

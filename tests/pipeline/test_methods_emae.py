@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pipeline.difficulty import patch_distance
 from pipeline.losses import patch_error, patchify, self_consistency_loss
 from pipeline.masking import as_mask, take
 from pipeline.methods import build_method
@@ -62,6 +63,43 @@ def test_the_loss_is_the_plain_definitions(num_parts):
     assert torch.allclose(out.loss, expected, atol=1e-5)
     assert torch.allclose(out.metrics["consistency"], consistency, atol=1e-5)
     assert (consistency > 0) == (num_parts > 2)
+
+
+@pytest.mark.parametrize(("beta", "slots"), [("4", 27), ("null", 27), ("null", 12), ("4", 12)])
+def test_flattened_it_is_efficient_mae_on_each_part_of_what_has_a_slot(beta, slots):
+    method = small_emae(
+        "method.emae.difficulty_flatten=true",
+        "method.emae.consistency_weight=0.5",
+        f"method.efficient_mae.beta={beta}",
+        f"method.efficient_mae.prediction_ratio={slots / 36}",
+    )
+    images, noise = batch(method)
+    out = method(images, noise)
+    patches = patchify(images, 4)
+    predicted = torch.zeros(3, 4, 36, dtype=torch.bool)
+    everything = torch.zeros(3, 4, 36, 48)
+    losses = []
+    for b in range(3):
+        for k in range(4):
+            visible = noise[b].argsort()[k * 9 : (k + 1) * 9]
+            d = patch_distance(as_mask(visible, 36).view(1, 6, 6), 4).flatten()
+            hidden = (
+                noise[b].argsort().roll(-(k + 1) * 9).tolist()[:27]
+            )  # equally hard: the next parts' first
+            kept = sorted(hidden, key=lambda i: round(d[i].item() * 1024))[:slots]
+            kept = [i for i in kept if beta == "null" or d[i] <= float(beta)]
+            one, asked = patches[b : b + 1], torch.tensor(kept)[None]
+            encoded = method.encoder(take(one, visible[None]), visible[None])
+            prediction = method.decoder(encoded, visible[None], asked)
+            error = patch_error(prediction, method.targets(take(one, asked)))[0].double()
+            weight = d[kept].double() ** -0.6
+            losses.append((weight * error).sum() / weight.sum())
+            predicted[b, k, kept], everything[b, k, kept] = True, prediction[0]
+    consistency = self_consistency_loss(everything, predicted)
+    expected = torch.stack(losses).mean() + 0.5 * consistency
+    assert out.predicted_ids.shape == (3, 4, slots)
+    assert abs(out.loss.item() - expected.item()) < 1e-5
+    assert abs(out.metrics["consistency"].item() - consistency.item()) < 1e-5 and consistency > 0
 
 
 @pytest.mark.parametrize("kind", ["l1", "l2", "smooth_l1"])
