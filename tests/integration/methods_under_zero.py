@@ -26,13 +26,13 @@ SMALL = {
     "data.image_size": 32,
     "model.patch_size": 4,
     "model.width": 32,
-    "model.depth": 2,
+    "model.depth": 1,
     "model.decoder_width": 32,
     "method.normalize_targets": "true",
     "method.efficient_mae.beta": 6,  # of patches of 4 px it drops some
     "engine.zero_stage": 3,
     "engine.activation_checkpointing": "true",
-    "engine.micro_batch": 4,
+    "engine.micro_batch": 2,
 }
 NO_PARAMETER_STAYS = {  # however small it is, and however soon it is needed again
     "stage3_param_persistence_threshold": 0,
