@@ -33,12 +33,13 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" demo/run.sh "$(OUT)" "$(DATA)"
 
-# As many files at a time as there are cores; of those with real runs, which have processes themselves, two.
+# As many files at a time as there are cores; of those with real runs, which have processes themselves but wait
+# for each other, for a signal or for Slurm half of the time, three.
 test soak: export OMP_NUM_THREADS := 1
 test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n auto --maxprocesses 8 \
 		--dist loadfile tests/data_prep tests/pipeline
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 30 \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 3 --dist loadgroup --durations 30 \
 		tests/integration
 
 soak: setup
