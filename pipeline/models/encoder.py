@@ -46,7 +46,8 @@ def initialize_like_mae(module: nn.Module) -> None:
 
     Linear weights xavier-uniform with zero biases, the patch projection xavier-uniform on its flattened
     weight, tokens normal with standard deviation 0.02. Layer norms start at one and zero, as torch makes
-    them.
+    them. One thing differs: the projection's bias starts at zero too, where the official code leaves it to
+    torch's default for convolutions.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.difficulty import difficulty, patch_distance
 from pipeline.errors import UserError
@@ -31,8 +33,8 @@ def small(*options: str):
     return build_method(load_recipe("vitb16_efficient_mae", [*SMALL, *(OPTION + o for o in options)]))
 
 
-def batch(method, size: int = 4):
-    generator = torch.Generator().manual_seed(5)
+def batch(method, size: int = 4, seed: int = 5):
+    generator = torch.Generator().manual_seed(seed)
     return (
         torch.randn(size, 3, 40, 40, generator=generator),
         torch.rand(size, method.noise_size, generator=generator),
@@ -72,15 +74,16 @@ def test_with_a_slot_for_every_patch_the_loss_is_that_of_the_threshold_alone(bet
     assert out.predicted_ids.shape == (4, PATCHES - VISIBLE)
 
 
-@pytest.mark.parametrize(("beta", "slots"), [("6", 30), ("3", 60), ("null", 40)])
-def test_with_fewer_slots_the_easiest_patches_under_the_threshold_are_predicted(beta, slots):
-    method = small(f"beta={beta}", f"prediction_ratio={slots / PATCHES}")
-    images, noise = batch(method)
+@settings(max_examples=25)
+@given(st.sampled_from(["3", "6", "null"]), st.integers(1, 85), st.booleans(), st.integers(0, 10**6))
+def test_with_fewer_slots_the_easiest_patches_under_the_threshold_are_predicted(beta, slots, exact, seed):
+    method = small(f"beta={beta}", f"prediction_ratio={slots / PATCHES}", f"exact_distance={exact}".lower())
+    images, noise = batch(method, 2, seed)
     out = method(images, noise)
     threshold = None if beta == "null" else float(beta)
-    expected = plain(method, images, noise, beta=threshold, slots=slots, weigh=lambda d: d**-0.6)
+    expected = plain(method, images, noise, beta=threshold, slots=slots, weigh=lambda d: d**-0.6, exact=exact)
     assert abs(out.loss.item() - expected) < 1e-5
-    assert out.predicted_ids.shape == (4, slots)
+    assert out.predicted_ids.shape == (2, slots)
 
 
 def test_gradients_are_those_of_really_dropping_patches():

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.difficulty import patch_distance
 from pipeline.errors import UserError
 from pipeline.export import official_state_dict, timm_state_dict
 from pipeline.losses import patchify
@@ -35,8 +36,8 @@ def small_lomar(*more: str):
     return method
 
 
-def batch(method, size: int = 3):
-    generator = torch.Generator().manual_seed(5)
+def batch(method, size: int = 3, seed: int = 5):
+    generator = torch.Generator().manual_seed(seed)
     return (
         torch.randn(size, 3, 40, 40, generator=generator),
         torch.rand(size, method.noise_size, generator=generator),
@@ -84,53 +85,72 @@ def test_buckets_are_the_product_of_row_and_column_offset_and_one_for_the_class_
             assert ids[1 + query, 1 + key] == row * 7 + column
 
 
-def test_attention_is_the_plain_one_plus_the_unscaled_query_times_its_encoding():
-    torch.manual_seed(0)
-    attention = RelativeAttention(16, 2, 3).double()
+@settings(max_examples=25)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 8), st.integers(0, 10**6))
+def test_attention_is_the_plain_one_plus_the_unscaled_query_times_its_encoding(
+    images, window, heads, depth, seed
+):
+    torch.manual_seed(seed)
+    width, tokens = heads * depth, 1 + window**2
+    attention = RelativeAttention(width, heads, window).double()
     torch.nn.init.normal_(attention.rpe_k.lookup_table_weight)
-    x, buckets = torch.randn(2, 10, 16, dtype=torch.float64), bucket_ids(3)
-    query, key, value = attention.qkv(x).view(2, 10, 3, 2, 8).unbind(2)
-    expected = torch.empty(2, 10, 2, 8, dtype=torch.float64)
-    for b in range(2):
-        for h in range(2):
-            for i in range(10):
+    x, buckets = torch.randn(images, tokens, width, dtype=torch.float64), bucket_ids(window)
+    query, key, value = attention.qkv(x).view(images, tokens, 3, heads, depth).unbind(2)
+    expected = torch.empty(images, tokens, heads, depth, dtype=torch.float64)
+    for b in range(images):
+        for h in range(heads):
+            for i in range(tokens):
                 encoding = attention.rpe_k.lookup_table_weight[0].T
                 scores = [
-                    query[b, i, h] @ key[b, j, h] / math.sqrt(8) + query[b, i, h] @ encoding[buckets[i, j]]
-                    for j in range(10)
+                    query[b, i, h] @ key[b, j, h] / math.sqrt(depth)
+                    + query[b, i, h] @ encoding[buckets[i, j]]
+                    for j in range(tokens)
                 ]
                 expected[b, i, h] = torch.stack(scores).softmax(0) @ value[b, :, h]
     assert torch.allclose(attention(x), attention.proj(expected.flatten(2)))
 
 
-@pytest.mark.parametrize("flatten", ["false", "true"])
-def test_the_loss_is_the_mean_over_masked_patches_of_every_window_alone(flatten):
-    method = small_lomar(f"method.lomar.difficulty_flatten={flatten}")
-    images, noise = batch(method)
+@settings(max_examples=25)
+@given(
+    st.sampled_from(["false", "true"]),
+    st.integers(2, 7),
+    st.integers(1, 3),
+    st.sampled_from([0.4, 0.6, 0.8]),
+    st.integers(0, 10**6),
+)
+def test_the_loss_is_the_mean_over_masked_patches_of_every_window_alone(flatten, side, count, ratio, seed):
+    method = small_lomar(
+        f"method.lomar.difficulty_flatten={flatten}",
+        f"method.lomar.window_size={side}",
+        f"method.lomar.num_windows={count}",
+        f"method.lomar.mask_ratio={ratio}",
+    )
+    images, noise = batch(method, 2, seed)
     out = method(images, noise)
     patches = patchify(images, 4)
+    places, size = 11 - side, side**2
+    seen_count = size - int(size * ratio)
     losses = []
-    for b in range(3):
-        top, left = noise[b, :6].argsort(), noise[b, 6:12].argsort()
-        for k in range(3):
-            mask_noise = noise[b, 12 + 25 * k : 12 + 25 * (k + 1)]
-            window = torch.tensor([(top[k] + y) * 10 + left[k] + x for y in range(5) for x in range(5)])
-            visible = mask_noise.argsort()[:5]  # 25 - int(25 x 0.8)
-            masked = mask_noise.argsort()[5:]
+    for b in range(2):
+        top, left = noise[b, :places].argsort(), noise[b, places : 2 * places].argsort()
+        for k in range(count):
+            mask_noise = noise[b, 2 * places + size * k :][:size]
+            window = torch.tensor([(top[k] + y) * 10 + left[k] + x for y in range(side) for x in range(side)])
+            visible, masked = mask_noise.argsort().split([seen_count, size - seen_count])
             assert out.visible_ids[b, k].tolist() == window[visible].tolist()
             assert out.predicted_ids[b, k].tolist() == window[masked].tolist()
-            tokens = method.encoder.mask_token[0].expand(25, -1).clone()
+            tokens = method.encoder.mask_token[0].expand(size, -1).clone()
             tokens[visible] = method.encoder.patch_embed(patches[b, window[visible]])
             tokens = torch.cat([method.encoder.cls_token[0], tokens])[None]
             for block in method.encoder.blocks:
                 tokens = block(tokens)
             prediction = method.pred(method.encoder.norm(tokens))[0, 1 + masked]
             error = (prediction - method.targets(patches[b, window[masked]])).square().mean(dim=1)
-            weight = torch.ones(20)
+            weight = torch.ones(len(masked))
             if flatten == "true":
-                seen = torch.zeros(1, 25, dtype=torch.bool)
-                seen[0, visible] = True
-                weight = method.flattening.difficulty(visible[None], 5)[0, masked] ** -0.6
+                seen = torch.zeros(1, side, side, dtype=torch.bool)
+                seen.view(-1)[visible] = True
+                weight = patch_distance(seen, 4).flatten()[masked] ** -0.6
             losses.append((weight * error).sum() / weight.sum())
     assert torch.allclose(out.loss, torch.stack(losses).mean(), atol=1e-5)
 
