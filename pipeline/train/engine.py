@@ -194,9 +194,9 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
     before the last.
 
     `verdict` is asked with that norm once it is known, before any weight is touched; where it is 1.0 weights
-    and moments stay as they are. The host does not wait for it, unless the optimiser is DeepSpeed's own or
-    works on the CPU.
-    DeepSpeed itself leaves a step out, too, where the gradient is not finite, and then says that its norm is
+    and moments stay as they are. The host does not wait for the verdict, unless the optimiser is DeepSpeed's
+    own or works on the CPU; for the norm DeepSpeed itself has it wait at most stages (docs/engine.md).
+    There DeepSpeed leaves a step out, too, where the gradient is not finite, and then says that its norm is
     infinite.
     """
     if not at_boundary(engine):

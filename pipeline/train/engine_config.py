@@ -26,6 +26,8 @@ ENGINE_KEYS = {  # what a file may set beside what the recipe decides; "a.*": al
     "dump_state",
     "comms_logger.*",
     "flops_profiler.*",
+    "timers.throughput.enabled",
+    "timers.throughput.synchronized",
     "fp16.loss_scale",
     "fp16.initial_scale_power",
     "fp16.loss_scale_window",
@@ -86,9 +88,11 @@ def engine_config(recipe: TrainingRecipe, world_size: int, path: Path | None = N
         if not key.startswith("optimizer") and value is not False and value != "none"
     }
     ours["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW offloads too, where CPUAdam does not build
-    return _nested(
-        {"steps_per_print": None, **{k: v for k, v in taken.items() if _applies(k, recipe)}, **ours}
-    )
+    # DeepSpeed's clock makes the host wait for the device twice a micro batch.
+    defaults: dict[str, object] = {"steps_per_print": None, "timers.throughput.enabled": False}
+    if recipe.engine.precision == "bf16":
+        ours["bf16.check_grad_overflow"] = False  # the guard judges the gradient's norm, on the device
+    return _nested({**defaults, **{k: v for k, v in taken.items() if _applies(k, recipe)}, **ours})
 
 
 def engine_overrides(path: Path, given: Sequence[str]) -> list[str]:

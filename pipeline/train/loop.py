@@ -165,6 +165,12 @@ def _train(
                 task.show(step)
             checkpoint.save(model, average, checkpoints, step, state, recipe.train, world)
 
+    def on_device(value: float | torch.Tensor) -> torch.Tensor:
+        """0-d. A number is filled in there: to copy it would make the host wait for the device."""
+        if isinstance(value, torch.Tensor):
+            return value.to(world.device)
+        return torch.full((), value, device=world.device)
+
     def read(upto: int) -> Trouble | None:
         """What the guard hears of the steps up to this one; the skipped are said."""
         known = len(guard.skips)
@@ -219,7 +225,7 @@ def _train(
         if average:
             average.update(skipped)
         counts = {"grad_norm": norm, "skipped": skipped, "replaced": replaced * world.size}
-        window.add({**parts, **{k: torch.as_tensor(v, device=world.device) for k, v in counts.items()}})
+        window.add({**parts, **{name: on_device(value) for name, value in counts.items()}})
 
         # ---- Go back, where nothing else helps
         evaluates = task.evaluates(step, total_steps, num_samples)

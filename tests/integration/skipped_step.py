@@ -1,9 +1,12 @@
-"""Skip steps on real engines, and see that nothing moved. `python -m skipped_step PRECISION`; fails by an
-assertion."""
+"""Skip steps on real engines, and see that nothing moved and that no step asked for a wait.
+
+`python -m skipped_step PRECISION`; fails by an assertion.
+"""
 
 import sys
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from runs import SMALL
 
 from pipeline.methods import build_method
@@ -54,6 +57,19 @@ def train(model, average, method, guard, step, factor=1.0, broken=False):
     return bool(skipped)
 
 
+def waits() -> list[None]:
+    """Grows with every call by which DeepSpeed has the host wait for all that the device has to do."""
+    accelerator, calls = get_accelerator(), []
+    synchronize = accelerator.synchronize
+
+    def counted(*arguments) -> None:
+        calls.append(None)
+        synchronize(*arguments)
+
+    accelerator.synchronize = counted
+    return calls
+
+
 def check(stage: int, precision: str, clip: float | None, world, **more) -> None:
     settings = {
         **SMALL,
@@ -96,12 +112,14 @@ def check(stage: int, precision: str, clip: float | None, world, **more) -> None
 def main(precision: str) -> None:
     world = find_world()
     engine.connect(timeout_minutes=10)
+    waited = waits()
     for stage in (0, 1, 2, 3):
         for clip in (None, 0.1):
             check(stage, precision, clip, world)
     for stage in (2, 3):
         check(stage, precision, 0.1, world, engine__offload="optimizer")
     check(0, precision, None, world, optim__name="muon")
+    assert not waited, len(waited)
     leave()
 
 

@@ -73,7 +73,7 @@ def test_a_users_file_sets_the_engine_and_leaves_the_rest_to_the_recipe(tmp_path
         "reduce_bucket_size": 1000000,
         "offload_optimizer": {"device": "cpu", "pin_memory": False},
     }
-    assert config["train_batch_size"] == 4096 and config["bf16"] == {"enabled": True}
+    assert config["train_batch_size"] == 4096 and config["bf16"]["enabled"]
     assert "fp16" not in config and "optimizer" not in config
     assert unused(path, recipe) == ["fp16.loss_scale_window"]
     assert unused(path, load_recipe("vitl16_mae", ["engine.precision=fp16"])) == [
@@ -127,6 +127,12 @@ def test_a_file_without_offload_leaves_that_to_the_recipe(tmp_path):
     path = given(tmp_path, {"zero_optimization": {"offload_optimizer": {"device": "none"}}})
     engine = load_recipe(tmp_path / "mine.yaml", engine_overrides(path, [])).engine
     assert (engine.zero_stage, engine.offload) == (2, "none")
+
+
+def test_deepspeeds_clock_is_off_unless_the_file_turns_it_on(tmp_path):
+    assert config_of(given(tmp_path, {}))[1]["timers"]["throughput"] == {"enabled": False}
+    timers = {"throughput": {"enabled": True, "synchronized": False}}
+    assert config_of(given(tmp_path, {"timers": timers}))[1]["timers"] == timers
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
