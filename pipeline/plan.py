@@ -27,10 +27,11 @@ class Gpu:
     bits16: float
     bits32: float
     memory_gb: float
+    bf16: bool = True
 
 
 GPUS = {
-    "v100": Gpu(125, 15.7, 32),  # fp16 only
+    "v100": Gpu(125, 15.7, 32, bf16=False),
     "a100-40": Gpu(312, 19.5, 40),
     "a100": Gpu(312, 19.5, 80),
     "l40s": Gpu(362, 91.6, 48),
@@ -66,9 +67,10 @@ class Plan:
     parameters: int
     encoder_parameters: int
     forward_gflops: float
-    """10^9 floating-point operations an image; a multiply-add counts as two."""
+    """10^9 floating-point operations of one image alone; a multiply-add counts as two."""
     step_gflops: float
-    """Forward and backward, as the device computes them: with activation checkpointing forward once more."""
+    """An image's share of a micro batch, forward and backward, as the device computes them: with activation
+    checkpointing forward once more."""
     gpu: str
     gpus: int
     """In all nodes together."""
@@ -93,21 +95,22 @@ class Plan:
     """On disk, see `checkpoint_bytes`."""
 
 
-def forward_flops(recipe: Recipe) -> int:
-    """Floating-point operations of one image's forward pass, a multiply-add counted as two.
+def forward_flops(recipe: Recipe, batch: int = 1) -> float:
+    """Floating-point operations of the forward pass, a multiply-add counted as two: an image's share where
+    `batch` images, at least 1, go together. What a batch needs once, a single image pays alone.
 
     Counted by torch on shapes alone: matrix products and attention, as everybody counts them.
     """
     with torch.device("meta"), torch.no_grad():
         method = build_method(recipe)
-        images = torch.empty(1, 3, recipe.data.image_size, recipe.data.image_size)
-        noise = torch.empty(1, method.noise_size)
+        images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size)
+        noise = torch.empty(batch, method.noise_size)
         with FlopCounterMode(display=False) as counter:
             method(images, noise)
-    return counter.get_total_flops()
+    return counter.get_total_flops() / batch
 
 
-def training_flops(forward: int) -> int:
+def training_flops(forward: float) -> float:
     """Operations of one image's forward and backward pass, as MFU counts them: three forward passes.
 
     What activation checkpointing computes once more is none of them: PaLM (arXiv 2204.02311), appendix B.
@@ -128,11 +131,13 @@ def plan(
     """What the recipe costs on `nodes` machines of `gpus` each, if a GPU reaches `mfu` (0 to 1) of its peak.
 
     `samples`, `shards`: of the data set. Where the GPUs would take more than the global batch at once, a
-    micro batch is a GPU's share of it. UserError: an unknown GPU, a number out of range, or a global batch
-    that does not divide among the GPUs.
+    micro batch is a GPU's share of it. UserError: an unknown GPU or one that can't compute in the recipe's
+    precision, a number out of range, or a global batch that does not divide among the GPUs.
     """
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: unknown; known are {', '.join(GPUS)}")
+    if recipe.engine.precision == "bf16" and not GPUS[gpu].bf16:
+        raise UserError(f"--gpu {gpu}: can't compute in bf16, the recipe's; --set engine.precision=fp16")
     for name, value in {"--gpus": gpus, "--nodes": nodes, "samples": samples}.items():
         if value < 1:
             raise UserError(f"{name} {value}: must be at least 1")
@@ -144,7 +149,7 @@ def plan(
     with torch.device("meta"):
         method = build_method(recipe)
     parameters = sum(p.numel() for p in method.parameters())
-    forward = forward_flops(recipe)
+    forward = forward_flops(recipe, recipe.engine.micro_batch)
     training = training_flops(forward)
     peak = 1e12 * (GPUS[gpu].bits32 if recipe.engine.precision == "fp32" else GPUS[gpu].bits16)
     images_per_s = world * mfu * peak / training
@@ -158,7 +163,7 @@ def plan(
         f"patch {recipe.model.patch_size})",
         parameters=parameters,
         encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
-        forward_gflops=forward / 1e9,
+        forward_gflops=forward_flops(recipe) / 1e9,
         step_gflops=(training + forward * recipe.engine.activation_checkpointing) / 1e9,
         gpu=gpu,
         gpus=world,
@@ -198,6 +203,9 @@ def memory(recipe: Recipe, parameters: int, world: int, available_gib: float) ->
     """A GPU's memory by ZeRO stage. GPUs share the optimiser from stage 1, gradients from 2, weights in 3."""
     per_image = activation_bytes(recipe)
     weights, gradients, optimizer = (parameters * size for size in _state_bytes(recipe))
+    # ZeRO 1 in bf16 keeps the last micro batch's gradients beside their sums (BF16_Optimizer's
+    # clear_lp_grads=False).
+    beside = 2 * parameters if recipe.engine.precision == "bf16" else 0
     table = []
     for stage, offload in ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True)):
         states = (
@@ -205,6 +213,7 @@ def memory(recipe: Recipe, parameters: int, world: int, available_gib: float) ->
             # With offload ZeRO 3 adds gradients up in the host's memory, ZeRO 2 still on the GPU.
             + (0 if offload and stage == 3 else gradients / (world if stage >= 2 else 1))
             + (0 if offload else optimizer / (world if stage >= 1 else 1))
+            + (beside if stage == 1 else 0)
         ) / GIB
         activations = recipe.engine.micro_batch * per_image / GIB
         room = available_gib - OVERHEAD_GIB - states

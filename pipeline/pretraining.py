@@ -51,8 +51,8 @@ class Pretraining(Task):
         with torch.device("meta"):
             return super().parameters(reader)
 
-    def forward_flops(self) -> int:
-        return forward_flops(self.recipe)
+    def forward_flops(self) -> float:
+        return forward_flops(self.recipe, self.recipe.engine.micro_batch)
 
     def begin(self, run: Path, reader: ShardReader, method: Method, world: World) -> None:
         self._method, self._writes = method, world.rank == 0

@@ -5,11 +5,13 @@ Assumed, and nothing of it measured here:
 - Inside a node the links are fast enough not to count. Between n nodes a collective runs as one ring: a
   node's link carries (n - 1) / n times the bytes for a reduce-scatter or an all-gather, twice that for an
   all-reduce.
-- Gradients and weights travel in the recipe's precision. ZeRO 0 all-reduces the gradients once a step, ZeRO 1
-  reduce-scatters them and gathers the new weights, ZeRO 2 reduce-scatters them with every micro batch, ZeRO 3
-  also gathers the weights for the forward and the backward pass of every micro batch.
+- Weights travel in the recipe's precision, gradients in fp32, but for fp16's. As DeepSpeed 0.19.8 does it,
+  ZeRO 0 and 1 all-reduce the gradients once a step, ZeRO 2 with every micro batch (and keeps its share of
+  them), ZeRO 3 reduce-scatters them with every micro batch. ZeRO 1 and 2 gather the new weights, ZeRO 3 the
+  weights for the forward and the backward pass of every micro batch.
 - What goes along with a backward pass (gradients; in ZeRO 3 the weights too) hides behind it, as overlap_comm
-  in ds_configs/ wants it; the gathering of new weights does not.
+  in ds_configs/ wants it; the gathering of new weights does not. ZeRO 0, and ZeRO 1 in bf16, begin to send
+  gradients when the backward pass is done, so nothing of theirs is hidden.
 - A checkpoint is written by all ranks together at the file system's rate.
 """
 
@@ -72,11 +74,12 @@ def scaling(
         parameters = sum(p.numel() for p in build_method(recipe).parameters())
     bits32 = recipe.engine.precision == "fp32"
     peak = 1e12 * (GPUS[gpu].bits32 if bits32 else GPUS[gpu].bits16)
-    image_s = training_flops(forward_flops(recipe)) / (peak * mfu)
+    image_s = training_flops(forward_flops(recipe, recipe.engine.micro_batch)) / (peak * mfu)
     weights = parameters * (4 if bits32 else 2)
+    gradients = parameters * (2 if recipe.engine.precision == "fp16" else 4)
     counts = sorted({nodes, *(2**power for power in range(nodes.bit_length()) if 2**power < nodes)})
     scales = [
-        _scale(recipe, count, gpus, image_s, weights, link_gbit * 1e9 / 8)
+        _scale(recipe, count, gpus, image_s, weights, gradients, link_gbit * 1e9 / 8)
         for count in counts
         if recipe.data.global_batch % (count * gpus) == 0
     ]
@@ -84,15 +87,28 @@ def scaling(
     return Scaling(link_gbit, storage_gb, size / 1e9, size / storage_gb / 1e9, scales)
 
 
-def _scale(recipe: Recipe, nodes: int, gpus: int, image_s: float, weights: int, link: float) -> Scale:
-    """image_s: seconds of arithmetic an image; weights: bytes; link: bytes a second."""
+def _scale(
+    recipe: Recipe, nodes: int, gpus: int, image_s: float, weights: int, gradients: int, link: float
+) -> Scale:
+    """image_s: seconds of arithmetic an image; weights, gradients: bytes; link: bytes a second."""
     share = recipe.data.global_batch // (nodes * gpus)
     micro = min(share, recipe.engine.micro_batch)
     accumulation = -(-share // micro)
     compute = share * image_s
-    once = (nodes - 1) / nodes * weights  # a gather or a reduce-scatter
-    behind = {0: 2 * once, 1: once, 2: once * accumulation, 3: 2 * once * accumulation}
-    between = {0: 0.0, 1: once, 2: once, 3: once * accumulation}
+    gathered = (nodes - 1) / nodes * weights
+    scattered = (nodes - 1) / nodes * gradients
+    behind = {
+        0: 0.0,
+        1: 0.0 if recipe.engine.precision == "bf16" else 2 * scattered,
+        2: 2 * scattered * accumulation,
+        3: (scattered + gathered) * accumulation,
+    }
+    between = {
+        0: 2 * scattered,
+        1: gathered + 2 * scattered - behind[1],
+        2: gathered,
+        3: gathered * accumulation,
+    }
     step_s = {}
     for stage, volume in behind.items():
         backward = BACKWARD * compute / (accumulation if stage < 2 else 1)  # the last micro batch's, or all

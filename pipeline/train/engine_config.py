@@ -92,6 +92,7 @@ def engine_config(recipe: TrainingRecipe, world_size: int, path: Path | None = N
     defaults: dict[str, object] = {"steps_per_print": None, "timers.throughput.enabled": False}
     if recipe.engine.precision == "bf16":
         ours["bf16.check_grad_overflow"] = False  # the guard judges the gradient's norm, on the device
+        defaults["communication_data_type"] = "fp32"  # as MAE's, whose gradients are fp32
     return _nested({**defaults, **{k: v for k, v in taken.items() if _applies(k, recipe)}, **ours})
 
 

@@ -25,8 +25,8 @@ from pipeline.training_recipe import TrainingRecipe
 class Pace:
     """The clock of one rank, from one logged line to the next. Every rank makes one, and calls `close`."""
 
-    def __init__(self, recipe: TrainingRecipe, forward_flops: int, world: World):
-        """forward_flops: of one image."""
+    def __init__(self, recipe: TrainingRecipe, forward_flops: float, world: World):
+        """forward_flops: an image's share of a micro batch."""
         self.world, self.global_batch = world, recipe.data.global_batch
         self.image_flops = training_flops(forward_flops)
         self.peak = peak_flops(world.device, recipe.engine.precision)

@@ -37,8 +37,8 @@ class Task(Protocol):
         return sum(p.numel() for p in self.build(reader).parameters())
 
     @abstractmethod
-    def forward_flops(self) -> int:
-        """Floating-point operations of one image's forward pass, after `build`."""
+    def forward_flops(self) -> float:
+        """Floating-point operations of an image's share of a micro batch's forward pass, after `build`."""
 
     def begin(self, run: Path, reader: ShardReader, learner: Learner, world: World) -> None:
         """The run begins or continues in the directory `run`; `learner` is on its device."""

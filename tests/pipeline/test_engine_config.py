@@ -135,6 +135,15 @@ def test_deepspeeds_clock_is_off_unless_the_file_turns_it_on(tmp_path):
     assert config_of(given(tmp_path, {"timers": timers}))[1]["timers"] == timers
 
 
+def test_in_bf16_gradients_are_exchanged_in_fp32_unless_the_file_says_otherwise(tmp_path):
+    assert config_of(given(tmp_path, {}))[1]["communication_data_type"] == "fp32"
+    assert (
+        config_of(given(tmp_path, {"communication_data_type": "bf16"}))[1]["communication_data_type"]
+        == "bf16"
+    )
+    assert "communication_data_type" not in config_of(given(tmp_path, {}), "engine.precision=fp16")[1]
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match=r"--deepspeed_config .*nowhere.json: cannot be read"):
         engine_overrides(tmp_path / "nowhere.json", [])

@@ -43,6 +43,14 @@ def test_mae_costs_what_its_layers_add_up_to_by_hand():
     assert forward_flops(load_recipe("vitb16_mae")) == 2 * (encoder + decoder + head - spared)
 
 
+@pytest.mark.parametrize("batch", [2, 64])
+def test_an_image_in_a_batch_bears_its_share_of_what_the_batch_needs_once(batch):
+    recipe = load_recipe("vitb16_mae")
+    once = 2 * 3 * 196 * 512**2  # queries, keys and values of the decoder's first block, at every position
+    spared = forward_flops(recipe) - forward_flops(recipe, batch)
+    assert spared == pytest.approx(once * (1 - 1 / batch), rel=1e-9)
+
+
 def test_a_part_of_emae_costs_no_more_than_an_image_of_mae_and_less_with_a_share_decoded():
     image = forward_flops(load_recipe("vitl16_mae"))
     part = forward_flops(load_recipe("vitl16_emae")) / 4
@@ -60,7 +68,8 @@ def test_parameters_are_counted_as_they_are():
 def test_time_is_work_over_speed():
     recipe = load_recipe("vitl16_mae")
     result = plan(recipe, gpus=4, nodes=2, gpu="a100", mfu=0.5)
-    step = 3 * forward_flops(recipe)
+    step = 3 * forward_flops(recipe, 64)
+    assert result.step_gflops == pytest.approx(step / 1e9)
     assert result.images_per_s == pytest.approx(8 * 0.5 * 312e12 / step)
     assert result.steps == 500_456  # 1600 x 1,281,167 / 4096, rounded up
     assert result.hours == pytest.approx(result.steps * 4096 / result.images_per_s / 3600)
@@ -71,7 +80,7 @@ def test_time_is_work_over_speed():
 def test_each_zero_stage_shares_one_more_thing_among_the_gpus():
     result = plan(load_recipe("vith14_mae"), gpus=8)
     n, gib = result.parameters, 2**30
-    expected = [18 * n, (2 + 4 + 12 / 8) * n, (2 + 16 / 8) * n, 18 / 8 * n]
+    expected = [18 * n, (2 + 4 + 2 + 12 / 8) * n, (2 + 16 / 8) * n, 18 / 8 * n]
     assert [m.states * gib for m in result.memory[:4]] == pytest.approx(expected)
     largest = [m.largest_micro_batch for m in result.memory[:4]]
     assert largest == sorted(largest)
@@ -164,6 +173,7 @@ def test_the_json_holds_every_figure_and_the_text_names_the_main_ones():
     ("options", "message"),
     [
         ({"gpu": "h1000"}, "--gpu h1000: unknown; known are v100"),
+        ({"gpu": "v100"}, "--gpu v100: can't compute in bf16, the recipe's; --set engine.precision=fp16"),
         ({"gpus": 0}, "--gpus 0: must be at least 1"),
         ({"mfu": 1.5}, r"--mfu 1.5: must lie in \(0, 1\]"),
         ({"gpus": 7}, "data.global_batch: 4096 is no multiple of"),
@@ -175,5 +185,6 @@ def test_impossible_hardware_is_refused_in_one_line(options, message):
 
 
 def test_every_gpu_in_the_table_can_be_planned_for():
-    for gpu in GPUS:
-        assert plan(load_recipe("vitb16_mae"), gpu=gpu).images_per_s > 0
+    for gpu, figures in GPUS.items():
+        recipe = load_recipe("vitb16_mae", ["engine.precision=fp16"] * (not figures.bf16))
+        assert plan(recipe, gpu=gpu).images_per_s > 0

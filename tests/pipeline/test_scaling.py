@@ -19,17 +19,28 @@ def test_a_slow_link_by_hand():
     recipe = load_recipe("vitl16_mae", ["engine.micro_batch=64"])
     two = scaling(recipe, nodes=2, link_gbit=8, **HARDWARE).scales[-1]
     assert (two.nodes, two.gpus, two.micro_batch, two.accumulation) == (2, 16, 64, 4)
-    compute = 256 * 3 * forward_flops(recipe) / (0.5 * 989e12)
-    once = 329.5e6 * 2 / 1e9 / 2  # 329.5 M parameters in bfloat16, GB; half of it between two nodes
-    assert two.link_gb == pytest.approx({0: 2 * once, 1: 2 * once, 2: 5 * once, 3: 12 * once}, rel=1e-3)
+    compute = 256 * 3 * forward_flops(recipe, 64) / (0.5 * 989e12)
+    once = 329.5e6 * 2 / 1e9 / 2  # 329.5 M weights in bfloat16, GB; half of it between two nodes
+    sums = 2 * once  # the gradients' are in float32
+    carried = {0: 2 * sums, 1: 2 * sums + once, 2: 8 * sums + once, 3: 4 * sums + 8 * once}
+    assert two.link_gb == pytest.approx(carried, rel=1e-3)
     backward = 2 / 3 * compute
     expected = {
-        0: compute + 2 * once - backward / 4,
-        1: compute + 2 * once - backward / 4,
-        2: compute + max(0, 4 * once - backward) + once,
-        3: compute + max(0, 8 * once - backward) + 4 * once,
+        0: compute + 2 * sums,
+        1: compute + 2 * sums + once,
+        2: compute + max(0, 8 * sums - backward) + once,
+        3: compute + max(0, 4 * sums + 4 * once - backward) + 4 * once,
     }
     assert two.step_s == pytest.approx(expected, rel=1e-3)
+
+
+def test_in_fp16_zero_1_sends_gradients_of_16_bits_and_during_the_backward_pass():
+    two = scaling(
+        load_recipe("vitl16_mae", ["engine.precision=fp16"]), nodes=2, link_gbit=800, **HARDWARE
+    ).scales[-1]
+    once = 329.5e6 * 2 / 1e9 / 2
+    assert two.link_gb[1] == pytest.approx(3 * once, rel=1e-3)
+    assert two.step_s[1] == pytest.approx(two.compute_s + once / 100, rel=1e-4)
 
 
 def test_efficiency_falls_with_nodes_and_rises_with_the_link():
