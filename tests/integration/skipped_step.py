@@ -75,7 +75,7 @@ def check(stage: int, precision: str, clip: float | None, world, **more) -> None
         **SMALL,
         "engine.zero_stage": stage,
         "engine.precision": precision,
-        "data.global_batch": 4,
+        "data.global_batch": 4 * world.size,
         "guard.window": 8,
         "optim.clip_grad": "null" if clip is None else clip,
         **{key.replace("__", "."): value for key, value in more.items()},
