@@ -53,8 +53,8 @@ PEERS_KEPT = tuple(name + KEPT for name in PEERS)
 Step = Callable[[], None]
 
 
-def our_step(name: str, args: argparse.Namespace) -> tuple[Step, int]:
-    """-> the step, and the operations of one image's forward pass."""
+def our_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
+    """-> the step, and the operations of an image's share of a forward pass."""
     preset, *overrides = OURS[name]
     model = (f"model.name={args.model}", f"model.patch_size={args.patch}")
     recipe = load_recipe(preset, [*model, *overrides])
@@ -80,10 +80,10 @@ def our_step(name: str, args: argparse.Namespace) -> tuple[Step, int]:
             with torch.no_grad():
                 torch._foreach_copy_(list(method.parameters()), masters)
 
-    return step, forward_flops(recipe)
+    return step, forward_flops(recipe, args.batch)
 
 
-def peer_step(name: str, args: argparse.Namespace) -> tuple[Step, int]:
+def peer_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
     torch.manual_seed(0)
     loss_of = transformers_mae(args) if name.startswith("transformers") else lightly_mae(args)
     loss_of.to(args.device).train()
@@ -99,9 +99,8 @@ def peer_step(name: str, args: argparse.Namespace) -> tuple[Step, int]:
         optimizer.zero_grad()
 
     # The work that MAE asks for, not what a peer spends on it: MFU is then comparable.
-    return step, forward_flops(
-        load_recipe("vitb16_mae", [f"model.name={args.model}", f"model.patch_size={args.patch}"])
-    )
+    recipe = load_recipe("vitb16_mae", [f"model.name={args.model}", f"model.patch_size={args.patch}"])
+    return step, forward_flops(recipe, args.batch)
 
 
 def adamw(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
