@@ -24,9 +24,10 @@ class MaeOptions(Section):
 class EmaeOptions(Section):
     """Efficient Masked Autoencoders with Self-Consistency (Li et al.). The mask ratio is 1 - 1/num_parts."""
 
-    num_parts: int = Field(4, ge=2)
-    """K: parts an image is divided into; each is encoded alone and predicts all the others."""
-    consistency_weight: float = Field(1.0, ge=0.0)
+    num_parts: int = Field(4, ge=2, le=32)
+    """K: parts an image is divided into; each is encoded alone and predicts all the others. The pairs whose
+    consistency is asked for grow with its square."""
+    consistency_weight: float = Field(1.0, ge=0.0, le=1e3)
     consistency_kind: Literal["l1", "l2", "smooth_l1"] = "l1"
     decode_share: float = Field(1.0, gt=0.0, le=1.0)
     """Share of each part's masked positions that is decoded; the same for every part that misses them."""
@@ -39,7 +40,7 @@ class EfficientMaeOptions(Section):
     """Efficient MAE towards Large-Scale Vision Transformers (Han et al., 2024)."""
 
     mask_ratio: float = Field(0.85, gt=0.0, lt=1.0)
-    gamma: float = Field(0.6, ge=0.0)
+    gamma: float = Field(0.6, ge=0.0, le=10.0)
     """Flattening: a patch of difficulty d weighs d^-gamma (Eq. 2, Table 7)."""
     beta: float | None = Field(26.0, gt=0.0)
     """Decoder masking: patches with a P2Dist above so many pixels are left out (Table 8); null: none is. With

@@ -128,7 +128,8 @@ def plan(
     samples: int = IMAGENET,
     shards: int | None = None,
 ) -> Plan:
-    """What the recipe costs on `nodes` machines of `gpus` each, if a GPU reaches `mfu` (0 to 1) of its peak.
+    """What the recipe costs on `nodes` machines of `gpus` each, if a GPU computes at `mfu` (0 to 1) of its
+    peak, what activation checkpointing computes again included.
 
     `samples`, `shards`: of the data set. Where the GPUs would take more than the global batch at once, a
     micro batch is a GPU's share of it. UserError: an unknown GPU or one that can't compute in the recipe's
@@ -152,7 +153,8 @@ def plan(
     forward = forward_flops(recipe, recipe.engine.micro_batch)
     training = training_flops(forward)
     peak = 1e12 * (GPUS[gpu].bits32 if recipe.engine.precision == "fp32" else GPUS[gpu].bits16)
-    images_per_s = world * mfu * peak / training
+    computed = training + forward * recipe.engine.activation_checkpointing
+    images_per_s = world * mfu * peak / computed
     steps = recipe.total_steps(samples)
     hours = steps * recipe.data.global_batch / images_per_s / 3600
     shards = shards or -(-samples // SHARD_SAMPLES)
@@ -164,7 +166,7 @@ def plan(
         parameters=parameters,
         encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
         forward_gflops=forward_flops(recipe) / 1e9,
-        step_gflops=(training + forward * recipe.engine.activation_checkpointing) / 1e9,
+        step_gflops=computed / 1e9,
         gpu=gpu,
         gpus=world,
         nodes=nodes,
@@ -254,9 +256,10 @@ def format_plan(plan: Plan) -> str:
             else ""
         ),
         f"speed           {plan.images_per_s:,.0f} images/s on {plan.gpus} {plan.gpu} in {plan.nodes} "
-        f"node{'s' * (plan.nodes > 1)}, {plan.precision}, if MFU is {plan.mfu:.0%}",
-        f"schedule        {plan.steps:,} steps of {plan.samples:,} samples: {plan.hours:,.1f} hours, "
-        f"{plan.gpu_hours:,.0f} GPU-hours",
+        f"node{'s' * (plan.nodes > 1)}, {plan.precision}, at {plan.mfu:.0%} of the peak",
+        f"schedule        {plan.steps:,} steps of {plan.samples:,} samples: "
+        + (f"{plan.hours:,.1f} hours" if plan.hours >= 1 else f"{60 * plan.hours:.1f} minutes")
+        + f", {plan.gpu_hours:,.{0 if plan.gpu_hours >= 10 else 1}f} GPU-hours",
         f"data            {plan.shards:,} shards, {plan.shards_per_rank:.1f} a rank",
         f"checkpoint      {plan.checkpoint_gib:.1f} GiB",
         f"memory a GPU    {'ZeRO':<12}{'states':>9}{'activations':>13}{'total':>8}   largest micro batch",

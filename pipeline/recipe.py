@@ -70,9 +70,9 @@ class Recipe(TrainingRecipe):
     def _possible_threshold(self) -> None:
         efficient, patch = self.method.efficient_mae, self.model.patch_size
         beta, in_pixels = efficient.beta, efficient.metric in ("p2dist", "nearest_patch")
-        if efficient.scheduler == "schedule" and not in_pixels:
+        if efficient.scheduler in ("schedule", "normalize") and not in_pixels:
             raise ValueError(
-                f"method.efficient_mae.scheduler: the threshold that grows is a distance in pixels, which "
+                f"method.efficient_mae.scheduler: {efficient.scheduler} needs a distance in pixels, which "
                 f"{efficient.metric} is not"
             )
         if beta is None:

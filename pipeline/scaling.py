@@ -74,7 +74,9 @@ def scaling(
         parameters = sum(p.numel() for p in build_method(recipe).parameters())
     bits32 = recipe.engine.precision == "fp32"
     peak = 1e12 * (GPUS[gpu].bits32 if bits32 else GPUS[gpu].bits16)
-    image_s = training_flops(forward_flops(recipe, recipe.engine.micro_batch)) / (peak * mfu)
+    forward = forward_flops(recipe, recipe.engine.micro_batch)
+    computed = training_flops(forward) + forward * recipe.engine.activation_checkpointing
+    image_s = computed / (peak * mfu)
     weights = parameters * (4 if bits32 else 2)
     gradients = parameters * (2 if recipe.engine.precision == "fp16" else 4)
     counts = sorted({nodes, *(2**power for power in range(nodes.bit_length()) if 2**power < nodes)})

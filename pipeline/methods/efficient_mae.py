@@ -13,6 +13,7 @@ threshold than there are slots, the hardest of them go (docs/methods.md says how
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -90,8 +91,12 @@ class EfficientMAE(Method):
             # In millionths and whole: cast to bf16 with the module, a fraction would be rounded.
             self.register_buffer("progress", torch.zeros((), dtype=torch.int64), persistent=False)
         if scheduler == "normalize":
-            counts = interval_ratios(encoder.grid, num_visible, flattening)
-            self.register_buffer("interval_weights", counts, persistent=False)
+            weights = torch.empty(
+                NUM_INTERVALS
+            )  # where the caller wants it; there is nothing to count on meta
+            if not weights.is_meta:
+                weights.copy_(interval_ratios(encoder.grid, num_visible, flattening))
+            self.register_buffer("interval_weights", weights, persistent=False)
 
     def set_progress(self, done: float) -> None:
         if self.scheduler == "schedule":
@@ -154,13 +159,13 @@ def interval(distance: torch.Tensor, patch_size: int) -> torch.Tensor:
     return (distance * 4 / patch_size).clamp(max=NUM_INTERVALS - 1).long()
 
 
-def interval_ratios(grid: int, num_visible: int, flattening: Flattening, masks: int = 1024) -> torch.Tensor:
+@lru_cache
+def interval_ratios(grid: int, num_visible: int, flattening: Flattening, masks: int = 256) -> torch.Tensor:
     """Table 6 (c): per interval, masked patches at mask ratio 0.75 over masked patches at this one: float32
     (16,); 1 where this one has none.
 
     Counted once on random masks from a fixed seed.
     """
-    device = torch.empty(0).device  # the caller's default, which may be the meta device
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(2, NUM_INTERVALS, device="cpu")
     with torch.device("cpu"):
@@ -171,4 +176,4 @@ def interval_ratios(grid: int, num_visible: int, flattening: Flattening, masks: 
                 found = interval(distance, flattening.patch_size).flatten()
                 counts[row] += torch.bincount(found, minlength=NUM_INTERVALS)
     reference, own = counts
-    return torch.where(own > 0, reference / own, 1.0).to(device)
+    return torch.where(own > 0, reference / own, 1.0)

@@ -124,12 +124,12 @@ def test_activations_are_what_autograd_keeps_by_a_real_count(name):
     assert activation_bytes(recipe) == pytest.approx(kept(5) - kept(4), rel=0.03)
 
 
-def test_checkpointing_saves_most_activations_and_costs_a_forward_pass_that_mfu_does_not_count():
+def test_checkpointing_saves_most_activations_and_costs_a_forward_pass():
     plain = plan(load_recipe("vitl16_mae"))
     saving = plan(load_recipe("vitl16_mae", ["engine.activation_checkpointing=true"]))
     assert saving.memory[0].activations < 0.2 * plain.memory[0].activations
     assert saving.step_gflops == pytest.approx(4 / 3 * plain.step_gflops)
-    assert saving.images_per_s == plain.images_per_s
+    assert saving.images_per_s == pytest.approx(0.75 * plain.images_per_s)
 
 
 @pytest.mark.parametrize(("nodes", "micro_batch"), [(32, 16), (64, 8)])
