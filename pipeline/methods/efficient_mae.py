@@ -91,9 +91,7 @@ class EfficientMAE(Method):
             # In millionths and whole: cast to bf16 with the module, a fraction would be rounded.
             self.register_buffer("progress", torch.zeros((), dtype=torch.int64), persistent=False)
         if scheduler == "normalize":
-            weights = torch.empty(
-                NUM_INTERVALS
-            )  # where the caller wants it; there is nothing to count on meta
+            weights = torch.empty(NUM_INTERVALS)  # on the caller's default device; on meta nothing is counted
             if not weights.is_meta:
                 weights.copy_(interval_ratios(encoder.grid, num_visible, flattening))
             self.register_buffer("interval_weights", weights, persistent=False)
