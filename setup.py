@@ -39,7 +39,6 @@ EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2", "transformers>=5
 BENCH = ["lightly>=1.6", "transformers>=5"]
 DEV = [
     "hypothesis>=6.100",
-    "ninja>=1.11",
     "pytest>=8.0,<9.2",  # xdist 3.8 does not keep groups together under 9.2
     "pytest-xdist>=3.5",
     "ruff>=0.6",

@@ -47,7 +47,7 @@ say "Build a shard set, and prove that it is whole"
 run python -m data_prep folder "$images" "$out/shards"
 run python -m data_prep verify "$out/shards"
 
-say "Pre-train EMAE with DeepSpeed (without a GPU the first start compiles for about a minute)"
+say "Pre-train EMAE with DeepSpeed"
 run "${launch[@]}" pretrain demo_emae --data "$out/shards" --run "$out/run" "${watched[@]}"
 
 say "Look at what it learned"

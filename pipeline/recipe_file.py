@@ -75,6 +75,7 @@ def checked(kind: type[AnySection], tree: dict, where: str, overrides: Sequence[
     if overrides:
         _override(tree, overrides)
         where += " with --set " + " ".join(overrides)
+    _drop_removed(tree, where)
     try:
         # Python mode is strict about tuples and YAML has lists only, so validation goes through JSON's rules.
         return kind.model_validate_json(_as_json(tree))
@@ -153,6 +154,19 @@ RIVALS = {  # of each pair at most one is given: an override of one takes the ot
     ("optim", "warmup_steps"): ("optim", "warmup_epochs"),
     ("optim", "warmup_epochs"): ("optim", "warmup_steps"),
 }
+
+
+REMOVED = {"optim": {"name": "adamw", "muon_lr": 0.02, "muon_momentum": 0.95}}
+"""Keys that older recipes have, and the values that change nothing."""
+
+
+def _drop_removed(tree: dict, where: str) -> None:
+    """Take removed keys out of a recipe. UserError for a value that asks for what is no longer there."""
+    for name, keys in REMOVED.items():
+        section = tree.get(name)
+        for key in keys.keys() & section.keys() if isinstance(section, dict) else ():
+            if section.pop(key) != keys[key]:
+                raise UserError(f"{where}: {name}.{key}: was removed together with Muon; leave the key out")
 
 
 def _override(tree: dict, overrides: Sequence[str]) -> None:

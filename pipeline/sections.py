@@ -129,8 +129,8 @@ class DataSection(Section):
 class EngineSection(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer"] = "none"
-    """optimizer: the fp32 weights and moments live in the host's memory, where DeepSpeed's CPUAdam updates
-    them. With zero_stage 2 or 3."""
+    """optimizer: the fp32 weights and moments live in the host's memory and are updated by its
+    CPU. With zero_stage 2 or 3."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     micro_batch: int = Field(64, ge=1)
     """Images a rank takes through the model at once. The accumulation steps follow from it."""
@@ -152,12 +152,6 @@ class EngineSection(Section):
 
 
 class OptimSection(Section):
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: DeepSpeed's, for the matrices inside the transformer blocks; embeddings, tokens, positions,
-    norms, biases and heads stay on AdamW. With engine.zero_stage 0."""
-    muon_lr: float = Field(0.02, gt=0.0)
-    """Muon's peak learning rate; it rises and falls as AdamW's does. Not scaled by the batch."""
-    muon_momentum: float = Field(0.95, ge=0.0, lt=1.0)
     base_lr: float = Field(1.5e-4, gt=0.0)
     """Learning rate for a batch of 256; the rate in use is base_lr x global_batch / 256."""
     min_lr: float = Field(0.0, ge=0.0)

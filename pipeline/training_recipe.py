@@ -38,10 +38,6 @@ class TrainingRecipe(RecipeFile):
                 f"data.timeout_s, data.retries: a read may take {read:.0f} s before it has failed; "
                 f"engine.timeout_minutes, {self.engine.timeout_minutes:g}, must be longer"
             )
-        if self.optim.name == "muon" and self.engine.zero_stage:
-            raise ValueError(
-                f"optim.name: muon needs engine.zero_stage 0, not {self.engine.zero_stage} (docs/engine.md)"
-            )
         return self
 
     @property

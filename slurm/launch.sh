@@ -49,7 +49,6 @@ setup() {
   interpreter
 
   local cache=${NODE_CACHE:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/shardmae-$(id -un)}
-  export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$cache/extensions}
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -225,13 +225,12 @@ def _accuracy(run: Path, ema: bool) -> str:
 
 def _training(trained: Exportable, ema: bool, more: dict[str, object]) -> str:
     recipe, size, optim = trained.recipe, trained.vit.size, trained.recipe.optim
-    optimiser = {"adamw": "AdamW", "muon": "Muon and AdamW"}[optim.name]
     return _table(
         {
             "encoder": f"{size.depth} layers, {size.width} wide, {size.heads} heads",
             "weights": f"moving average, decay {recipe.train.ema_decay}" if ema else "of the last step",
             "steps": f"{trained.step:,}, a batch of {recipe.data.global_batch:,} images each",
-            "optimiser": f"{optimiser}, betas {list(optim.betas)}, weight decay {optim.weight_decay}",
+            "optimiser": f"AdamW, betas {list(optim.betas)}, weight decay {optim.weight_decay}",
             "learning rate": f"{recipe.lr:.3g} at its peak, then a cosine",
             "precision": recipe.engine.precision,
             **more,

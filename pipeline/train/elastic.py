@@ -139,8 +139,6 @@ def load(model, paths: list[Path], numbers: dict, averages: list[torch.Tensor]) 
             "checkpoints back"
         )
     optimizer, scaler = model.basic_optimizer, _scaler(model)
-    steps = numbers["optimizer_steps"]
-    in_tensors = not hasattr(optimizer, "ds_opt_adam")  # CPUAdam counts its steps in integers
     for number, flat in enumerate(flats(model)):
         saved.fill(flat, WEIGHT, flat.tensor.data)
         if averages:
@@ -151,8 +149,8 @@ def load(model, paths: list[Path], numbers: dict, averages: list[torch.Tensor]) 
         for kind in sorted(kinds - {WEIGHT, AVERAGE}):
             state[kind] = torch.zeros_like(flat.tensor.data)
             saved.fill(flat, kind, state[kind])
-        if "exp_avg" in kinds:  # Muon does not count
-            state["step"] = torch.tensor(float(steps), device=flat.tensor.device) if in_tensors else steps
+        if "exp_avg" in kinds:
+            state["step"] = torch.tensor(float(numbers["optimizer_steps"]), device=flat.tensor.device)
     for key, value in numbers["loss_scale"].items():
         if hasattr(scaler, key):
             setattr(scaler, key, value)

@@ -12,22 +12,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 
-import ninja
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
-from torch.utils.cpp_extension import _get_build_directory
 
 from pipeline.errors import Diverged, StoppedEarly, UserError
 from pipeline.learner import Learner
 from pipeline.tensor_file import save_tensors
 from pipeline.train import elastic
 from pipeline.train.average import Average
-from pipeline.train.distributed import gathered
 from pipeline.train.engine_config import ADAM_EPS
 from pipeline.train.watchdog import SLOW
 from pipeline.training_recipe import TrainingRecipe
@@ -35,23 +31,24 @@ from pipeline.training_recipe import TrainingRecipe
 with redirect_stdout(sys.stderr):  # what it logs, now and later: stdout is for results
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-    from deepspeed.ops.op_builder.builder import OpBuilder
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.utils import logger
+
+    # To check the optimiser's type DeepSpeed imports its Muon, which loads torch's compiler unless that is
+    # disabled. It would take longer than the import of DeepSpeed itself.
+    before = os.environ.get("TORCHDYNAMO_DISABLE", "")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    import deepspeed.runtime.zero.muon.muon_optimizer
+
+    os.environ["TORCHDYNAMO_DISABLE"] = before
+
+# On a CPU, DeepSpeed would compile a shared-memory all-reduce, for a minute, that only its inference uses.
+deepspeed.ops.__compatible_ops__ = {}
 
 Engine = deepspeed.DeepSpeedEngine
 WEIGHTS, WEIGHTS_EMA = "weights.safetensors", "weights_ema.safetensors"
 NUMBERS = "engine.json"
 LONG = 30.0  # seconds that the ranks may take to find each other without a word
-NAMES = {
-    "AdamW": "torch's fused AdamW",
-    "DeepSpeedCPUAdam": "DeepSpeed's CPUAdam",
-    "MuonWithAuxAdam": "DeepSpeed's Muon, with torch's fused AdamW",
-}
 
 
 def connect(timeout_minutes: float, watched: bool = True) -> None:
@@ -62,10 +59,6 @@ def connect(timeout_minutes: float, watched: bool = True) -> None:
     the watchdog is to end a rank, and say where it hung.
     """
     logger.setLevel(logging.WARNING)
-    # Of two ninjas each would compile again what the other has compiled: it is always ours.
-    os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
-    if get_accelerator().device_name() == "cpu":
-        _say_if_compiled(ShareMemCommBuilder())
     timeout = timedelta(minutes=max(10.0, 2 * SLOW * timeout_minutes) if watched else timeout_minutes)
     waiting = threading.Timer(LONG, _say_connecting)
     waiting.daemon = True
@@ -81,13 +74,6 @@ def connect(timeout_minutes: float, watched: bool = True) -> None:
         ) from error
     finally:
         waiting.cancel()
-    if get_accelerator().device_name() == "cpu":
-        dist.barrier()  # now every rank has opened every other's buffer, and the names are not needed
-        name = "deepspeed_allreduce_buffer_{}_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(
-            os.getuid(), **os.environ
-        )
-        # DeepSpeed leaves them, 66 MiB of memory a rank and run, for as long as the machine is up.
-        Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def check_config(config: dict) -> None:
@@ -117,66 +103,16 @@ def build_engine(recipe: TrainingRecipe, learner: Learner, config: dict, device:
     return engine
 
 
-def optimizer_name(engine: Engine) -> str:
-    """What updates the weights, for the log."""
-    name = NAMES[type(engine.basic_optimizer).__name__]
-    offloads = engine.zero_use_cpu_optimizer()
-    fault = cpu_adam_fault() if offloads else None
-    return name + " on the CPU" * offloads + (f" ({fault})" if fault else "")
-
-
-@cache
-def cpu_adam_fault() -> str | None:
-    """Why DeepSpeed's CPUAdam, which is compiled when it is first used, cannot be."""
-    _say_if_compiled(CPUAdamBuilder())
-    try:
-        CPUAdamBuilder().load()
-    except Exception as error:  # whatever a compiler may meet
-        return f"DeepSpeed's CPUAdam does not build here: {str(error).strip().splitlines()[0]}"
-    return None
-
-
 def _say_connecting() -> None:
     if os.environ["RANK"] == "0":
         where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
-        what = "not all ranks have come, or another process still compiles DeepSpeed's operations"
-        print(f"still connecting at {where}: {what}", file=sys.stderr, flush=True)
+        print(f"still connecting at {where}: not all ranks have come", file=sys.stderr, flush=True)
 
 
-def _say_if_compiled(operation: OpBuilder) -> None:
-    built = Path(_get_build_directory(operation.name, verbose=False), f"{operation.name}.so")
-    there = installed_ops.get(operation.name) or built.exists()
-    if os.environ["LOCAL_RANK"] == "0" and not there:
-        print(f"compiling DeepSpeed's {operation.name}, once, for about a minute", file=sys.stderr)
-
-
-def _optimizer(recipe: TrainingRecipe, learner: Learner) -> torch.optim.Optimizer:
+def _optimizer(recipe: TrainingRecipe, learner: Learner) -> torch.optim.AdamW:
     """On the learner's parameter groups."""
     groups = learner.parameter_groups(recipe.optim.weight_decay)
-    adam = {"lr": 0.0, "betas": recipe.optim.betas, "eps": ADAM_EPS}
-    if recipe.optim.name == "muon":
-        # Importing it compiles, for two seconds.
-        from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-        groups = [half for group in groups for half in _halves(group, learner, recipe, adam)]
-        return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
-    if recipe.engine.offload != "none" and all(gathered(cpu_adam_fault() is None)):
-        return DeepSpeedCPUAdam(groups, **adam)
-    return torch.optim.AdamW(groups, **adam, fused=True)
-
-
-def _halves(group: dict, learner: Learner, recipe: TrainingRecipe, adam: dict) -> list[dict]:
-    """Of a parameter group: the matrices inside transformer blocks for Muon, all else for AdamW."""
-    inside = {id(p) for name, p in learner.named_parameters() if ".blocks." in name and p.ndim == 2}
-    matrices = [p for p in group["params"] if id(p) in inside]
-    others = [p for p in group["params"] if id(p) not in inside]
-    scale = group.get("lr_scale", 1.0) * recipe.optim.muon_lr / recipe.lr
-    muon = {"lr": 0.0, "lr_scale": scale, "momentum": recipe.optim.muon_momentum}
-    halves = [
-        {**group, **muon, "params": matrices, "use_muon": True},
-        {**group, **adam, "params": others, "use_muon": False},
-    ]
-    return [half for half in halves if half["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas, eps=ADAM_EPS, fused=True)
 
 
 def set_learning_rate(engine: Engine, rate: float) -> None:
@@ -194,9 +130,9 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
     before the last.
 
     `verdict` is asked with that norm once it is known, before any weight is touched; where it is 1.0 weights
-    and moments stay as they are. The host does not wait for the verdict, unless the optimiser is DeepSpeed's
-    own or works on the CPU; for the norm DeepSpeed itself has it wait at most stages (docs/engine.md).
-    There DeepSpeed leaves a step out, too, where the gradient is not finite, and then says that its norm is
+    and moments stay as they are. The host does not wait for the verdict, unless the optimiser works on the
+    CPU; for the norm DeepSpeed itself has it wait at most stages (docs/engine.md). There
+    DeepSpeed leaves a step out, too, where the gradient is not finite, and then says that its norm is
     infinite.
     """
     if not at_boundary(engine):
@@ -227,26 +163,19 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def _asking(optimizer: torch.optim.Optimizer, verdict: Callable[[], torch.Tensor]) -> Iterator[None]:
-    """Let the optimiser leave its steps out where the verdict is 1.0."""
-    if isinstance(optimizer, torch.optim.AdamW):  # reads found_inf where its parameters are
+def _asking(optimizer: torch.optim.AdamW, verdict: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Let the optimiser leave its steps out where the verdict is 1.0: it reads found_inf where its parameters
+    are."""
 
-        def ask(*_: object) -> None:
-            device = next(p.device for group in optimizer.param_groups for p in group["params"])
-            optimizer.found_inf = verdict().to(device)  # torch's own copy to a CPU would not wait for it
+    def ask(*_: object) -> None:
+        device = next(p.device for group in optimizer.param_groups for p in group["params"])
+        optimizer.found_inf = verdict().to(device)  # torch's own copy to a CPU would not wait for it
 
-        asking = optimizer.register_step_pre_hook(ask)
-        try:
-            yield
-        finally:
-            asking.remove()
-    else:  # DeepSpeed's own do not, so they are not called
-        step = optimizer.step
-        optimizer.step = lambda *args, **kwargs: None if verdict() else step(*args, **kwargs)
-        try:
-            yield
-        finally:
-            del optimizer.step
+    asking = optimizer.register_step_pre_hook(ask)
+    try:
+        yield
+    finally:
+        asking.remove()
 
 
 def save(engine: Engine, average: Average | None, path: Path) -> None:

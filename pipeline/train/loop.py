@@ -125,7 +125,7 @@ def _train(
         log.note(
             f"ZeRO {recipe.engine.zero_stage}"
             + (f" by {deepspeed_config}" if deepspeed_config else "")
-            + f"; weights are updated by {engine.optimizer_name(model)}"
+            + ", weights updated on the CPU" * (recipe.engine.offload != "none")
         )
         if left_out:
             log.note(f"{deepspeed_config}: without effect in this run: {', '.join(left_out)}")

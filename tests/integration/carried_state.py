@@ -28,13 +28,12 @@ KINDS = [{"zero_stage": stage} for stage in range(4)]
 KINDS += [{"zero_stage": stage, "offload": "optimizer"} for stage in (2, 3)]
 
 
-def build(world, optimizer, precision="fp32", **kind):
+def build(world, precision="fp32", **kind):
     settings = {
         **SMALL,
         **{f"engine.{key}": value for key, value in kind.items()},
         "engine.precision": precision,
         "data.global_batch": 4 * world.size,
-        "optim.name": optimizer,
     }
     recipe = load_recipe("demo_emae", [f"{key}={value}" for key, value in settings.items()])
     torch.manual_seed(0)
@@ -64,7 +63,7 @@ def write(model, average, folder: Path) -> dict[str, torch.Tensor]:
 
 def check_average(world) -> None:
     """The average is what it is by its definition, step by step."""
-    model, average, method, guard = build(world, "adamw", zero_stage=0)
+    model, average, method, guard = build(world, zero_stage=0)
     expected = {name: p.detach().clone() for name, p in method.named_parameters()}
     for step in range(1, 6):
         assert train(model, average, method, guard, step, broken=step == 3) == (step == 3)
@@ -86,31 +85,29 @@ def main() -> None:
     place = Path(box[0])
     if world.size == 1:
         check_average(world)
-    for optimizer, kinds in {"adamw": KINDS, "muon": KINDS[:1]}.items():
-        for number, source in enumerate(kinds):
-            model, average, method, guard = build(world, optimizer, **source)
-            for step in (1, 2, 3):
-                train(model, average, method, guard, step)
-            name = f"{optimizer}-{number}"
-            saved = write(model, average, place / name)
-            train(model, average, method, guard, 4)
-            uninterrupted = write(model, average, place / f"{name}-on")
-            # Its own kind first: an engine of ZeRO 3 leaves another linear layer behind for all that follow.
-            others = kinds if "all" in sys.argv else [kinds[(number + 1) % len(kinds)]]
-            for target in [source, *(kind for kind in others if kind != source)]:
-                to, its_average, its_method, its_guard = build(world, optimizer, **target)
-                engine.load(to, its_average, place, name)
-                again = write(to, its_average, place / f"{name}-{kinds.index(target)}")
-                assert again.keys() == saved.keys()
-                moved = [key for key in saved if not torch.equal(saved[key], again[key])]
-                assert not moved, (source, target, moved[:3])
-                train(to, its_average, its_method, its_guard, 4)
-                after = write(to, its_average, place / f"{name}-{kinds.index(target)}-on")
-                tolerance = {"rtol": 0, "atol": 0} if target == source else {"rtol": 1e-3, "atol": 1e-5}
-                for key, value in uninterrupted.items():
-                    torch.testing.assert_close(after[key], value, **tolerance)
-                if world.rank == 0:
-                    print("carried", optimizer, source, "to", target, len(saved), "tensors")
+    for number, source in enumerate(KINDS):
+        model, average, method, guard = build(world, **source)
+        for step in (1, 2, 3):
+            train(model, average, method, guard, step)
+        saved = write(model, average, place / str(number))
+        train(model, average, method, guard, 4)
+        uninterrupted = write(model, average, place / f"{number}-on")
+        # Its own kind first: an engine of ZeRO 3 leaves another linear layer behind for all that follow.
+        others = KINDS if "all" in sys.argv else [KINDS[(number + 1) % len(KINDS)]]
+        for target in [source, *(kind for kind in others if kind != source)]:
+            to, its_average, its_method, its_guard = build(world, **target)
+            engine.load(to, its_average, place, str(number))
+            again = write(to, its_average, place / f"{number}-{KINDS.index(target)}")
+            assert again.keys() == saved.keys()
+            moved = [key for key in saved if not torch.equal(saved[key], again[key])]
+            assert not moved, (source, target, moved[:3])
+            train(to, its_average, its_method, its_guard, 4)
+            after = write(to, its_average, place / f"{number}-{KINDS.index(target)}-on")
+            tolerance = {"rtol": 0, "atol": 0} if target == source else {"rtol": 1e-3, "atol": 1e-5}
+            for key, value in uninterrupted.items():
+                torch.testing.assert_close(after[key], value, **tolerance)
+            if world.rank == 0:
+                print("carried", source, "to", target, len(saved), "tensors")
     leave()
 
 

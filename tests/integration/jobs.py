@@ -12,7 +12,9 @@ from runs import SMALL
 ROOT = Path(__file__).parents[2]
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 TINY = {**SMALL, "model.name": "vit_tiny", "model.patch_size": 8, "model.heads": 4, "model.decoder_heads": 4}
-TINY |= {"model.decoder_depth": 1, "engine.precision": "fp32", "train.steps": 12, "optim.warmup_steps": 4}
+TINY |= {"model.decoder_depth": 1, "engine.precision": "fp32", "optim.warmup_steps": 4}
+TINY |= {"model.width": 64, "train.checkpoint_every": 25}
+UNDISTURBED_STEPS = 150
 ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
 
 
@@ -38,9 +40,6 @@ class Job:
             "RUN": str(self.run),
             "SETS": " ".join(f"{key}={value}" for key, value in sets.items()),
             "OMP_NUM_THREADS": "1",
-            "TORCH_EXTENSIONS_DIR": os.environ.get(
-                "TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache/torch_extensions")
-            ),
         }
         self.id = ""
 

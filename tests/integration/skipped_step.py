@@ -118,7 +118,6 @@ def main(precision: str) -> None:
             check(stage, precision, clip, world)
     for stage in (2, 3):
         check(stage, precision, 0.1, world, engine__offload="optimizer")
-    check(0, precision, None, world, optim__name="muon")
     assert not waited, len(waited)
     leave()
 
