@@ -33,14 +33,9 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" demo/run.sh "$(OUT)" "$(DATA)"
 
-# As many files at a time as there are cores; of those with real runs, which have processes themselves but wait
-# for each other, for a signal or for Slurm half of the time, three.
-test soak: export OMP_NUM_THREADS := 1
+# Three files at a time, for real runs wait half of the time: for each other, for a signal or for Slurm.
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n auto --maxprocesses 8 \
-		--dist loadfile tests/data_prep tests/pipeline
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 3 --dist loadgroup --durations 30 \
-		tests/integration
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 3 --dist loadgroup --time tests
 
 soak: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -m soak

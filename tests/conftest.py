@@ -1,20 +1,57 @@
-"""Fixtures that several test packages share: real photographs, and shard sets built from them."""
+"""Fixtures that several test packages share, the order of the tests, and the time that they take."""
 
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import forkserver
 import hypothesis
 import pytest
 from PIL import Image
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests and runs share the cores; before torch is imported
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no fault of the code
 hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
+START_UP = "import torch, deepspeed, timm, nvidia.dali"
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--time", action="store_true", help=f"report the duration in units of `{START_UP}`")
+
+
+def pytest_configure(config) -> None:
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        return
+    if config.getoption("--time"):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", START_UP], check=True, capture_output=True)
+        config.start_up = time.monotonic() - began
+    server = forkserver.start_server()
+    config.add_cleanup(server.wait)
+    config.add_cleanup(server.stdin.close)
+    config.began = time.monotonic()
+
+
+def pytest_unconfigure(config) -> None:
+    if hasattr(config, "start_up"):
+        took, unit = time.monotonic() - config.began, config.start_up
+        print(f"{took:.0f} s = {took / unit:.0f} x T; T = {unit:.1f} s: python -c '{START_UP}'")
+
+
+def pytest_itemcollected(item) -> None:
+    """Run a file's tests in one process, for their fixtures, and those on Slurm on one cluster."""
+    item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in item.path.name else item.path.name))
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Start with what takes longest and waits most: Slurm, then the other real runs."""
+    items.sort(key=lambda item: ("slurm" not in item.path.name, "integration" not in item.path.parts))
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +74,8 @@ def photographs(tmp_path_factory) -> Path:
 
 
 def build(photographs: Path, out: Path, *options: str) -> Path:
-    command = [sys.executable, "-m", "data_prep", "folder", str(photographs), str(out), *options]
-    subprocess.run(command, check=True, capture_output=True)
+    done = forkserver.run(["-m", "data_prep", "folder", photographs, out, *options])
+    assert done.returncode == 0, done.stderr
     return out
 
 
@@ -52,6 +89,25 @@ def shards(photographs, tmp_path_factory) -> Path:
 def other_shards(photographs, tmp_path_factory) -> Path:
     """The same photographs in another order."""
     return build(photographs, tmp_path_factory.mktemp("shards") / "other", "--seed", "5")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a file system of so many MiB; it is gone after the test."""
+    mounted = []
+
+    def mount(mebibytes: int) -> Path:
+        place = tmp_path / "disk"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", place]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"mounting needs root, or `unshare -rm`: {done.stderr}"
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 @pytest.fixture

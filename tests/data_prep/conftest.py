@@ -3,9 +3,9 @@
 import io
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forkserver
 import pytest
 from PIL import Image
 
@@ -49,8 +49,7 @@ def image_folder(tmp_path, photographs) -> Path:
 def data_prep():
     """Runs `python -m data_prep ARGUMENTS...` as a user would; returns exit code, output and errors."""
 
-    def run(*arguments, **options) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "data_prep", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    def run(*arguments) -> subprocess.CompletedProcess:
+        return forkserver.run(["-m", "data_prep", *arguments], timeout=300)
 
     return run

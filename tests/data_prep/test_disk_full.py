@@ -7,20 +7,10 @@ import sys
 import pytest
 from bytes_of import contents
 
-_ATTEMPT = "mounting a tmpfs needs root: run the tests in a container or under `unshare -rm`"
-
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 16 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", place], capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{_ATTEMPT}: {done.stderr}"
-    yield place
-    subprocess.run(["umount", place], check=True)
+def disk(small_disk):
+    return small_disk(16)
 
 
 @pytest.fixture
@@ -36,44 +26,42 @@ def source(tmp_path, photographs):
     return root
 
 
-def test_a_set_that_can_not_fit_is_not_begun(small_disk, source, data_prep):
-    _fill(small_disk, leave=500_000)
-    done = data_prep("folder", source, small_disk / "out")
+def test_a_set_that_can_not_fit_is_not_begun(disk, source, data_prep):
+    _fill(disk, leave=500_000)
+    done = data_prep("folder", source, disk / "out")
     assert done.returncode == 2 and "needs about 0.00 GB" in done.stderr
-    assert not list((small_disk / "out").glob("*.tar"))
+    assert not list((disk / "out").glob("*.tar"))
 
 
 def test_a_disk_that_fills_up_during_the_build_stops_it_and_the_build_goes_on_later(
-    small_disk, source, tmp_path, data_prep
+    disk, source, tmp_path, data_prep
 ):
     whole = tmp_path / "whole"
     arguments = ("--shard-size", "300kB", "--workers", 2)
     assert data_prep("folder", source, whole, *arguments).returncode == 0
     # A quota on the size of a file hits in the middle of a shard; nothing can foresee it.
-    limited = f"ulimit -f 100; exec python -m data_prep folder {source} {small_disk}/out --shard-size 300kB"
+    limited = f"ulimit -f 100; exec python -m data_prep folder {source} {disk}/out --shard-size 300kB"
     environment = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, env=environment)
     assert done.returncode == 2, done
     assert "the disk or quota is full; make room and run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list((small_disk / "out").glob("**/*.tmp")) and not list(
-        (small_disk / "out").glob("manifest.json")
-    )
-    assert data_prep("folder", source, small_disk / "out", *arguments).returncode == 0
-    assert contents(small_disk / "out") == contents(whole)
+    assert not list((disk / "out").glob("**/*.tmp")) and not list((disk / "out").glob("manifest.json"))
+    assert data_prep("folder", source, disk / "out", *arguments).returncode == 0
+    assert contents(disk / "out") == contents(whole)
 
 
-def test_images_that_grow_when_re_encoded_fill_the_disk_unforeseen(small_disk, source, tmp_path, data_prep):
-    whole, out = tmp_path / "whole", small_disk / "out"
+def test_images_that_grow_when_re_encoded_fill_the_disk_unforeseen(disk, source, tmp_path, data_prep):
+    whole, out = tmp_path / "whole", disk / "out"
     arguments = ("--shard-size", "300kB", "--quality", 100, "--workers", 2)
     assert data_prep("folder", source, whole, *arguments).returncode == 0
-    _fill(small_disk, leave=2_500_000)
+    _fill(disk, leave=2_500_000)
     done = data_prep("folder", source, out, *arguments)
     assert (
         done.returncode == 2 and "the disk or quota is full" in done.stderr and "Traceback" not in done.stderr
     )
     assert data_prep("verify", out).returncode == 2, "what is there is no whole set"
-    (small_disk / "filler").unlink()
+    (disk / "filler").unlink()
     assert not list(out.glob("**/*.tmp"))
     assert data_prep("folder", source, out, *arguments).returncode == 0
     assert contents(out) == contents(whole)

@@ -4,11 +4,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
+from subprocess import DEVNULL, PIPE
 
 import pytest
 from bytes_of import contents
+from forkserver import ForkedProcess, run
 from published import WNIDS, tar_of
 
 
@@ -35,33 +36,34 @@ def tar_of_tars(tmp_path, photographs):
 
 def _command(source, out):
     kind = "imagenet" if source.name == "archives" else "folder"
-    return [sys.executable, "-m", "data_prep", kind, source, out, "--shard-size", "20", "--workers", "2"]
+    return ["-m", "data_prep", kind, source, out, "--shard-size", "20", "--workers", "2"]
 
 
 @pytest.mark.parametrize("source", ["many_images", pytest.param("tar_of_tars", marks=pytest.mark.soak)])
 def test_a_build_killed_at_twenty_random_moments_ends_byte_identical(source, request, tmp_path):
     source = request.getfixturevalue(source)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    run(["-c", "pass"])  # what starts programs is ready
     start = time.monotonic()
-    subprocess.run(_command(source, undisturbed), check=True, capture_output=True)
+    assert run(_command(source, undisturbed)).returncode == 0
     whole_build = time.monotonic() - start
     moments = random.Random(0)
     killed = 0
     for _ in range(20):
-        process = subprocess.Popen(
-            _command(source, disturbed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        process = ForkedProcess(_command(source, disturbed), stdout=DEVNULL, stderr=PIPE)
+        while not killed and not any(disturbed.glob("*.tar")):  # the first of them is in the middle
+            assert process.poll() is None
         try:
-            process.wait(moments.uniform(0.1, 0.9) * whole_build)
-            assert process.returncode == 0, process.stderr.read()
+            process.wait(moments.uniform(0.1, 0.9) * whole_build if killed else 0)
+            assert process.returncode == 0, process.communicate()
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
             killed += 1
             if moments.random() < 0.5 and (disturbed / "manifest.json").exists() is False:
                 _tear_a_finished_shard(disturbed)
     assert killed
-    subprocess.run(_command(source, disturbed), check=True, capture_output=True)
+    assert run(_command(source, disturbed)).returncode == 0
     assert contents(disturbed) == contents(undisturbed)
 
 
@@ -74,9 +76,7 @@ def _tear_a_finished_shard(directory):
 
 def test_a_killed_worker_stops_the_build_with_one_line_and_exit_75(many_images, tmp_path):
     out = tmp_path / "shards"
-    process = subprocess.Popen(
-        _command(many_images, out), stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE
-    )
+    process = ForkedProcess(_command(many_images, out), stdout=PIPE, stderr=PIPE)
     workers = []
     while len(workers) < 2 and process.poll() is None:
         with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
@@ -86,14 +86,12 @@ def test_a_killed_worker_stops_the_build_with_one_line_and_exit_75(many_images, 
     assert process.returncode == 75, errors
     assert "a worker was killed (signal 9" in errors and "Traceback" not in errors
     assert not (out / "manifest.json").exists() and not list(out.glob(".build/*.tmp"))
-    assert subprocess.run(_command(many_images, out), capture_output=True).returncode == 0
+    assert run(_command(many_images, out)).returncode == 0
 
 
 def test_sigterm_stops_the_build_with_exit_75_and_no_process_left(many_images, tmp_path):
     out = tmp_path / "shards"
-    process = subprocess.Popen(
-        _command(many_images, out), stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE
-    )
+    process = ForkedProcess(_command(many_images, out), stdout=PIPE, stderr=PIPE)
     workers = []
     while len(workers) < 2 and process.poll() is None:
         with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
@@ -106,9 +104,7 @@ def test_sigterm_stops_the_build_with_exit_75_and_no_process_left(many_images, t
 
 def test_a_source_that_changes_during_the_build_stops_it(many_images, tmp_path, data_prep):
     out = tmp_path / "shards"
-    process = subprocess.Popen(
-        _command(many_images, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = ForkedProcess(_command(many_images, out), stdout=DEVNULL, stderr=PIPE)
     while not (out / ".build" / "build.json").exists() and process.poll() is None:
         pass
     for path in many_images.iterdir():
@@ -128,9 +124,9 @@ def test_an_unfinished_build_is_continued_only_with_the_same_options(many_images
 
 def test_two_builds_of_one_directory_do_not_run_at_once(many_images, tmp_path):
     out = tmp_path / "shards"
-    first = subprocess.Popen(_command(many_images, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = ForkedProcess(_command(many_images, out), stdout=DEVNULL, stderr=DEVNULL)
     while not (out / ".build" / "lock").exists() and first.poll() is None:
         pass
-    second = subprocess.run(_command(many_images, out), capture_output=True, text=True)
+    second = run(_command(many_images, out))
     assert first.wait() == 0
     assert (second.returncode, "another process" in second.stderr) in [(2, True), (0, False)]

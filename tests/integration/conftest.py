@@ -2,18 +2,8 @@
 
 import pytest
 from cluster import Cluster
-from jobs import needs_slurm
+from jobs import UNDISTURBED_STEPS, Job, needs_slurm
 from runs import DeepSpeedRun, Run
-
-
-def pytest_itemcollected(item) -> None:
-    """A file's tests share a process, those on Slurm all one cluster."""
-    item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in item.path.name else item.path.name))
-
-
-def pytest_collection_modifyitems(items) -> None:
-    """What takes longest begins first."""
-    items.sort(key=lambda item: "slurm" not in item.path.name)
 
 
 @pytest.fixture
@@ -38,3 +28,11 @@ def cluster(tmp_path_factory) -> Cluster:
     cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed_job(cluster, shards, tmp_path_factory) -> Job:
+    """A job on two nodes that trained to its end without being disturbed."""
+    job = Job(cluster, shards, tmp_path_factory.mktemp("undisturbed"), train__steps=UNDISTURBED_STEPS)
+    job.train("pretrain_vith.sh")
+    return job

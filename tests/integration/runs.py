@@ -1,4 +1,8 @@
-"""Real runs: processes started as a user starts them, by a launcher where there are several ranks."""
+"""Real runs: the processes of one rank or several, in a run directory.
+
+`Run` forks its ranks from a preloaded process (tests/forkserver.py). `DeepSpeedRun`, `HostfileRun` and
+`TorchRun` start the real launchers, and with them real `python -m pipeline` processes.
+"""
 
 import json
 import os
@@ -10,8 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
+
+from forkserver import ForkedProcess
 
 HERE = Path(__file__).parent
+BIN = Path(sys.executable).parent
 SMALL = {  # a model small enough that starting up takes longer than training
     "model.width": 32,
     "model.depth": 2,
@@ -37,32 +45,23 @@ class Run:
     def output(self) -> Path:
         return self.directory.with_suffix(".output")
 
-    def command(self, ranks: int, settings: dict) -> list[str]:
-        sets = [f"--set={key}={value}" for key, value in {**SMALL, **settings}.items()]
+    def arguments(self, **settings) -> list[str]:
+        """What follows `python`. A double underscore in a setting's name stands for a dot."""
+        settings = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
+        sets = [f"--set={key}={value}" for key, value in settings.items()]
         data = ["--data", str(self.shards)] if self.shards else []
-        arguments = [*self.PROGRAM[1:], *data, "--run", str(self.directory), *sets]
-        return self.launched(ranks, self.PROGRAM[0], arguments)
+        return ["-m", *self.PROGRAM, *data, "--run", str(self.directory), *sets]
 
-    @classmethod
-    def launched(cls, ranks: int, program: str, arguments: Sequence[str]) -> list[str]:
-        alone = [sys.executable, "-m", program, *arguments]
-        return alone if ranks == 1 else cls.launch(ranks, alone)
+    def start(self, ranks: int = 1, **settings) -> "subprocess.Popen | ForkedProcess":
+        with open(self.output, "w") as output:
+            return self.launch(
+                ranks, self.arguments(**settings), env=environment(), stdout=output, stderr=subprocess.STDOUT
+            )
 
     @staticmethod
-    def launch(ranks: int, alone: list[str]) -> list[str]:
-        """`alone`, one rank's command, on several ranks: the environment says which, as under srun."""
-        return ["bash", str(HERE / "launch_ranks.sh"), str(ranks), str(free_port()), *alone]
-
-    def start(self, ranks: int = 1, **settings) -> subprocess.Popen:
-        settings = {key.replace("__", "."): value for key, value in settings.items()}
-        with open(self.output, "w") as output:
-            return subprocess.Popen(
-                self.command(ranks, settings),
-                env=environment(),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+    def launch(ranks: int, arguments: Sequence[str], **options) -> "subprocess.Popen | ForkedProcess":
+        """Start `python ARGUMENTS` on several ranks, in a session of their own."""
+        return ForkedProcess(arguments, ranks=rank_environments(ranks) if ranks > 1 else (), **options)
 
     def train(self, ranks: int = 1, **settings) -> list[dict]:
         """Train to the end and return the metrics."""
@@ -77,7 +76,7 @@ class Run:
     def losses(self) -> list[tuple[int, float]]:
         return [(line["step"], line["loss"]) for line in self.metrics()]
 
-    def wait_for(self, process: subprocess.Popen, condition) -> None:
+    def wait_for(self, process, condition) -> None:
         """Wait until the condition holds; it must before the run ends."""
         deadline = time.monotonic() + 300
         while not condition():
@@ -85,14 +84,31 @@ class Run:
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
-    def kill_when(self, process: subprocess.Popen, condition) -> None:
-        """SIGKILL the launcher and all ranks as soon as the condition holds."""
+    def kill_when(self, process, condition) -> None:
+        """SIGKILL the launcher and all ranks as soon as the condition holds, and wait until they are gone."""
         self.wait_for(process, condition)
+        ranks = self.ranks(process)
         os.killpg(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
+        while any(is_alive(pid) for pid in ranks.values()):
+            time.sleep(0.005)
 
-    def ranks(self, process: subprocess.Popen) -> dict[int, int]:
+    def ranks(self, process) -> dict[int, int]:
         """The process ids of the ranks, by rank."""
+        return dict(enumerate(process.rank_pids or [process.pid]))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+class LaunchedRun(Run):
+    """A run under a real launcher."""
+
+    def ranks(self, process) -> dict[int, int]:
         found = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -108,44 +124,54 @@ class Run:
         return found
 
 
-class DeepSpeedRun(Run):
+class DeepSpeedRun(LaunchedRun):
     """Under DeepSpeed's launcher, as on a workstation."""
 
     @staticmethod
-    def launch(ranks: int, alone: list[str]) -> list[str]:
-        python, _, *module = alone
-        options = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), "--module"]
-        return [str(Path(python).with_name("deepspeed")), *options, *module]
+    def launch(ranks: int, arguments: Sequence[str], **options) -> subprocess.Popen:
+        launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        return start(*launcher, "--module", *arguments[1:], **options)
 
 
-class HostfileRun(Run):
+class HostfileRun(LaunchedRun):
     """Under DeepSpeed's launcher on the two machines of a hostfile, which are both this one: a rank each, on
     the slot that --include names, without ssh."""
 
     @staticmethod
-    def launch(ranks: int, alone: list[str]) -> list[str]:
+    def launch(ranks: int, arguments: Sequence[str], **options) -> subprocess.Popen:
         assert ranks == 2
-        python, _, *module = alone
         hosts = ["--hostfile", str(HERE / "hostfile"), "--include", "first:1@second:0", "--no_ssh"]
         master = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-        start = shlex.join([str(Path(python).with_name("deepspeed")), *hosts, *master, "--node_rank"])
-        run = shlex.join(["--module", *module])
-        script = f"{start} 0 {run} & first=$!; {start} 1 {run}; code=$?; wait $first || code=$?; exit $code"
-        return ["bash", "-c", script]
+        launch = shlex.join([str(BIN / "deepspeed"), *hosts, *master, "--node_rank"])
+        run = shlex.join(["--module", *arguments[1:]])
+        script = f"{launch} 0 {run} & first=$!; {launch} 1 {run}; code=$?; wait $first || code=$?; exit $code"
+        return subprocess.Popen(["bash", "-c", script], start_new_session=True, **options)
 
 
-class TorchRun(Run):
+class TorchRun(LaunchedRun):
     """Under torchrun."""
 
     @staticmethod
-    def launch(ranks: int, alone: list[str]) -> list[str]:
-        python, _, *module = alone
-        options = ["--standalone", "--nproc-per-node", str(ranks), "-m", "--"]
-        return [str(Path(python).with_name("torchrun")), *options, *module]
+    def launch(ranks: int, arguments: Sequence[str], **options) -> subprocess.Popen:
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "--"]
+        return start(*launcher, *arguments[1:], **options)
+
+
+def start(program: str, *arguments: str, **options) -> subprocess.Popen:
+    """Start a program of this Python environment in a session of its own."""
+    return subprocess.Popen([str(BIN / program), *arguments], start_new_session=True, **options)
+
+
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """What a launcher adds to the environment of each rank."""
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(HERE), **more}
+    fixed = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+    return {**os.environ, **fixed, **more}
 
 
 def free_port() -> int:
@@ -164,8 +190,7 @@ class FaultyRun(Run):
 
 def printed(module: str, *arguments: str, ranks: int = 1) -> str:
     """What a module of this folder prints, which must end well."""
-    once = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}  # Muon would be compiled for every shape
-    command = Run.launched(ranks, module, arguments)
-    finished = subprocess.run(command, env=environment(**once), capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-    return finished.stdout
+    process = Run.launch(ranks, ["-m", module, *arguments], env=environment(), stdout=PIPE, stderr=PIPE)
+    output, errors = process.communicate()
+    assert process.returncode == 0, output[-2000:] + errors[-4000:]
+    return output

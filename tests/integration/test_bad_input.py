@@ -1,25 +1,16 @@
 """A user's mistake: one clear line, exit code 2, nothing written."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+from forkserver import run as fork
+from runs import environment
 
 from data_prep.shard_set import read_manifest, tar_path
 
 
-def pipeline(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-    )
-
-
 def complaint(*arguments):
-    finished = pipeline(*arguments)
+    finished = fork(["-m", "pipeline", *arguments], env=environment())
     lines = [line for line in finished.stderr.splitlines() if line.startswith("pipeline: error: ")]
     assert finished.returncode == 2 and len(lines) == 1 and "Traceback" not in finished.stderr, (
         finished.stderr
@@ -99,10 +90,10 @@ def test_a_run_directory_that_holds_something_else(shards, tmp_path):
 def test_a_run_begun_with_another_recipe_or_other_data(run, other_shards):
     run.train(1, train__steps=2)
     before = run.metrics()
-    message = complaint(*run.command(1, {"train.steps": 4, "optim.base_lr": 1e-5})[3:])
+    message = complaint(*run.arguments(train__steps=4, optim__base_lr=1e-5)[2:])
     assert "begun with another recipe: optim.base_lr was " in message and ", is 1e-05" in message
     run.shards = other_shards
-    assert "was trained on another shard set" in complaint(*run.command(1, {"train.steps": 4})[3:])
+    assert "was trained on another shard set" in complaint(*run.arguments(train__steps=4)[2:])
     assert run.metrics() == before
 
 

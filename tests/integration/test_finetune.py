@@ -36,12 +36,12 @@ class Tuning(Run):
         super().__init__(sets[0], directory)
         self.val, self.options = sets[1], options
 
-    def command(self, ranks, settings):
-        small = "random:demo_emae"
-        sets = [f"--set={key}={value}" for key, value in {**RECIPE, **settings}.items()]
+    def arguments(self, **settings):
+        settings = {**RECIPE, **{key.replace("__", "."): value for key, value in settings.items()}}
+        sets = [f"--set={key}={value}" for key, value in settings.items()]
         places = ["--data", str(self.shards), "--val", str(self.val), "--run", str(self.directory)]
-        arguments = ["finetune", "finetune_tiny", "--weights", small, *places, *self.options, *sets]
-        return self.launched(ranks, "pipeline", arguments)
+        command = ["finetune", "finetune_tiny", "--weights", "random:demo_emae"]
+        return ["-m", "pipeline", *command, *places, *self.options, *sets]
 
     def accuracy(self):
         return json.loads((self.directory / "accuracy.json").read_text())

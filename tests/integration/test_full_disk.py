@@ -1,25 +1,12 @@
 """A disk that fills up while a run trains: one line, exit 2, the checkpoints before are whole."""
 
 import os
-import subprocess
 
-import pytest
 from runs import Run
 
 from pipeline.train import checkpoint
 
 SETTINGS = {"train__steps": 60, "train__checkpoint_every": 20, "train__keep_checkpoints": 2}
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"mounting needs root, or `unshare -rm`: {done.stderr}"
-    yield place
-    subprocess.run(["umount", place], check=True)
 
 
 def fill(disk, left=0):
@@ -35,28 +22,30 @@ def fill(disk, left=0):
 def test_a_full_disk_stops_all_ranks_with_one_line_and_no_logged_line_is_lost_when_there_is_room(
     shards, small_disk, other_run
 ):
-    run = Run(shards, small_disk / "run")
+    disk = small_disk(64)
+    run = Run(shards, disk / "run")
     checkpoints = run.directory / "checkpoints"
     process = run.start(2, **SETTINGS)
     run.wait_for(process, (checkpoints / "latest").exists)
-    fill(small_disk)  # the metrics of a few steps still fit into what their last block has left
+    fill(disk)  # the metrics of a few steps still fit into what their last block has left
     assert process.wait(60) == 2, run.output.read_text()[-4000:]
     said = run.output.read_text()
     assert said.count("pipeline: error: ") == 1 and "make room" in said and "Traceback" not in said
     whole = checkpoint.newest_whole(checkpoints)
     assert whole and not list(checkpoints.glob("*.partial"))
-    (small_disk / "filler").unlink()
+    (disk / "filler").unlink()
     run.train(2, **SETTINGS)
     other_run.train(2, **SETTINGS)
     assert run.losses() == other_run.losses()
 
 
 def test_a_checkpoint_that_finds_no_room_is_one_line_and_the_one_before_stays_whole(shards, small_disk):
-    run = Run(shards, small_disk / "run")
+    disk = small_disk(64)
+    run = Run(shards, disk / "run")
     checkpoints = run.directory / "checkpoints"
     process = run.start(2, **{**SETTINGS, "train__steps": 10**4, "train__log_every": 10**4})
     run.wait_for(process, (checkpoints / "latest").exists)
-    fill(small_disk, left=2**17)  # room for the picture and for the directory, not for a rank's part
+    fill(disk, left=2**17)  # room for the picture and for the directory, not for a rank's part
     assert process.wait(60) == 2, run.output.read_text()[-4000:]
     said = run.output.read_text()
     assert said.count("pipeline: error: ") == 1 and "Traceback" not in said

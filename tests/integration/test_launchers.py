@@ -1,8 +1,6 @@
 """The same run under every launcher: plain Python, DeepSpeed's, also by a hostfile, and torch's (srun's:
 test_slurm_jobs.py)."""
 
-from pathlib import Path
-
 from pytest import approx
 from runs import DeepSpeedRun, HostfileRun, Run, TorchRun
 
@@ -10,7 +8,6 @@ from runs import DeepSpeedRun, HostfileRun, Run, TorchRun
 def test_plain_python_torchrun_and_deepspeed_give_the_same_losses(shards, tmp_path):
     alone = Run(shards, tmp_path / "alone").train(1, train__steps=8)
     runs = [DeepSpeedRun(shards, tmp_path / "deepspeed"), TorchRun(shards, tmp_path / "torchrun")]
-    assert [Path(run.command(2, {})[0]).name for run in runs] == ["deepspeed", "torchrun"]
     runs.append(HostfileRun(shards, tmp_path / "hostfile"))
     by_deepspeed, *others = ([line["loss"] for line in run.train(2, train__steps=8)] for run in runs)
     for losses in others:

@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+from runs import Run
 
 STEPS = 60
 PATIENCE = 0.3  # minutes
@@ -27,7 +28,7 @@ def test_a_rank_that_stands_still_or_dies_ends_the_run_and_it_continues(deepspee
         stack = (run.directory / "stacks" / "rank-0.txt").read_text()
         assert "Thread" in stack and "loop.py" in stack
         assert "some rank hangs" in run.output.read_text()
-    lines = run.train(2, **SETTINGS)
+    lines = Run(run.shards, run.directory).train(2, **SETTINGS)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     kept = [path.name.split(".") for path in (run.directory / "stacks").iterdir()]
     assert [name[0] for name in kept if len(name) == 3] == (["rank-0"] if number == signal.SIGSTOP else [])

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import Run, is_alive
 
 from pipeline.train import checkpoint
 
@@ -14,8 +15,6 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
-    from runs import Run
-
     run = Run(shards, tmp_path_factory.mktemp("undisturbed") / "run")
     run.train(2, train__steps=STEPS, train__checkpoint_every=1000, train__log_every=3)
     return run.losses()
@@ -35,7 +34,7 @@ def test_sigusr1_to_one_rank_saves_and_stops_and_the_run_continues_exactly(deeps
     assert "stopped early by SIGUSR1, everything is saved at step" in output and "Traceback" not in output
     (saved,) = checkpoint.steps_of(run.directory / "checkpoints")
     assert before <= saved < STEPS
-    run.train(2, **SETTINGS)
+    Run(run.shards, run.directory).train(2, **SETTINGS)
     assert run.losses() == undisturbed
 
 
@@ -99,16 +98,9 @@ def test_ranks_whose_launcher_was_killed_save_and_end(deepspeed_run, victim):
     os.kill(process.pid if victim == "deepspeed" else launcher, signal.SIGKILL)
     process.wait(30)
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}/cmdline").exists() and alive(pid) for pid in ranks.values()):
+    while any(is_alive(pid) for pid in ranks.values()):
         assert time.monotonic() < deadline, run.output.read_text()[-4000:]
         time.sleep(0.1)
     saved = checkpoint.newest_whole(run.directory / "checkpoints")
     assert saved and checkpoint.read_state(saved)["step"] >= 2
     assert "stopped early by the end of its launcher" in run.output.read_text()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

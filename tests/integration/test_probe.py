@@ -3,13 +3,12 @@
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
+from subprocess import PIPE
 
 import pytest
 import torch
-from runs import Run, environment
+from forkserver import ForkedProcess
+from runs import Run, environment, rank_environments
 
 from pipeline.__main__ import main
 from pipeline.data.reader import ShardReader
@@ -41,34 +40,22 @@ def weights(tmp_path):
     return f"random:{tmp_path / 'recipe.yaml'}"
 
 
-def started(ranks: int, *arguments, module: str = "pipeline") -> list[subprocess.Popen]:
-    """As torchrun would start it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    fixed = environment(OMP_NUM_THREADS="1")
+def started(ranks: int, *arguments, module: str = "pipeline") -> list[ForkedProcess]:
+    """A process per rank, each with an output of its own."""
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
-            env=fixed
-            | {key: str(value) for key, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
+        ForkedProcess(["-m", module, *arguments], env=environment(**rank), stdout=PIPE, stderr=PIPE)
+        for rank in rank_environments(ranks)
     ]
 
 
-def finished(processes: list[subprocess.Popen]) -> str:
+def finished(processes: list[ForkedProcess]) -> str:
     """What rank 0 printed; the others print nothing."""
     first, *others = printed(processes)
     assert not any(others)
     return first
 
 
-def printed(processes: list[subprocess.Popen]) -> list[str]:
+def printed(processes: list[ForkedProcess]) -> list[str]:
     """What each rank printed."""
     outputs = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs

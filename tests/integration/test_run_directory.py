@@ -1,12 +1,12 @@
 """A finished run directory holds what docs/architecture.md says, and the other commands read it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from forkserver import run as fork
 from PIL import Image
+from runs import environment as process_environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.columns import OF_THE_MOMENT
@@ -51,8 +51,7 @@ def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photogr
         ["reconstruct", directory, "--images", photographs, "--out", out],
         ["report", directory],
     ):
-        command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-        assert subprocess.run(command, capture_output=True).returncode == 0
+        assert fork(["-m", "pipeline", *arguments], env=process_environment()).returncode == 0
     assert Image.open(out).format == "PNG"
     page = (directory / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http" not in page

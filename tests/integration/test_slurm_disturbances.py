@@ -1,31 +1,14 @@
 """A job that is disturbed comes back by itself, and its losses are those of a job that was left in peace."""
 
-import functools
 import os
 import random
 import time
 
 import pytest
 from cluster import Cluster, Network
-from jobs import Job, needs_slurm
+from jobs import UNDISTURBED_STEPS, Job, needs_slurm
 
-LONG = {"train__checkpoint_every": 25, "model__width": 64}
-TEMPLATE = "pretrain_vitl.sh"
-STEPS = 150
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster, shards, tmp_path_factory):
-    """The losses of so many steps when nothing happens."""
-
-    @functools.cache
-    def losses(steps: int) -> list[tuple[int, float]]:
-        job = Job(cluster, shards, tmp_path_factory.mktemp("peace"), train__steps=steps, **LONG)
-        job.train(TEMPLATE)
-        assert len(job.losses()) == steps
-        return job.losses()
-
-    return losses
+TEMPLATE = "pretrain_vith.sh"
 
 
 def until(condition, seconds, job):
@@ -79,7 +62,7 @@ DISTURBANCES = [requeue, signal, time_limit, lost_node, drained_node]
 
 
 def disturbed(cluster, shards, place, steps, disturbances, chance) -> Job:
-    job = Job(cluster, shards, place, train__steps=steps, **LONG)
+    job = Job(cluster, shards, place, train__steps=steps)
     job.submit(TEMPLATE, "--time=60")
     for disturb in disturbances:
         train_on(job, chance.randrange(5, 30))
@@ -91,40 +74,44 @@ def disturbed(cluster, shards, place, steps, disturbances, chance) -> Job:
     return job
 
 
-def test_a_job_that_is_signalled_and_loses_a_node_continues_by_itself(cluster, shards, tmp_path, undisturbed):
-    job = disturbed(cluster, shards, tmp_path, STEPS, [signal, lost_node], random.Random(0))
-    assert job.losses() == undisturbed(STEPS)
+def test_a_job_that_is_signalled_and_loses_a_node_continues_by_itself(
+    cluster, shards, tmp_path, undisturbed_job
+):
+    job = disturbed(cluster, shards, tmp_path, UNDISTURBED_STEPS, [signal, lost_node], random.Random(0))
+    assert job.losses() == undisturbed_job.losses()
     assert "exit code 75 at checkpoint step-" in job.said()
 
 
 @pytest.mark.soak
-def test_ten_random_disturbances(cluster, shards, tmp_path, undisturbed):
+def test_ten_random_disturbances(cluster, shards, tmp_path):
     seed = int(os.environ.get("DISTURBANCES", random.randrange(10**6)))
     print(f"DISTURBANCES={seed} repeats these")
     chance = random.Random(seed)
     order = 2 * DISTURBANCES
     chance.shuffle(order)
     steps = 1500  # Slurm looks at time limits every half minute, and the job goes on until then
-    assert disturbed(cluster, shards, tmp_path, steps, order, chance).losses() == undisturbed(steps)
+    undisturbed = Job(cluster, shards, tmp_path, "undisturbed", train__steps=steps)
+    undisturbed.train(TEMPLATE)
+    assert disturbed(cluster, shards, tmp_path, steps, order, chance).losses() == undisturbed.losses()
 
 
 @pytest.mark.soak
 def test_a_time_limit_that_comes_without_a_notice_costs_nothing_either(cluster, shards, tmp_path):
     """Slurm ends the job with SIGTERM at its limit; the same command, submitted again, goes on."""
-    job = Job(cluster, shards, tmp_path, train__steps=100_000, **LONG)
+    job = Job(cluster, shards, tmp_path, train__steps=100_000)
     job.submit(TEMPLATE, "--time=60", "--signal=CONT@1")
     train_on(job, 10)
     cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
     assert job.wait()["JobState"] == "TIMEOUT"
     saved = len(job.losses())
     assert (job.run / "checkpoints" / f"step-{saved:08d}").exists(), job.said()[-4000:]
-    job = Job(cluster, shards, tmp_path, train__steps=saved + 5, **LONG)
+    job = Job(cluster, shards, tmp_path, train__steps=saved + 5)
     assert f"continued after step {saved}" in job.train(TEMPLATE)
     assert [step for step, _ in job.losses()] == list(range(1, saved + 6))
 
 
 def test_a_cut_link_ends_all_ranks_by_themselves_and_the_job_continues_when_it_is_back(
-    shards, tmp_path, undisturbed
+    shards, tmp_path, undisturbed_job
 ):
     needs_slurm()
     network = Network()
@@ -132,7 +119,7 @@ def test_a_cut_link_ends_all_ranks_by_themselves_and_the_job_continues_when_it_i
         cluster = Cluster(tmp_path / "cluster", network, silence=300)  # Slurm ends nothing here
         try:
             short = {"engine__timeout_minutes": 0.5, "data__timeout_s": 10, "data__retries": 0}
-            job = Job(cluster, shards, tmp_path, train__steps=STEPS, **LONG, **short)
+            job = Job(cluster, shards, tmp_path, train__steps=UNDISTURBED_STEPS, **short)
             job.submit(TEMPLATE, "--time=60")
             train_on(job, 10)
             found = cluster.processes("n1", "pretrain") + cluster.processes("n2", "pretrain")
@@ -148,7 +135,7 @@ def test_a_cut_link_ends_all_ranks_by_themselves_and_the_job_continues_when_it_i
             assert "some rank hangs" in job.said()
             network.plug("n2", connected=True)
             assert job.wait()["JobState"] == "COMPLETED"
-            assert job.losses() == undisturbed(STEPS)
+            assert job.losses() == undisturbed_job.losses()
         finally:
             cluster.close()
     finally:

@@ -10,23 +10,28 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, Job
+from jobs import ROOT, UNDISTURBED_STEPS, Job
 
 from data_prep.shard_set import read_manifest
 
 TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "launch.sh")
 
 
-@pytest.mark.parametrize(
-    "template", [pytest.param("pretrain_vitl.sh", marks=pytest.mark.soak), "pretrain_vith.sh"]
-)
-def test_a_template_trains_on_two_nodes_as_on_one(cluster, shards, tmp_path, template):
-    two, one = (Job(cluster, shards, tmp_path, name) for name in ("two", "one"))
-    said = two.train(template)
+def test_vith_trains_on_two_nodes_as_on_one(cluster, shards, tmp_path, undisturbed_job):
+    said = undisturbed_job.said()
     assert "preflight: ranks     2 on n1, n2; cpu" in said and said.rstrip().endswith("done")
-    one.train(template, "--nodes=1", "--ntasks-per-node=2")
-    assert [step for step, _ in two.losses()] == list(range(1, 13))
-    assert two.losses() == one.losses()
+    one = Job(cluster, shards, tmp_path, train__steps=UNDISTURBED_STEPS)
+    one.train("pretrain_vith.sh", "--nodes=1", "--ntasks-per-node=2")
+    assert [step for step, _ in one.losses()] == list(range(1, UNDISTURBED_STEPS + 1))
+    assert undisturbed_job.losses() == one.losses()
+
+
+@pytest.mark.soak
+def test_vitl_trains_on_two_nodes_as_on_one(cluster, shards, tmp_path):
+    two, one = (Job(cluster, shards, tmp_path, name, train__steps=12) for name in ("two", "one"))
+    two.train("pretrain_vitl.sh")
+    one.train("pretrain_vitl.sh", "--nodes=1", "--ntasks-per-node=2")
+    assert len(two.losses()) == 12 and two.losses() == one.losses()
 
 
 @pytest.mark.soak

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from forkserver import run as fork
 from runs import SMALL, environment
 
 from pipeline.recipe import load_recipe
@@ -37,8 +38,7 @@ def begun_run(run, *settings):
 
 def test_a_run_that_ends_by_an_error_lets_go_of_its_directory_and_of_its_watchdog(shards, tmp_path):
     _, settings = begun_run(tmp_path / "run", "train.steps=4")
-    command = [sys.executable, "-c", FAILS, str(shards), str(tmp_path / "run"), *settings]
-    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    ended = fork(["-c", FAILS, shards, tmp_path / "run", *settings], timeout=120, env=environment())
     error, watchdogs = ended.stdout.splitlines()[-2:]
     assert "every checkpoint is damaged" in error and watchdogs == "[]", ended.stderr[-4000:]
     assert not list((tmp_path / "run" / "stacks").iterdir())

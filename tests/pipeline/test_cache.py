@@ -4,13 +4,13 @@ import fcntl
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
+from subprocess import PIPE
 
 import numpy as np
 import pytest
+from forkserver import ForkedProcess
 from http_store import serve
 
 from pipeline.data.cache import Cache, Original
@@ -103,8 +103,8 @@ def test_a_cache_that_holds_less_than_is_read_at_a_time_is_refused(shards, store
 @pytest.mark.parametrize("room", [2, 100])
 def test_processes_share_it(shards, store, tmp_path, room):
     data = section(tmp_path, room, of=shards)
-    arguments = [sys.executable, "-c", EPOCH, store.url, str(tmp_path), str(data.cache_gb)]
-    processes = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    arguments = ["-c", EPOCH, store.url, tmp_path, data.cache_gb]
+    processes = [ForkedProcess(arguments, stdout=PIPE) for _ in range(3)]
     digests = {process.communicate(timeout=60)[0].strip() for process in processes}
     assert digests == {digest(ShardReader(shards))}
     assert not list(tmp_path.glob("*.part")) and held(tmp_path) <= data.cache_gb * 1e9
@@ -162,8 +162,7 @@ def test_a_server_that_stalls_for_good_leaves_nothing_locked(shards, store, tmp_
 def test_what_a_killed_process_left_is_used_by_nobody_and_its_room_is_free(shards, store, tmp_path):
     data = section(tmp_path, 2, of=shards)
     store.only(".tar", "stall")
-    arguments = [sys.executable, "-c", EPOCH, store.url, str(tmp_path), str(data.cache_gb)]
-    process = subprocess.Popen(arguments)
+    process = ForkedProcess(["-c", EPOCH, store.url, tmp_path, data.cache_gb])
     while not any(path.stat().st_size for path in tmp_path.glob("*.part")):
         assert process.poll() is None
         time.sleep(0.05)

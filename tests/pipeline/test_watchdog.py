@@ -1,18 +1,14 @@
 """A process that makes no progress ends, and says where it was; one that does is left alone."""
 
-import subprocess
-import sys
-
 import pytest
+from forkserver import run
 
 START = "import ctypes, sys, time\nfrom pathlib import Path\nfrom pipeline.train.watchdog import Watchdog\n"
 START += "dog = Watchdog(Path(sys.argv[1]), 3, 1.0)\n"
 
 
 def end_of(tmp_path, script):
-    done = subprocess.run(
-        [sys.executable, "-c", START + script, str(tmp_path)], capture_output=True, text=True, timeout=30
-    )
+    done = run(["-c", START + script, tmp_path], timeout=60)
     path = tmp_path / "stacks" / "rank-3.txt"
     return done.returncode, path.read_text() if path.exists() else None
 
@@ -31,7 +27,7 @@ def test_a_process_that_hangs_ends_and_leaves_its_stack(tmp_path, hang, code):
 
 
 def test_a_process_that_is_alive_is_left_alone_and_leaves_nothing(tmp_path):
-    assert end_of(tmp_path, "for _ in range(10):\n  time.sleep(0.3); dog.alive()\ndog.close()") == (0, None)
+    assert end_of(tmp_path, "for _ in range(10):\n  time.sleep(0.2); dog.alive()\ndog.close()") == (0, None)
 
 
 def test_the_stacks_of_a_rank_that_hung_outlive_the_starts_that_follow(tmp_path):
