@@ -1,5 +1,7 @@
 """How much a training step keeps for its backward pass, counted on shapes alone."""
 
+from functools import lru_cache
+
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -9,6 +11,7 @@ from pipeline.methods.method import Method
 from pipeline.recipe import Recipe
 
 
+@lru_cache
 def activation_bytes(recipe: Recipe) -> int:
     """Bytes that autograd keeps for one more image in the micro batch, in the recipe's precision.
 

@@ -5,6 +5,7 @@ peak arithmetic x MFU, with a loader and a network that keep up. Memory is count
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,6 +96,7 @@ class Plan:
     """On disk, see `checkpoint_bytes`."""
 
 
+@lru_cache
 def forward_flops(recipe: Recipe, batch: int = 1) -> float:
     """Floating-point operations of the forward pass, a multiply-add counted as two: an image's share where
     `batch` images, at least 1, go together. What a batch needs once, a single image pays alone.

@@ -45,13 +45,14 @@ def pytest_unconfigure(config) -> None:
 
 
 def pytest_itemcollected(item) -> None:
-    """Run a file's tests in one process, for their fixtures, and those on Slurm on one cluster."""
-    item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in item.path.name else item.path.name))
+    """Run a file's tests in one process, for their fixtures, and those on the Slurm cluster in one."""
+    item.add_marker(pytest.mark.xdist_group("slurm" if "cluster" in item.fixturenames else item.path.name))
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Start with what takes longest and waits most: Slurm, then the other real runs."""
-    items.sort(key=lambda item: ("slurm" not in item.path.name, "integration" not in item.path.parts))
+    """Start with what takes longest and waits most: Slurm, launchers, then the other real runs."""
+    first = ("slurm", "launchers", "lost_ranks", "preemption", "integration/")
+    items.sort(key=lambda item: [word not in item.nodeid for word in first])
 
 
 @pytest.fixture(scope="session")

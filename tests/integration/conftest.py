@@ -2,7 +2,7 @@
 
 import pytest
 from cluster import Cluster
-from jobs import UNDISTURBED_STEPS, Job, needs_slurm
+from jobs import JOB_STEPS, TINY, needs_slurm
 from runs import DeepSpeedRun, Run
 
 
@@ -31,8 +31,9 @@ def cluster(tmp_path_factory) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def undisturbed_job(cluster, shards, tmp_path_factory) -> Job:
-    """A job on two nodes that trained to its end without being disturbed."""
-    job = Job(cluster, shards, tmp_path_factory.mktemp("undisturbed"), train__steps=UNDISTURBED_STEPS)
-    job.train("pretrain_vith.sh")
-    return job
+def undisturbed_losses(shards, tmp_path_factory) -> list[tuple[int, float]]:
+    """What two ranks log that run without Slurm and without being disturbed, with the settings of Job."""
+    run = Run(shards, tmp_path_factory.mktemp("undisturbed") / "run")
+    run.PROGRAM = ("pipeline", "pretrain", "vith14_emae")
+    run.train(2, **{key.replace(".", "__"): value for key, value in TINY.items()}, train__steps=JOB_STEPS)
+    return run.losses()

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 TINY = {**SMALL, "model.name": "vit_tiny", "model.patch_size": 8, "model.heads": 4, "model.decoder_heads": 4}
 TINY |= {"model.decoder_depth": 1, "engine.precision": "fp32", "optim.warmup_steps": 4}
 TINY |= {"model.width": 64, "train.checkpoint_every": 25}
-UNDISTURBED_STEPS = 150
+JOB_STEPS = 150
 ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
 
 
@@ -67,3 +68,18 @@ class Job:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         lines = [json.loads(line) for line in lines if line.endswith("\n")]
         return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def until(condition, seconds, job):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, job.said()[-4000:]
+        assert not job.cluster.has_ended(job.id), job.said()[-4000:]
+        job.cluster.hurry(job.cluster.job(job.id))
+        time.sleep(0.05)
+
+
+def train_on(job, steps):
+    """Wait until the job has logged so many steps more than it has now."""
+    wanted = len(job.losses()) + steps
+    until(lambda: len(job.losses()) >= wanted, 400, job)

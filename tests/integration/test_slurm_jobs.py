@@ -10,20 +10,20 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, UNDISTURBED_STEPS, Job
+from jobs import JOB_STEPS, ROOT, Job
 
 from data_prep.shard_set import read_manifest
 
 TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "launch.sh")
 
 
-def test_vith_trains_on_two_nodes_as_on_one(cluster, shards, tmp_path, undisturbed_job):
-    said = undisturbed_job.said()
-    assert "preflight: ranks     2 on n1, n2; cpu" in said and said.rstrip().endswith("done")
-    one = Job(cluster, shards, tmp_path, train__steps=UNDISTURBED_STEPS)
-    one.train("pretrain_vith.sh", "--nodes=1", "--ntasks-per-node=2")
-    assert [step for step, _ in one.losses()] == list(range(1, UNDISTURBED_STEPS + 1))
-    assert undisturbed_job.losses() == one.losses()
+def test_vith_trains_on_one_node_as_without_slurm(cluster, shards, tmp_path, undisturbed_losses):
+    """On two nodes: test_slurm_disturbances.py."""
+    job = Job(cluster, shards, tmp_path, train__steps=JOB_STEPS)
+    said = job.train("pretrain_vith.sh", "--nodes=1", "--ntasks-per-node=2")
+    assert "preflight: ranks     2 on n1; cpu" in said and said.rstrip().endswith("done")
+    assert [step for step, _ in job.losses()] == list(range(1, JOB_STEPS + 1))
+    assert job.losses() == undisturbed_losses
 
 
 @pytest.mark.soak

@@ -5,13 +5,12 @@ import json
 import os
 import struct
 import subprocess
-import sys
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import wandb
+from forkserver import run
 from wandb.proto.wandb_internal_pb2 import Record
 
 from pipeline.errors import UserError
@@ -128,47 +127,30 @@ def test_a_damaged_line_costs_no_other_and_a_cut_last_one_nothing(tmp_path, caps
     assert "metrics.jsonl: 1 lines cannot be read and are left out" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def without_wandb(tmp_path_factory):
-    """Runs a command of `pipeline` where every package is but wandb; returns how it ended."""
-    packages = tmp_path_factory.mktemp("packages")
-    for path in Path(wandb.__file__).parents[1].iterdir():
-        if path.name != "wandb":
-            (packages / path.name).symlink_to(path)
-
-    def run(command):
-        return subprocess.run(
-            [sys.executable, "-S", "-m", "pipeline", *command.split()],
-            env=os.environ | {"PYTHONPATH": str(packages)},
-            capture_output=True,
-            text=True,
-        )
-
-    return run
+def without_wandb(command: str) -> subprocess.CompletedProcess:
+    """Run a command of `pipeline` as if wandb were not installed."""
+    code = "import sys, runpy; sys.modules['wandb'] = None; runpy.run_module('pipeline', run_name='__main__')"
+    return run(["-c", code, *command.split()], env=os.environ | {"DS_ACCELERATOR": "cpu"})
 
 
 @pytest.mark.parametrize(
     ("wanted", "says"),
     [("tests", "train.wandb: the package wandb is not installed; pip install"), ("null", "nowhere does not")],
 )
-def test_without_the_package_wandb_one_line_says_so_where_the_recipe_asks_for_it(
-    without_wandb, tmp_path, wanted, says
-):
-    run = tmp_path / "run"
-    ended = without_wandb(f"pretrain demo_emae --data nowhere --run {run} --set train.wandb={wanted}")
+def test_without_the_package_wandb_one_line_says_so_where_the_recipe_asks_for_it(tmp_path, wanted, says):
+    ended = without_wandb(
+        f"pretrain demo_emae --data nowhere --run {tmp_path}/run --set train.wandb={wanted}"
+    )
     assert ended.returncode == 2 and ended.stderr.startswith(f"pipeline: error: {says}")
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_without_the_package_wandb_a_probe_that_asks_for_it_ends_before_it_begins(
-    without_wandb, labelled_sets, tmp_path
-):
-    run = tmp_path / "run"
+def test_without_the_package_wandb_a_probe_that_asks_for_it_ends_before_it_begins(labelled_sets, tmp_path):
     sets = f"--data {labelled_sets[0]} --val {labelled_sets[1]}"
-    ended = without_wandb(f"linprobe --weights pixels:24 {sets} --run {run} --set train.wandb=mine")
+    ended = without_wandb(f"linprobe --weights pixels:24 {sets} --run {tmp_path}/run --set train.wandb=mine")
     (line,) = (line for line in ended.stderr.splitlines() if line.startswith("pipeline: error: "))
     assert ended.returncode == 2 and "train.wandb: the package wandb is not installed" in line
-    assert not run.exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_who_is_not_logged_in_is_told_so(recipe, tmp_path, logged_in_nowhere):
