@@ -33,9 +33,9 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" demo/run.sh "$(OUT)" "$(DATA)"
 
-# Three files at a time, for real runs wait half of the time: for each other, for a signal or for Slurm.
+# Four files at a time, for real runs wait half of the time: for each other, for a signal or for Slurm.
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 3 --dist loadgroup --time tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 4 --dist loadgroup --time tests
 
 soak: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -m soak

@@ -59,12 +59,13 @@ def pytest_collection_modifyitems(items) -> None:
 def photographs(tmp_path_factory) -> Path:
     """A folder of class folders of real JPEG photographs.
 
-    Those of IMAGENET_SAMPLE_DIR where it is set, else crops of those that ship with the test dependencies.
+    The smallest files of IMAGENET_SAMPLE_DIR if it is set, else crops of those that ship with the test
+    dependencies.
     """
     folder = tmp_path_factory.mktemp("photographs")
     sample = os.environ.get("IMAGENET_SAMPLE_DIR")
     if sample:
-        for path in sorted(Path(sample).iterdir())[:96]:
+        for path in sorted(sorted(Path(sample).iterdir(), key=lambda path: path.stat().st_size)[:96]):
             target = folder / path.name.split("_")[0]
             target.mkdir()
             shutil.copy(path, target)

@@ -17,6 +17,7 @@ from data_prep.shard_set import read_manifest
 TEMPLATES = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name != "launch.sh")
 
 
+@pytest.mark.soak
 def test_vith_trains_on_one_node_as_without_slurm(cluster, shards, tmp_path, undisturbed_losses):
     """On two nodes: test_slurm_disturbances.py."""
     job = Job(cluster, shards, tmp_path, train__steps=JOB_STEPS)
@@ -99,7 +100,10 @@ def test_every_variable_of_a_template_is_asked_for(template, missing):
 
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
-    [({"DATA": "/nowhere"}, "/nowhere"), ({"RECIPE": "vitl16_meae"}, "recipe 'vitl16_meae': neither")],
+    [
+        ({"DATA": "/nowhere"}, "/nowhere"),
+        pytest.param({"RECIPE": "vitl16_meae"}, "recipe 'vitl16_meae': neither", marks=pytest.mark.soak),
+    ],
     ids=["data", "recipe"],
 )
 def test_what_the_pre_flight_finds_is_one_line_with_the_nodes_and_the_job_stays_down(
