@@ -18,6 +18,7 @@ hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine i
 hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).parents[1]
+LONG = ("test_slurm_cut_link", "test_launchers", "test_lost_ranks")  # files with one or two long tests
 START_UP = "import torch, deepspeed, timm, nvidia.dali"
 
 
@@ -45,13 +46,19 @@ def pytest_unconfigure(config) -> None:
 
 
 def pytest_itemcollected(item) -> None:
-    """Run a file's tests in one process, for their fixtures, and those on the Slurm cluster in one."""
-    item.add_marker(pytest.mark.xdist_group("slurm" if "cluster" in item.fixturenames else item.path.name))
+    """Run a file's tests in one process, for their fixtures, and those on the Slurm cluster in one.
+
+    pytest-xdist gives a process its next group when two tests are left of the last: what is long is no such
+    group.
+    """
+    name = item.path.stem
+    group = "slurm" if "cluster" in item.fixturenames else "long" if name in LONG else name
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_modifyitems(items) -> None:
     """Start with what takes longest and waits most: Slurm, launchers, then the other real runs."""
-    first = ("slurm", "launchers", "lost_ranks", "preemption", "integration/")
+    first = ("slurm", *LONG, "preemption", "integration/")
     items.sort(key=lambda item: [word not in item.nodeid for word in first])
 
 
