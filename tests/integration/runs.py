@@ -16,7 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from subprocess import PIPE
 
+import pytest
 from forkserver import ForkedProcess
+
+from pipeline.train import engine
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -186,6 +189,13 @@ class FaultyRun(Run):
     def __init__(self, shards: Path, directory: Path, faults: list[dict]):
         super().__init__(shards, directory)
         self.PROGRAM = ("faulty", json.dumps(faults))
+
+
+def needs_precision(precision: str) -> None:
+    """Skip if this processor cannot compute in the precision, as many cannot in fp16."""
+    accelerator = engine.get_accelerator()
+    if precision == "fp16" and not accelerator.is_fp16_supported():
+        pytest.skip("this processor cannot compute in fp16")
 
 
 def printed(module: str, *arguments: str, ranks: int = 1) -> str:

@@ -1,7 +1,7 @@
 """What goes wrong is skipped, the run goes back, and in the end it stops; never silently, on any rank."""
 
 import pytest
-from runs import FaultyRun, Run, printed
+from runs import FaultyRun, Run, needs_precision, printed
 
 from data_prep.shard_set import read_manifest
 from pipeline.report.page import report
@@ -23,6 +23,7 @@ def events(lines):
     "precision", ["bf16", *(pytest.param(p, marks=pytest.mark.soak) for p in ("fp32", "fp16"))]
 )
 def test_a_skipped_step_moves_no_bit_of_weights_moments_and_counters(precision):
+    needs_precision(precision)
     # Stages x with and without clipping, two stages with offload.
     assert printed("skipped_step", precision).count(" tensors; ") == 4 * 2 + 2
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pytest import approx
-from runs import Run
+from runs import Run, needs_precision
 
 from pipeline.trained import load_run
 
@@ -19,6 +19,7 @@ def full_precision(shards, tmp_path_factory):
 
 
 def compare(run, full_precision, precision, stage, ranks):
+    needs_precision(precision)
     settings = {"engine__precision": precision, "engine__zero_stage": stage, "train__steps": STEPS}
     losses = [line["loss"] for line in run.train(ranks, **settings)]
     assert losses == approx(full_precision, rel=TOLERANCE[precision])
