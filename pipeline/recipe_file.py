@@ -156,17 +156,14 @@ RIVALS = {  # of each pair at most one is given: an override of one takes the ot
 }
 
 
-REMOVED = {"optim": {"name": "adamw", "muon_lr": 0.02, "muon_momentum": 0.95}}
-"""Keys that older recipes have, and the values that change nothing."""
-
-
 def _drop_removed(tree: dict, where: str) -> None:
-    """Take removed keys out of a recipe. UserError for a value that asks for what is no longer there."""
-    for name, keys in REMOVED.items():
-        section = tree.get(name)
-        for key in keys.keys() & section.keys() if isinstance(section, dict) else ():
-            if section.pop(key) != keys[key]:
-                raise UserError(f"{where}: {name}.{key}: was removed together with Muon; leave the key out")
+    """Take the keys of DeepSpeed's Muon out of an older recipe. UserError if it trains with Muon."""
+    optim = tree.get("optim")
+    if isinstance(optim, dict):
+        if optim.pop("name", "adamw") != "adamw":
+            raise UserError(f"{where}: optim.name: Muon was removed; leave the key out and start a new run")
+        for key in ("muon_lr", "muon_momentum"):
+            optim.pop(key, None)
 
 
 def _override(tree: dict, overrides: Sequence[str]) -> None:

@@ -28,6 +28,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 PRELOAD = [
     "pipeline.pretraining",
@@ -45,6 +47,7 @@ PRELOAD = [
     "data_prep.verify",
     "torch.utils.tensorboard.writer",
 ]
+LONGEST = 600.0  # seconds after which a program hangs
 ADDRESS = "SHARDMAE_FORKSERVER"
 """Environment variable that holds the server's socket."""
 
@@ -102,11 +105,12 @@ class ForkedProcess:
             return inherited
         return wanted if isinstance(wanted, int) else wanted.fileno()
 
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(self, timeout: float | None = LONGEST) -> int:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
             self.returncode = json.loads(self._replies.readline())["returncode"]
+            self._replies.close()
             self._connection.close()
         return self.returncode
 
@@ -115,7 +119,7 @@ class ForkedProcess:
             self.wait(0)
         return self.returncode
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+    def communicate(self, timeout: float | None = LONGEST) -> tuple[str, str]:
         self.wait(timeout)
         texts = []
         for name in ("stdout", "stderr"):
@@ -134,14 +138,14 @@ class ForkedProcess:
 
 
 def run(
-    arguments: Sequence[str | Path], timeout: float | None = None, **options
+    arguments: Sequence[str | Path], timeout: float | None = LONGEST, **options
 ) -> subprocess.CompletedProcess:
     """Start a program, wait for its end and return what it printed, as subprocess.run does."""
     process = ForkedProcess(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     try:
         output, errors = process.communicate(timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         raise
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
@@ -157,6 +161,9 @@ def serve(listener: socket.socket) -> dict:
             os._exit(0)
         connection, _ = listener.accept()
         head, fds, *_ = socket.recv_fds(connection, 4, 2)
+        if len(head) < 4:  # the test process was ended
+            connection.close()
+            continue
         request = json.loads(connection.makefile("rb").read(int.from_bytes(head, "big")))
         if not loaded:
             for module in PRELOAD:
@@ -197,16 +204,24 @@ def _handle(connection: socket.socket, request: dict, fds: list[int]) -> dict | 
             os.close(writing)
             _exit_as(ranks)
         return _become(request, fds, [reading, writing])
-    for fd in (writing, *fds):
-        os.close(fd)
-    ranks = json.loads(os.fdopen(reading).readline() or "[]")
-    connection.sendall(json.dumps({"pid": program, "ranks": ranks}).encode() + b"\n")
-    ended = os.pidfd_open(program)
-    if ended not in select.select([ended, connection], [], [])[0]:  # the test process is gone
+    try:
+        for fd in (writing, *fds):
+            os.close(fd)
+        ranks = json.loads(os.fdopen(reading).readline() or "[]")
+        connection.sendall(json.dumps({"pid": program, "ranks": ranks}).encode() + b"\n")
+        ended = os.pidfd_open(program)
+        if ended in select.select([ended, connection], [], [])[0]:
+            # Not reaped until the test process knows, so that the process id is not used again before.
+            found = os.waitid(os.P_PID, program, os.WEXITED | os.WNOWAIT)
+            code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+            if request["ranks"]:  # none outlives the process that waits for them
+                os.killpg(program, signal.SIGKILL)
+            connection.sendall(json.dumps({"returncode": code}).encode() + b"\n")
+            connection.recv(1)  # until it closes the connection
+        else:  # the test process is gone
+            os.killpg(program, signal.SIGKILL)
+    except OSError:
         os.killpg(program, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(program, 0)[1])
-    with contextlib.suppress(OSError):
-        connection.sendall(json.dumps({"returncode": code}).encode() + b"\n")
     os._exit(0)
 
 
@@ -226,6 +241,7 @@ def _become(request: dict, fds: list[int], unused: list[int]) -> dict:
         os.close(fd)
     os.environ.clear()
     os.environ.update(request["env"])
+    np.random.seed()
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
     sys.path[1:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(":") if entry]
@@ -259,7 +275,8 @@ def execute(arguments: list[str]) -> NoReturn:
 def start_server() -> subprocess.Popen:
     """Start the server; its address is in this process's environment, for itself and its children."""
     os.environ[ADDRESS] = os.path.join(tempfile.mkdtemp(), "socket")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    environment = {**os.environ, **one_thread, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.environ[ADDRESS])
         listener.listen(64)

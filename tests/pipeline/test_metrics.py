@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import subprocess
+import sys
 
 import psutil
 import pytest
@@ -127,10 +128,12 @@ def test_a_damaged_line_costs_no_other_and_a_cut_last_one_nothing(tmp_path, caps
     assert "metrics.jsonl: 1 lines cannot be read and are left out" in capsys.readouterr().err
 
 
-def without_wandb(command: str) -> subprocess.CompletedProcess:
-    """Run a command of `pipeline` as if wandb were not installed."""
+def without_wandb(command: str, cold: bool = False) -> subprocess.CompletedProcess:
+    """Run a command of `pipeline` as if wandb were not installed. cold: in a new interpreter."""
     code = "import sys, runpy; sys.modules['wandb'] = None; runpy.run_module('pipeline', run_name='__main__')"
-    return run(["-c", code, *command.split()], env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    if not cold:
+        return run(["-c", code, *command.split()], env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    return subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +141,8 @@ def without_wandb(command: str) -> subprocess.CompletedProcess:
     [("tests", "train.wandb: the package wandb is not installed; pip install"), ("null", "nowhere does not")],
 )
 def test_without_the_package_wandb_one_line_says_so_where_the_recipe_asks_for_it(tmp_path, wanted, says):
-    ended = without_wandb(
-        f"pretrain demo_emae --data nowhere --run {tmp_path}/run --set train.wandb={wanted}"
-    )
+    command = f"pretrain demo_emae --data nowhere --run {tmp_path}/run --set train.wandb={wanted}"
+    ended = without_wandb(command, cold=True)
     assert ended.returncode == 2 and ended.stderr.startswith(f"pipeline: error: {says}")
     assert len(ended.stderr.splitlines()) == 1
 

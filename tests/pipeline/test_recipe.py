@@ -1,4 +1,5 @@
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,3 +110,13 @@ def test_a_recipe_of_another_command_is_said_to_be_one():
     training = r"demo_emae\.yaml: is a recipe for `pretrain`: it has a section .*; give one of `finetune`"
     with pytest.raises(UserError, match=training):
         load_finetune_recipe("demo_emae", "W")
+
+
+def test_keys_of_the_removed_muon_change_nothing_and_muon_is_an_error(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    old = yaml.safe_load(load_recipe("demo_emae").to_yaml())
+    old["optim"] |= {"name": "adamw", "muon_lr": 0.5, "muon_momentum": 0.9}
+    path.write_text(yaml.safe_dump(old))
+    assert load_recipe(path) == load_recipe("demo_emae")
+    with pytest.raises(UserError, match=r"recipe.yaml.*optim.name: Muon was removed"):
+        load_recipe(path, ["optim.name=muon"])
