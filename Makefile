@@ -38,7 +38,7 @@ test: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 4 --dist loadgroup --time tests
 
 soak: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -m soak
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -m soak -n 4 --dist loadgroup --time tests
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(CUDA),bench]'

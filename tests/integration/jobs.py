@@ -15,7 +15,7 @@ PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 TINY = {**SMALL, "model.name": "vit_tiny", "model.patch_size": 8, "model.heads": 4, "model.decoder_heads": 4}
 TINY |= {"model.decoder_depth": 1, "engine.precision": "fp32", "optim.warmup_steps": 4}
 TINY |= {"model.width": 64, "train.checkpoint_every": 25}
-JOB_STEPS = 150
+JOB_STEPS = 300
 ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
 
 
@@ -71,12 +71,15 @@ class Job:
 
 
 def until(condition, seconds, job):
-    deadline = time.monotonic() + seconds
+    """Wait for a condition while the job is not over, and let it start at once when it was put back."""
+    deadline, looked = time.monotonic() + seconds, 0.0
     while not condition():
         assert time.monotonic() < deadline, job.said()[-4000:]
-        assert not job.cluster.has_ended(job.id), job.said()[-4000:]
-        job.cluster.hurry(job.cluster.job(job.id))
-        time.sleep(0.05)
+        if time.monotonic() - looked > 1:
+            assert not job.cluster.has_ended(job.id), job.said()[-4000:]
+            job.cluster.hurry(job.cluster.job(job.id))
+            looked = time.monotonic()
+        time.sleep(0.01)
 
 
 def train_on(job, steps):

@@ -7,6 +7,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -48,6 +49,10 @@ class Run:
     def output(self) -> Path:
         return self.directory.with_suffix(".output")
 
+    @property
+    def pauses(self) -> Path:
+        return self.directory.with_suffix(".pauses")
+
     def arguments(self, **settings) -> list[str]:
         """What follows `python`. A double underscore in a setting's name stands for a dot."""
         settings = {**SMALL, **{key.replace("__", "."): value for key, value in settings.items()}}
@@ -60,6 +65,32 @@ class Run:
             return self.launch(
                 ranks, self.arguments(**settings), env=environment(), stdout=output, stderr=subprocess.STDOUT
             )
+
+    def start_paused(self, ranks: int, moment: str, **settings) -> "subprocess.Popen | ForkedProcess":
+        """Start, and wait until the run waits at a moment (see paused.py). `go` lets it continue."""
+        shutil.rmtree(self.pauses, ignore_errors=True)
+        self.pauses.mkdir()
+        pause = {"PAUSE_AT": moment, "PAUSE_FOLDER": str(self.pauses)}
+        arguments = ["-m", "paused", *self.arguments(**settings)[1:]]
+        with open(self.output, "w") as output:
+            process = self.launch(
+                ranks, arguments, env=environment(**pause), stdout=output, stderr=subprocess.STDOUT
+            )
+        self.wait_for(process, (self.pauses / moment).exists)
+        return process
+
+    def go(self) -> None:
+        (self.pauses / "go").touch()
+
+    def kill_at(self, ranks: int, moment: str, **settings) -> None:
+        """Train until a moment and SIGKILL all ranks there."""
+        self.kill_when(self.start_paused(ranks, moment, **settings), lambda: True)
+
+    def signal(self, process, rank: int, number: signal.Signals) -> None:
+        """Send a rank of a paused run SIGTERM or SIGUSR1, wait until it knows and let the run continue."""
+        os.kill(self.ranks(process)[rank], number)
+        self.wait_for(process, lambda: f"{number.name}: saving and stopping" in self.output.read_text())
+        self.go()
 
     @staticmethod
     def launch(ranks: int, arguments: Sequence[str], **options) -> "subprocess.Popen | ForkedProcess":
@@ -74,7 +105,8 @@ class Run:
 
     def metrics(self) -> list[dict]:
         path = self.directory / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be being written
 
     def losses(self) -> list[tuple[int, float]]:
         return [(line["step"], line["loss"]) for line in self.metrics()]

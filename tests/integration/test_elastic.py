@@ -41,8 +41,7 @@ def test_the_losses_are_the_uninterrupted_runs_whatever_ranks_and_stages_came_in
             **EAGER,
         }
         if until < STEPS:
-            saved = run.directory / "checkpoints" / f"step-{until:08d}"
-            run.kill_when(run.start(ranks, **settings), saved.exists)
+            run.kill_at(ranks, f"step {until + 1}", **settings)
         else:
             run.train(ranks, **settings)
     starts = json.loads((run.directory / "environment.json").read_text())["starts"]

@@ -25,9 +25,9 @@ def test_a_full_disk_stops_all_ranks_with_one_line_and_no_logged_line_is_lost_wh
     disk = small_disk(64)
     run = Run(shards, disk / "run")
     checkpoints = run.directory / "checkpoints"
-    process = run.start(2, **SETTINGS)
-    run.wait_for(process, (checkpoints / "latest").exists)
+    process = run.start_paused(2, "step 22", **SETTINGS)
     fill(disk)  # the metrics of a few steps still fit into what their last block has left
+    run.go()
     assert process.wait(60) == 2, run.output.read_text()[-4000:]
     said = run.output.read_text()
     assert said.count("pipeline: error: ") == 1 and "make room" in said and "Traceback" not in said
@@ -43,9 +43,9 @@ def test_a_checkpoint_that_finds_no_room_is_one_line_and_the_one_before_stays_wh
     disk = small_disk(64)
     run = Run(shards, disk / "run")
     checkpoints = run.directory / "checkpoints"
-    process = run.start(2, **{**SETTINGS, "train__steps": 10**4, "train__log_every": 10**4})
-    run.wait_for(process, (checkpoints / "latest").exists)
+    process = run.start_paused(2, "step 22", **SETTINGS, train__log_every=100)
     fill(disk, left=2**17)  # room for the picture and for the directory, not for a rank's part
+    run.go()
     assert process.wait(60) == 2, run.output.read_text()[-4000:]
     said = run.output.read_text()
     assert said.count("pipeline: error: ") == 1 and "Traceback" not in said

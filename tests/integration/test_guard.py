@@ -45,8 +45,9 @@ def test_bad_losses_gradients_and_spikes_are_skipped_counted_and_said(shards, tm
         (12, "the loss is a spike"),
     ]
     assert all(line["loss"] < 100 for line in lines if line["step"] != 6)
-    assert {line["slowest_rank"] for line in lines} == {1}
-    assert all(line["slowest_time"] > 0.6 > line["data_wait"] for line in lines)  # in two micro batches
+    # In two micro batches. The first line has what both ranks do once.
+    assert {line["slowest_rank"] for line in lines[1:]} == {1}
+    assert all(line["slowest_time"] > 0.6 > line["data_wait"] for line in lines[1:])
     output = run.output.read_text()
     assert all(output.count(f"step {step} is skipped: ") == 1 for step in (3, 6, 12))
     assert run.directory.joinpath("checkpoints", "step-00000013").is_dir()
@@ -86,9 +87,10 @@ def test_a_run_goes_back_and_on_behind_the_data_that_broke_it(undisturbed):
 @pytest.mark.parametrize("moment", [pytest.param("returned", marks=pytest.mark.soak), "trained on"])
 def test_killed_after_a_return_it_ends_as_if_it_had_not_been(undisturbed, shards, tmp_path, moment):
     run = FaultyRun(shards, tmp_path / "run", [DATA_FAULT])
-    latest = run.directory / "checkpoints" / "step-00000012"
-    conditions = {"returned": lambda: events(run.metrics()), "trained on": latest.is_dir}
-    run.kill_when(run.start(2, **RETURNING), conditions[moment])
+    if moment == "trained on":
+        run.kill_at(2, "step 13", **RETURNING)
+    else:
+        run.kill_when(run.start(2, **RETURNING), lambda: events(run.metrics()))
     run.train(2, **RETURNING)
     lines, expected = run.metrics(), undisturbed.metrics()
     assert trained(lines) == trained(expected) and events(lines) == events(expected)

@@ -25,16 +25,10 @@ def test_killed_anywhere_and_started_again_it_ends_with_the_same_losses_and_aver
     settings = {"train__steps": STEPS, "data__trace": True, "train__ema_decay": 0.8}
     undisturbed = other_run.train(2, **settings)
     checkpoints = run.directory / "checkpoints"
-    late = random.Random(time.time_ns()).randint(5, STEPS - 2)
-    print(f"third kill after step {late}")
-    moments = [
-        lambda: len(run.metrics()) >= 2,  # before any checkpoint
-        lambda: any(checkpoints.glob("*.partial/rank-*")),  # while one is written
-        lambda: len(run.metrics()) >= late,
-    ]
-    for moment in moments:
-        run.kill_when(run.start(2, **settings), moment)
-        assert not (checkpoints / f"step-{STEPS:08d}").exists()
+    late = random.Random(time.time_ns()).randint(6, STEPS)
+    for moment in ("step 3", "checkpoint 4", f"step {late}"):
+        run.kill_at(2, moment, **settings)
+        assert any(checkpoints.glob("*.partial/rank-*")) == (moment == "checkpoint 4")
     run.train(2, **settings)
     assert lasting(run.metrics()) == lasting(undisturbed)
     for rank in (0, 1):
@@ -80,7 +74,7 @@ def last_step(run) -> int:
 def test_a_logged_window_that_a_kill_cut_in_two_has_the_same_mean(run, other_run):
     settings = {"train__steps": STEPS, "train__log_every": 3}
     undisturbed = other_run.train(1, **settings)
-    run.kill_when(run.start(1, **settings), lambda: (run.directory / "checkpoints" / "latest").exists())
+    run.kill_at(1, "step 6", **settings)  # the checkpoint is of step 4, the window of steps 4 to 6
     run.train(1, **settings)
     assert lasting(run.metrics()) == lasting(undisturbed)
 

@@ -21,10 +21,9 @@ def test_a_rank_that_stands_still_or_dies_ends_the_run_and_it_continues(shards, 
     # One that stands still is ended by the launcher; of one that dies the others notice by themselves.
     kind = DeepSpeedRun if number == signal.SIGSTOP else Run
     run = kind(shards, tmp_path / "run")
-    process = run.start(2, **SETTINGS)
-    run.wait_for(process, lambda: len(run.metrics()) >= 22)
-    ranks = run.ranks(process)
-    os.kill(ranks[1], number)
+    process = run.start_paused(2, "step 23", **SETTINGS)
+    os.kill(run.ranks(process)[1], number)
+    run.go()
     began = time.monotonic()
     assert process.wait(120) not in (0, None)
     assert time.monotonic() - began < 60 * PATIENCE + LAUNCHER_WAITS + 15

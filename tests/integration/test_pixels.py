@@ -12,8 +12,8 @@ def trace(run, kind):
 def test_killed_and_continued_on_other_numbers_of_ranks_it_sees_one_ranks_samples_and_pixels(run, other_run):
     settings = {"train__steps": STEPS, "data__trace": True}
     other_run.train(1, **settings)
-    for ranks, step in ((2, 5), (1, 9)):
-        run.kill_when(run.start(ranks, **settings), lambda step=step: len(run.metrics()) >= step)
+    for ranks, step in ((2, 6), (1, 10)):
+        run.kill_at(ranks, f"step {step}", **settings)
     run.train(2, **settings)
     assert len(trace(other_run, "rank")) == STEPS * 16
     assert trace(run, "rank") == trace(other_run, "rank")

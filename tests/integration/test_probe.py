@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from subprocess import PIPE
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline.report.page import report
 from pipeline.train.distributed import World
 from pipeline.trained import load_run
 
+STEPS = 150  # it is killed after the tenth
 TINY = ("model.width=32", "model.depth=2", "data.image_size=32", "model.patch_size=8")
 
 
@@ -79,7 +81,7 @@ def test_a_probe_on_two_ranks_that_was_killed_ends_as_one_that_was_not_on_one(
         "data.global_batch": 32,
         "data.holdout": 0.2,
         "engine.micro_batch": 8,
-        "train.steps": 40,
+        "train.steps": STEPS,
         "train.log_every": 1,
         "train.checkpoint_every": 10,
         "probe.warmup_epochs": 1,
@@ -90,6 +92,7 @@ def test_a_probe_on_two_ranks_that_was_killed_ends_as_one_that_was_not_on_one(
     killed = started(2, *command, tmp_path / "two")
     while not (tmp_path / "two/checkpoints/latest").exists():
         assert all(process.poll() is None for process in killed)
+        time.sleep(0.005)
     for process in killed:
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -100,7 +103,7 @@ def test_a_probe_on_two_ranks_that_was_killed_ends_as_one_that_was_not_on_one(
         for run in ("one", "two")
     )
     losses = [key for key in one[0] if key.startswith("loss")]
-    assert [line["step"] for line in two] == list(range(1, 41))
+    assert [line["step"] for line in two] == list(range(1, STEPS + 1))
     assert [[line[key] for key in losses] for line in one] == [[line[key] for key in losses] for line in two]
     one, two = (json.loads((tmp_path / run / "accuracy.json").read_text()) for run in ("one", "two"))
     assert one == two

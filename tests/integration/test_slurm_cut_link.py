@@ -15,12 +15,14 @@ def test_a_cut_link_ends_all_ranks_by_themselves_and_the_job_continues_when_it_i
         cluster = Cluster(tmp_path / "cluster", network, silence=300)  # Slurm ends nothing here
         try:
             short = {"engine__timeout_minutes": 0.5, "data__timeout_s": 10, "data__retries": 0}
+            short["train__checkpoint_every"] = 100  # one that is being written would be waited for longer
             job = Job(cluster, shards, tmp_path, train__steps=JOB_STEPS, **short)
             job.submit("pretrain_vith.sh", "--time=60")
-            train_on(job, 10)
+            train_on(job, 1)
             found = cluster.processes("n1", "pretrain") + cluster.processes("n2", "pretrain")
             ranks = [process for process in found if (process / "comm").read_text() != "srun\n"]
             assert len(ranks) == 2
+            train_on(job, 5)
             network.plug("n2", connected=False)
             cut = time.monotonic()
             until(lambda: not any(rank.exists() for rank in ranks), 90, job)
