@@ -35,10 +35,10 @@ demo: setup
 
 # Four files at a time, for real runs wait half of the time: for each other, for a signal or for Slurm.
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 4 --dist loadgroup --time tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder --time tests
 
 soak: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -m soak -n 4 --dist loadgroup --time tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -m soak -n 4 --dist loadgroup --no-loadscope-reorder --time tests
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(CUDA),bench]'
