@@ -192,6 +192,18 @@ class TorchRun(LaunchedRun):
         return start(*launcher, *arguments[1:], **options)
 
 
+def launch_processes(ranks: int, arguments: Sequence[str], **options) -> subprocess.Popen:
+    """Start new interpreters instead of forks: `run.launch = launch_processes`. One rank or two."""
+    command = [sys.executable, *arguments]
+    if ranks == 1:
+        return subprocess.Popen(command, start_new_session=True, **options)
+    first, second = (
+        " ".join(f"{name}={value}" for name, value in rank.items()) for rank in rank_environments(ranks)
+    )
+    script = f'{first} "$@" & first=$!; {second} "$@"; code=$?; wait $first && exit $code'
+    return subprocess.Popen(["bash", "-c", script, "bash", *command], start_new_session=True, **options)
+
+
 def start(program: str, *arguments: str, **options) -> subprocess.Popen:
     """Start a program of this Python environment in a session of its own."""
     return subprocess.Popen([str(BIN / program), *arguments], start_new_session=True, **options)

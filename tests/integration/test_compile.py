@@ -2,6 +2,7 @@
 
 import pytest
 from pytest import approx
+from runs import launch_processes
 
 STEPS = 6
 
@@ -12,6 +13,7 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(run, other_run, tmp_path,
     generated = tmp_path / "generated"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(generated))
     monkeypatch.setenv("TORCH_LOGS", "graph_breaks,recompiles")
+    run.launch = launch_processes  # torch reads TORCH_LOGS when it is imported
     compiled = [line["loss"] for line in run.train(train__steps=STEPS, engine__compile="true")]
     assert compiled == approx(eager, rel=1e-5)
     assert any(generated.rglob("*.py")), "nothing was compiled"

@@ -11,6 +11,7 @@ from data_prep.shard_set import read_manifest, tar_path
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
 from http_store import serve
+from runs import launch_processes
 
 STARTING = 120  # seconds, on a busy machine
 PATIENCE = {"data__timeout_s": 3, "data__retries": 2, "data__read_ahead_mb": 1}
@@ -48,6 +49,7 @@ def test_a_server_that_stalls_for_good(run, shards):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_shard_that_is_truncated_under_a_run(run, shards, tmp_path, ranks):
     """However many ranks: they stop together, with everything saved."""
+    run.launch = launch_processes  # exit codes that outlive the end of the interpreter and of its connections
     run.shards = shutil.copytree(shards, tmp_path / "set")
     process = run.start(ranks, train__steps=10**6, train__checkpoint_every=10**6, **PATIENCE)
     wait_for_steps(run, process)

@@ -1,7 +1,7 @@
 """What goes wrong is skipped, the run goes back, and in the end it stops; never silently, on any rank."""
 
 import pytest
-from runs import FaultyRun, Run, needs_precision, printed
+from runs import FaultyRun, Run, launch_processes, needs_precision, printed
 
 from data_prep.shard_set import read_manifest
 from pipeline.report.page import report
@@ -111,7 +111,8 @@ def test_trouble_that_stays_ends_the_run_with_exit_code_4_and_advice(shards, tmp
 
 def test_without_a_checkpoint_to_go_back_to_it_stops(shards, tmp_path):
     run = FaultyRun(shards, tmp_path / "run", [{"kind": "loss", "steps": [2, 3]}])
-    assert run.start(1, train__steps=8, guard__skips_in_a_row=2).wait() == 4
+    run.launch = launch_processes  # exit code 4 outlives the end of the interpreter and of its connections
+    assert run.start(2, train__steps=8, guard__skips_in_a_row=2).wait() == 4
     assert "there is no checkpoint from before that" in run.output.read_text()
 
 

@@ -16,10 +16,15 @@ SETTINGS |= {"data__timeout_s": 10, "data__retries": 0}  # less than that
 LAUNCHER_WAITS = 30  # seconds that DeepSpeed's launcher gives the other ranks to end
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-def test_a_rank_that_stands_still_or_dies_ends_the_run_and_it_continues(shards, tmp_path, number):
-    # One that stands still is ended by the launcher; of one that dies the others notice by themselves.
-    kind = DeepSpeedRun if number == signal.SIGSTOP else Run
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (signal.SIGSTOP, DeepSpeedRun),  # the launcher ends it, when the others have ended
+        (signal.SIGKILL, Run),  # the others notice by themselves
+        pytest.param(signal.SIGKILL, DeepSpeedRun, marks=pytest.mark.soak),
+    ],
+)
+def test_a_rank_that_stands_still_or_dies_ends_the_run_and_it_continues(shards, tmp_path, number, kind):
     run = kind(shards, tmp_path / "run")
     process = run.start_paused(2, "step 23", **SETTINGS)
     os.kill(run.ranks(process)[1], number)

@@ -154,7 +154,7 @@ def test_a_server_that_stalls_for_good_leaves_nothing_locked(shards, store, tmp_
     began = time.monotonic()
     with pytest.raises(UserError, match=r"cannot be read \(tries: 1\): no answer for 0.3 s"):
         ShardReader(store.url, data).read(0, 0)
-    assert time.monotonic() - began < 3.3
+    assert time.monotonic() - began < 15
     store.fault = lambda name: None
     assert digest(ShardReader(store.url, data)) == digest(ShardReader(shards))
 

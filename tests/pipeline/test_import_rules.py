@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forkserver
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -100,3 +101,9 @@ def test_what_deepspeed_says_leaves_standard_output_to_results():
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     assert found.stdout == b"" and b"now" in found.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("module", forkserver.PRELOAD)
+def test_a_module_that_tests_preload_imports_alone(module):
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True, capture_output=True)

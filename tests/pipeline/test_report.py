@@ -123,7 +123,7 @@ def test_the_page_says_what_happened_and_needs_nothing_beside_it(run):
         *(f"<td>{step}</td><td>{reason}</td>" for step, reason in REASONS.items()),
     ):
         assert text in page
-    assert "http" not in page and page.count("src=") == page.count("src='data:image/png;base64,") == 3
+    assert "://" not in page and page.count("src=") == page.count("src='data:image/png;base64,") == 3
     assert {path.name for path in (run / "report").iterdir()} == {"loss.png", "time.png", "details.png"}
 
 
