@@ -34,11 +34,14 @@ demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" demo/run.sh "$(OUT)" "$(DATA)"
 
 # Four files at a time, for real runs wait half of the time: for each other, for a signal or for Slurm.
+PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest --time \
+	-n 4 --dist loadgroup --no-loadscope-reorder
+
 test: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder --time tests
+	$(PYTEST) tests
 
 soak: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest -m soak -n 4 --dist loadgroup --no-loadscope-reorder --time tests
+	$(PYTEST) -m soak tests
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(CUDA),bench]'

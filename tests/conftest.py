@@ -34,6 +34,7 @@ def pytest_configure(config) -> None:
         subprocess.run([sys.executable, "-c", START_UP], check=True, capture_output=True)
         config.start_up = time.monotonic() - began
     server = forkserver.start_server()
+    config.add_cleanup(lambda: shutil.rmtree(Path(os.environ[forkserver.ADDRESS]).parent))
     config.add_cleanup(server.wait)
     config.add_cleanup(server.stdin.close)
     config.began = time.monotonic()

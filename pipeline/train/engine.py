@@ -36,11 +36,11 @@ with redirect_stdout(sys.stderr):  # what it logs, now and later: stdout is for 
 
     # To check the optimiser's type DeepSpeed imports its Muon, which loads torch's compiler unless that is
     # disabled. It would take longer than the import of DeepSpeed itself.
-    before = os.environ.get("TORCHDYNAMO_DISABLE", "")
+    _dynamo_disable = os.environ.get("TORCHDYNAMO_DISABLE", "")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     import deepspeed.runtime.zero.muon.muon_optimizer
 
-    os.environ["TORCHDYNAMO_DISABLE"] = before
+    os.environ["TORCHDYNAMO_DISABLE"] = _dynamo_disable
 
 # On a CPU, DeepSpeed would compile a shared-memory all-reduce, for a minute, that only its inference uses.
 deepspeed.ops.__compatible_ops__ = {}

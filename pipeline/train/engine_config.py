@@ -87,7 +87,7 @@ def engine_config(recipe: TrainingRecipe, world_size: int, path: Path | None = N
         for key, (value, _) in decided.items()
         if not key.startswith("optimizer") and value is not False and value != "none"
     }
-    ours["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW is as fast, and needs no compiler
+    ours["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW: nothing to compile
     # DeepSpeed's clock makes the host wait for the device twice a micro batch.
     defaults: dict[str, object] = {"steps_per_print": None, "timers.throughput.enabled": False}
     if recipe.engine.precision == "bf16":
