@@ -169,7 +169,7 @@ def test_batches_before_the_fault_are_delivered_and_the_failure_is_known_in_adva
     size = int(reader.shard_sizes[0])
     ahead = read_ahead(reader, size, limit=10**9)
     whole = (reader.num_samples - int(reader.shard_sizes[last])) // size
-    taken = 0  # how far ahead is read doubles, in bytes: with the last whole batch the faulty one is asked for
+    taken = 0  # what is read ahead doubles with every batch taken; by the last whole one it reaches the fault
     while ahead.failure is None and taken < whole:
         next(ahead)
         taken += 1
