@@ -56,7 +56,7 @@ setup(
     packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]) + list(OUTSIDE),
     package_dir=OUTSIDE,
     package_data={
-        "pipeline": ["recipes/*.yaml"],
+        "pipeline": ["recipe/presets/*.yaml"],
         "pipeline.ds_configs": ["*.json"],
     },
     install_requires=CORE,

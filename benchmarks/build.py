@@ -221,10 +221,10 @@ def _plan() -> None:
 
 
 def _plan_synthetic() -> None:
-    from data_prep.plan import Plan, ShardSize
+    from data_prep.shard_plan import ShardPlan, ShardSize
 
     start = time.perf_counter()
-    plan = Plan(_synthetic(), seed=0, shard_size=ShardSize(bytes=1 << 30))
+    plan = ShardPlan(_synthetic(), seed=0, shard_size=ShardSize(bytes=1 << 30))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     print(f"\nplanned {plan.num_inputs:,} inputs in {seconds:.0f} s, peak {peak:.2f} GB")

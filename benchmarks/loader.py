@@ -107,21 +107,21 @@ def _compare_pixels(shards: Path) -> None:
     import numpy as np
     from torchvision.transforms.functional import hflip, resized_crop
 
-    from pipeline.data.failures import Failures
-    from pipeline.data.loader import Loader, Planner
+    from pipeline.data.loader import BatchBuilder, Loader
     from pipeline.data.reader import ShardReader
+    from pipeline.data.undecodable import UndecodableSamples
     from pipeline.recipe import load_recipe
 
     settings = [f"data.global_batch={BATCH}", f"engine.micro_batch={BATCH}"]
     recipe = load_recipe("vitb16_mae", [*settings, "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"])
     reader = ShardReader(shards)
-    planner = Planner(reader, recipe, 1, Failures(reader, 0))
+    planner = BatchBuilder(reader, recipe, 1, UndecodableSamples(reader, 0))
     loader = Loader(ShardReader(shards), recipe, 1, CPU)
     differences = []
     for _ in range(4):
         batch = loader.next()
-        at = zip(batch.located.shard, batch.located.index, strict=True)
-        plan = planner.plan(batch.located, [reader.read(*place) for place in at])
+        at = zip(batch.locations.shard, batch.locations.index, strict=True)
+        plan = planner.plan(batch.locations, [reader.read(*place) for place in at])
         for row, image in enumerate(map(_open, (encoded.tobytes() for encoded in plan.encoded))):
             x, y, w, h = plan.boxes[row, 0].tolist()
             cut = resized_crop(image, y, x, h, w, [SIZE, SIZE], InterpolationMode.BICUBIC)

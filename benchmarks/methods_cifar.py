@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from pipeline.methods import Method, build_method
-from pipeline.plan import forward_flops
+from pipeline.methods.flops import forward_flops
 from pipeline.recipe import Recipe, load_recipe
 
 SMALL = (

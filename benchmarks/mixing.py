@@ -24,7 +24,7 @@ import webdataset
 from nvidia.dali import fn, pipeline_def
 
 from data_prep.shard_file import ShardWriter
-from pipeline.data.order import Stream
+from pipeline.data.sampler import ShardedSampler
 
 SAMPLES_A_SHARD, SAMPLES_A_CLASS = 200, 256
 WINDOWS = (1, 4, 16, 64)
@@ -53,7 +53,7 @@ def main() -> None:
 def readers(tars: list[Path], shards: int) -> Iterator[tuple[str, str, np.ndarray]]:
     """Title, samples held, and the samples of one epoch in the order in which they come."""
     for window in WINDOWS:
-        yield f"ours, window_shards {window}", "0", ours(shards, window)
+        yield f"ours, shuffle_window_shards {window}", "0", ours(shards, window)
     for buffer in BUFFERS:
         yield f"DALI readers.webdataset, initial_fill {buffer:,}", f"{buffer:,}", dali(tars, buffer)
     for buffer in BUFFERS:
@@ -63,7 +63,7 @@ def readers(tars: list[Path], shards: int) -> Iterator[tuple[str, str, np.ndarra
 
 
 def ours(shards: int, window: int) -> np.ndarray:
-    stream = Stream(np.full(shards, SAMPLES_A_SHARD), seed=0, window=window)
+    stream = ShardedSampler(np.full(shards, SAMPLES_A_SHARD), seed=0, window=window)
     return stream.locate(np.arange(stream.num_samples)).sample
 
 

@@ -32,11 +32,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipeline.distributed.launch import init_dist_env
 from pipeline.methods import Method, build_method
-from pipeline.pretraining import pretrain
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.tasks.pretraining import pretrain
 from pipeline.train import engine
-from pipeline.train.distributed import find_world
 from pipeline.train.engine_config import engine_config
 from pipeline.train.guard import Guard
 
@@ -88,7 +88,7 @@ class Rival(Method):
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor):
         return self.method.reconstruct(images, noise)
 
-    def set_progress(self, done: float) -> None:
+    def set_training_progress(self, done: float) -> None:
         """The loop calls it before every step."""
         if self.step % self.turn == 0:
             if self.step:
@@ -104,7 +104,7 @@ class Rival(Method):
         """Count the time in the engine's calls as inside, that of the guard's verdict in them as outside."""
         for name in ("forward", "backward", "step"):
             setattr(model, name, self._counted(getattr(model, name), 1))
-        Guard.verdict = self._counted(Guard.verdict, -1)
+        Guard.should_skip = self._counted(Guard.should_skip, -1)
         return model
 
     def _counted(self, call: Callable, sign: int) -> Callable:
@@ -119,7 +119,7 @@ class Rival(Method):
 
     def _bare_turn(self) -> None:
         if not self.bare_times:
-            self.world = find_world()
+            self.world = init_dist_env()
             config = engine_config(self.recipe, self.world.size)
             method = build_method(self.recipe)
             self.bare = [self.build_engine(self.recipe, method, config, self.world.device)]

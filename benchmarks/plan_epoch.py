@@ -54,25 +54,25 @@ def run(part: str, *arguments: str) -> str:
 
 
 def plan() -> str:
-    from pipeline.data.order import Stream
+    from pipeline.data.sampler import ShardedSampler
 
     sizes = np.full(SHARDS, SAMPLES_A_SHARD)
-    return measured(lambda: Stream(sizes, 0, WINDOW).plan(9))
+    return measured(lambda: ShardedSampler(sizes, 0, WINDOW).plan(9))
 
 
 def locate() -> str:
-    from pipeline.data.order import Stream
+    from pipeline.data.sampler import ShardedSampler
 
     sizes = np.full(SHARDS, SAMPLES_A_SHARD)
-    return measured(lambda: Stream(sizes, 0, WINDOW).locate(MIDDLE + np.arange(BATCH)))
+    return measured(lambda: ShardedSampler(sizes, 0, WINDOW).locate(MIDDLE + np.arange(BATCH)))
 
 
 def mixture() -> str:
-    from pipeline.data.mixture import Mixture
+    from pipeline.data.mixture import MixtureSampler
 
     sizes = np.split(np.full(SHARDS, SAMPLES_A_SHARD), 10)
     weights = range(1, 11)
-    return measured(lambda: Mixture(sizes, weights, 0, WINDOW).locate(MIDDLE + np.arange(BATCH)))
+    return measured(lambda: MixtureSampler(sizes, weights, 0, WINDOW).locate(MIDDLE + np.arange(BATCH)))
 
 
 def measured(work) -> str:

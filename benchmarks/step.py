@@ -10,7 +10,7 @@ each in a process of its own, so that a machine that slows down slows all of the
 that another has freed. What counts is the median of the turns, and for a ratio the median over the rounds,
 with its 95 % interval (bootstrap).
 
-On a CPU ours hold memory as our runs do (pipeline/train/host_memory.py), the peers as they come; with
+On a CPU ours hold memory as our runs do (pipeline/distributed/host_memory.py), the peers as they come; with
 "memory kept" beside its name a peer holds it as ours. On a GPU ours hold bfloat16 weights with float32
 masters, as DeepSpeed does; the peers run under autocast, as their own examples do. Needs transformers and
 lightly.
@@ -29,11 +29,11 @@ from multiprocessing.connection import Connection
 import numpy as np
 import torch
 
+from pipeline.distributed.hardware import GPUS, keep_freed_memory
 from pipeline.methods import build_method
-from pipeline.models.sizes import SIZES
-from pipeline.plan import GPUS, forward_flops, training_flops
+from pipeline.methods.flops import forward_flops, training_flops
 from pipeline.recipe import load_recipe
-from pipeline.train.host_memory import keep_freed_memory
+from pipeline.recipe.sections import SIZES
 
 IMAGE, MASK_RATIO = 224, 0.75
 DECODER = {"width": 512, "depth": 8, "heads": 16}

@@ -74,7 +74,7 @@ TRIAL = 100  # steps by which a method's speed is measured; the first fifth is n
 FEATURES = ("--resize", "32")
 SOME, FEW = 0.2, 0.01  # shares of the labels: for k-NN and the probe, and in fine-tuning
 PICTURES = 64
-ON_ONE_CORE = {} if torch.cuda.is_available() else {"data.threads": 1}
+ON_ONE_CORE = {} if torch.cuda.is_available() else {"data.decode_threads": 1}
 AT_A_TIME = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 FIGURES = {
     "knn": "k-NN, %",

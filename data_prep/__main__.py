@@ -5,7 +5,7 @@ import os
 import sys
 
 from data_prep.arguments import parse
-from data_prep.errors import BuildStopped, UserError
+from data_prep.errors import StoppedEarly, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def _run(options) -> int:
         return _fail(error, 2)
     except PermissionError as error:
         return _fail(f"{error.filename}: {error.strerror}", 2)
-    except BuildStopped as error:
+    except StoppedEarly as error:
         return _fail(error, 75)
 
 
@@ -40,7 +40,7 @@ def _build(options) -> int:
     _check_src(options)
     from data_prep.builder import Settings, Task, build, prepare
     from data_prep.images import Policy
-    from data_prep.plan import ShardSize
+    from data_prep.shard_plan import ShardSize
 
     settings = Settings(
         split=options.split,
@@ -71,7 +71,7 @@ def _check_src(options) -> None:
 def _source(options):
     match options.command:
         case "folder" if options.src.is_file():
-            from data_prep.sources.archive import ArchiveSource
+            from data_prep.sources.image_archive import ArchiveSource
 
             return ArchiveSource(options.src, options.labels)
         case "folder":
@@ -98,7 +98,7 @@ def _source(options):
 
 def _finalize(options) -> int:
     from data_prep.builder import describe
-    from data_prep.finish import finalize
+    from data_prep.finalize import finalize
 
     manifest = finalize(options.out)
     print(f"{options.out} is whole already" if manifest is None else describe(options.out, manifest))
@@ -107,10 +107,10 @@ def _finalize(options) -> int:
 
 def _verify(options) -> int:
     from data_prep.shard_set import read_manifest
-    from data_prep.verify import faults
+    from data_prep.verify import find_faults
 
     found = 0
-    for fault in faults(options.out, options.deep):
+    for fault in find_faults(options.out, options.deep):
         found += 1
         print(fault)
     if found:

@@ -19,9 +19,8 @@ from typing import Any
 from data_prep import images
 from data_prep.errors import UserError
 from data_prep.pixels import ImageError
-from data_prep.plan import Plan
-from data_prep.reading import Reader
 from data_prep.shard_file import ShardWriter
+from data_prep.shard_plan import ShardPlan
 from data_prep.shard_set import (
     BUILD_DIRECTORY,
     Shard,
@@ -33,6 +32,7 @@ from data_prep.shard_set import (
     tar_path,
     write_atomically,
 )
+from data_prep.source_reader import Reader
 from data_prep.sources.sample import Location, Source
 from data_prep.stats import Stats
 
@@ -56,7 +56,7 @@ class Record:
 class Job:
     """All that a worker has to know."""
 
-    plan: Plan
+    plan: ShardPlan
     source: Source
     policy: images.Policy
     directory: Path
@@ -160,7 +160,7 @@ def is_finished(job: Job, number: int) -> bool:
     return True
 
 
-def _record_to_json(record: Record, plan: Plan) -> bytes:
+def _record_to_json(record: Record, plan: ShardPlan) -> bytes:
     document: dict[str, Any] = {
         "plan_sha256": plan.sha256,
         "shard": asdict(record.shard) if record.shard else None,

@@ -10,23 +10,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_prep.build_shard import Job, estimated_bytes, read_record
 from data_prep.errors import UserError
-from data_prep.finish import (
+from data_prep.finalize import (
     NothingUsable,
-    finish,
-    in_short,
+    build_state_of,
+    finalize_build,
     lock,
-    read_ticket,
+    read_build_state,
     refused_entries,
     remove_build_directory,
-    ticket_of,
-    write_ticket,
+    summarize,
+    write_build_state,
 )
 from data_prep.images import Policy
-from data_prep.pack import Job, estimated_bytes, read_record
 from data_prep.pixels import load_resizer
-from data_prep.plan import Plan, ShardSize
 from data_prep.progress import Progress
+from data_prep.shard_plan import ShardPlan, ShardSize
 from data_prep.shard_set import (
     BUILD_DIRECTORY,
     MANIFEST,
@@ -60,43 +60,43 @@ class Settings:
     task: Task | None = None
 
 
-def build(source: Source, out: Path, settings: Settings, say=print) -> Manifest | None:
+def build(source: Source, out: Path, settings: Settings, report=print) -> Manifest | None:
     """Builds, or continues, the shard set of `source` in `out`; returns at once where it is whole already.
     With a task it builds that share and returns None: `finalize` then makes the set whole.
 
-    Raises UserError before anything is written when OUT holds something else; UserError or BuildStopped later
+    Raises UserError before anything is written when OUT holds something else; UserError or StoppedEarly later
     leave a build that the same call continues.
     """
     _check_out(out)
-    job, identity = prepare(source, out, settings, say)
+    job, identity = prepare(source, out, settings, report)
     whole = _already_whole(out, identity)
     if whole is not None:
-        say(
+        report(
             f"{out} is whole already: {whole.num_samples:,} samples in {len(whole.shards):,} shards, all of "
             f"the right size; `python -m data_prep verify {out}` reads them"
         )
         return whole
     created = not out.exists()
-    ticket = ticket_of(job, identity)
-    held = read_ticket(out)
+    build_state = build_state_of(job, identity)
+    held = read_build_state(out)
     if held is None:
-        write_ticket(out, ticket)
+        write_build_state(out, build_state)
     else:
         _same_build(out, held.identity, identity, "an unfinished build of another set")
     if settings.task is not None:
         numbers = range(settings.task.index, job.plan.num_shards, settings.task.count)
         with lock(out, exclusive=False):
             run_shards(job, numbers, settings.workers)
-        say(f"{out}: task {settings.task.index} of {settings.task.count} is done, {len(numbers):,} shards")
+        report(f"{out}: task {settings.task.index} of {settings.task.count} is done, {len(numbers):,} shards")
         return None
     try:
         with lock(out, exclusive=True):
             run_shards(job, range(job.plan.num_shards), settings.workers)
-            manifest = finish(out, ticket)
+            manifest = finalize_build(out, build_state)
     except NothingUsable as error:
         shutil.rmtree(out if created else job.build_directory)
         raise UserError(str(error)) from None
-    say(describe(out, manifest))
+    report(describe(out, manifest))
     return manifest
 
 
@@ -108,11 +108,11 @@ def describe(out: Path, manifest: Manifest) -> str:
     )
 
 
-def prepare(source: Source, out: Path, settings: Settings, say=print) -> tuple[Job, dict[str, Any]]:
+def prepare(source: Source, out: Path, settings: Settings, report=print) -> tuple[Job, dict[str, Any]]:
     """Plans, and says what will be done. Returns the job and the build's identity; writes nothing."""
-    plan = Plan(source.samples(), settings.seed, settings.shard_size)
+    plan = ShardPlan(source.samples(), settings.seed, settings.shard_size)
     if not plan.num_shards:
-        raise UserError(f"no readable image in SRC: {in_short(refused_entries(plan))}")
+        raise UserError(f"no readable image in SRC: {summarize(refused_entries(plan))}")
     job = Job(plan, source, settings.policy, out, settings.split)
     options = {**asdict(settings.policy), "shard_samples": settings.shard_size.samples}
     options |= {"shard_bytes": settings.shard_size.bytes, "layout": source.layout}
@@ -125,12 +125,12 @@ def prepare(source: Source, out: Path, settings: Settings, say=print) -> tuple[J
     }
     classes = f", {len(source.classes.names):,} classes" if source.classes.names else ""
     needed = sum(estimated_bytes(job, number) for number in range(plan.num_shards))
-    say(
+    report(
         f"{source.kind} ({source.layout}): {plan.num_inputs:,} inputs{classes}, "
         f"{plan.source_bytes / 1e6:,.1f} MB -> {plan.num_shards:,} shards of {needed / 1e6:,.1f} MB in {out}"
     )
     if source.expected is not None and source.expected != plan.num_inputs:
-        say(f"note: the data set as published has {source.expected:,} images")
+        report(f"note: the data set as published has {source.expected:,} images")
     return job, identity
 
 

@@ -1,9 +1,12 @@
-"""How a command ends early: each error is one line for the user, never a traceback."""
+"""Exceptions that end a command with one line for the user and an exit code, never a traceback.
+
+`pipeline.errors` adds those of training.
+"""
 
 
 class UserError(ValueError):
-    """Something for the user to mend (arguments, source, disk). Exit code 2."""
+    """A mistake in arguments, recipe, data or storage that the user can fix. Exit code 2."""
 
 
-class BuildStopped(RuntimeError):
-    """The build stopped with all finished shards kept; the same command continues it. Exit code 75."""
+class StoppedEarly(Exception):
+    """A command that stopped before its end with its progress saved. Exit code 75; the same command resumes."""

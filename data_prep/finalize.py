@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.card import write_card
+from data_prep.build_shard import Job, disk_full, quarantine_entry, read_record
+from data_prep.dataset_card import write_card
 from data_prep.errors import UserError
-from data_prep.pack import Job, disk_full, quarantine_entry, read_record
-from data_prep.plan import Plan
+from data_prep.shard_plan import ShardPlan
 from data_prep.shard_set import (
     BUILD_DIRECTORY,
     FORMAT_VERSION,
@@ -51,7 +51,7 @@ class NothingUsable(Exception):
 
 
 @dataclass(frozen=True)
-class Ticket:
+class BuildState:
     """identity: the manifest's fields that tell one build from another. refused: quarantine entries of inputs
     that are in no shard's plan. root: the source, for messages."""
 
@@ -60,19 +60,19 @@ class Ticket:
     inputs: int
     classes: list[str]
     class_names: list[str]
-    refused: list[dict[str, str]]
+    rejected: list[dict[str, str]]
 
 
-def refused_entries(plan: Plan) -> list[dict[str, str]]:
+def refused_entries(plan: ShardPlan) -> list[dict[str, str]]:
     """Quarantine entries of the inputs that are in no shard's plan."""
     entries = []
-    for item in plan.refused:
+    for item in plan.rejected:
         reason, _, detail = item.reason.partition(": ")
         entries.append(quarantine_entry(item.location, reason, detail))
     return entries
 
 
-def in_short(quarantine: list[dict[str, str]]) -> str:
+def summarize(quarantine: list[dict[str, str]]) -> str:
     """How many inputs were refused, for which reasons, with some examples: one line."""
     counts = Counter(entry["reason"] for entry in quarantine).most_common()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
@@ -80,9 +80,9 @@ def in_short(quarantine: list[dict[str, str]]) -> str:
     return f"{len(quarantine):,} inputs refused ({reasons}); for example {'; '.join(examples)}"
 
 
-def ticket_of(job: Job, identity: dict[str, Any]) -> Ticket:
+def build_state_of(job: Job, identity: dict[str, Any]) -> BuildState:
     classes = job.source.classes
-    return Ticket(
+    return BuildState(
         identity,
         job.plan.num_shards,
         job.plan.num_inputs,
@@ -92,34 +92,34 @@ def ticket_of(job: Job, identity: dict[str, Any]) -> Ticket:
     )
 
 
-def read_ticket(out: Path) -> Ticket | None:
+def read_build_state(out: Path) -> BuildState | None:
     """None where OUT holds no unfinished build. Raises UserError when it can't be read."""
     path = out / BUILD_DIRECTORY / _TICKET
     try:
-        return Ticket(**json.loads(path.read_bytes()))
+        return BuildState(**json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError):
         raise UserError(f"{path} can't be read: remove {out} and build again") from None
 
 
-def write_ticket(out: Path, ticket: Ticket) -> None:
+def write_build_state(out: Path, build_state: BuildState) -> None:
     try:
         (out / BUILD_DIRECTORY).mkdir(parents=True, exist_ok=True)
-        write_atomically(out / BUILD_DIRECTORY / _TICKET, json.dumps(asdict(ticket)).encode())
+        write_atomically(out / BUILD_DIRECTORY / _TICKET, json.dumps(asdict(build_state)).encode())
     except OSError as error:
         raise UserError(f"OUT {out} can't be written: {error.strerror}") from None
 
 
-def finish(out: Path, ticket: Ticket) -> Manifest:
+def finalize_build(out: Path, build_state: BuildState) -> Manifest:
     """Writes quarantine, card and, last, the manifest. Raises UserError when a shard is missing,
     NothingUsable when no input was fit for any."""
-    shards, stats, quarantine, missing = [], Stats(), list(ticket.refused), []
-    for entry in ticket.refused:
+    shards, stats, quarantine, missing = [], Stats(), list(build_state.rejected), []
+    for entry in build_state.rejected:
         stats.quarantine[entry["reason"]] += 1
-    for number in range(ticket.num_shards):
-        name = shard_name(ticket.identity["source"], ticket.identity["split"], number)
-        record = read_record(out, name, ticket.identity["plan_sha256"])
+    for number in range(build_state.num_shards):
+        name = shard_name(build_state.identity["source"], build_state.identity["split"], number)
+        record = read_record(out, name, build_state.identity["plan_sha256"])
         if record is None:
             missing.append(name)
             continue
@@ -130,19 +130,19 @@ def finish(out: Path, ticket: Ticket) -> Manifest:
     if missing:
         names = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
         raise UserError(
-            f"OUT {out}: {len(missing):,} of {ticket.num_shards:,} shards are not built yet ({names}); "
+            f"OUT {out}: {len(missing):,} of {build_state.num_shards:,} shards are not built yet ({names}); "
             "run the build, or those of its array tasks that failed, again"
         )
     if not shards:
-        raise NothingUsable(f"no readable image in SRC: {in_short(quarantine)}")
+        raise NothingUsable(f"no readable image in SRC: {summarize(quarantine)}")
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        **ticket.identity,
-        inputs=ticket.inputs,
+        **build_state.identity,
+        inputs=build_state.inputs,
         quarantined=len(quarantine),
         repairs=dict(sorted(stats.repairs.items())),
-        classes=tuple(ticket.classes),
-        class_names=tuple(ticket.class_names),
+        classes=tuple(build_state.classes),
+        class_names=tuple(build_state.class_names),
         shards=tuple(shards),
     )
     try:
@@ -172,15 +172,15 @@ def store_shards(out: Path, names: Iterable[str]) -> None:
 
 def finalize(out: Path) -> Manifest | None:
     """For builds by array tasks. None when OUT is whole already. Raises UserError and ShardSetError."""
-    ticket = read_ticket(out)
+    build_state = read_build_state(out)
     if (out / MANIFEST).exists():
         remove_build_directory(out)
         return None
-    if ticket is None:
+    if build_state is None:
         raise UserError(f"OUT {out} holds no unfinished build; the build's own command begins one")
     with lock(out, exclusive=True):
         try:
-            return finish(out, ticket)
+            return finalize_build(out, build_state)
         except NothingUsable as error:
             raise UserError(str(error)) from None
 

@@ -33,7 +33,7 @@ class ShardSize:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class Rejected:
     """An input that is not read at all. reason: "code: detail"."""
 
     location: Location
@@ -63,13 +63,13 @@ class _Texts:
         digest.update(self._ends)
 
 
-class Plan:
+class ShardPlan:
     """rows: one per sample in the source's order. order: row numbers in the order of the shards, (n,) uint32.
     bounds: shard i holds order[bounds[i] : bounds[i + 1]]. refused: inputs that are in no shard."""
 
     def __init__(self, samples: Iterable[Sample], seed: int, shard_size: ShardSize):
         self.seed = seed
-        self.refused: list[Refused] = []
+        self.rejected: list[Rejected] = []
         self._keys, self._members, self._containers = _Texts(), _Texts(), _Texts()
         self._container, self._offset, self._size = array("I"), array("Q"), array("Q")
         self._label, self._storage = array("i"), array("B")
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def num_inputs(self) -> int:
-        return len(self.order) + len(self.refused)
+        return len(self.order) + len(self.rejected)
 
     @property
     def num_shards(self) -> int:
@@ -114,8 +114,8 @@ class Plan:
         container = None
         for sample in samples:
             location = sample.location
-            if sample.refusal is not None:
-                self.refused.append(Refused(location, sample.refusal))
+            if sample.rejection_reason is not None:
+                self.rejected.append(Rejected(location, sample.rejection_reason))
                 continue
             if location.storage == Storage.FILE:
                 member = (
@@ -155,7 +155,7 @@ class Plan:
             held[key] = winner
             twin = self._sample(int(order[winner])).location
             reason = f"duplicate_key: its key {key!r} is that of {twin}"
-            self.refused.append(Refused(self._sample(int(order[loser])).location, reason))
+            self.rejected.append(Rejected(self._sample(int(order[loser])).location, reason))
             dropped.append(loser)
         return np.delete(order, dropped)
 
@@ -184,7 +184,7 @@ class Plan:
         return Sample(self._keys[row], location, self._label[row])
 
     def _digest(self, shard_size: ShardSize) -> str:
-        digest = hashlib.sha256(f"{self.seed} {shard_size} {len(self.refused)} {len(self._label)}".encode())
+        digest = hashlib.sha256(f"{self.seed} {shard_size} {len(self.rejected)} {len(self._label)}".encode())
         for texts in (self._keys, self._members, self._containers):
             texts.feed(digest)
         for column in (self._container, self._offset, self._size, self._label, self._storage):

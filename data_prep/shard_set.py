@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.errors import UserError
+
 FORMAT = "shardmae-shard-set"
 FORMAT_VERSION = 1
 MANIFEST, QUARANTINE, WIDS = "manifest.json", "quarantine.jsonl", "wids.json"
@@ -36,7 +38,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MANIFEST_LIMIT = 1 << 30  # bytes; a million shards need a quarter of it
 
 
-class ShardSetError(ValueError):
+class ShardSetError(UserError):
     """A shard set that is missing, unfinished or damaged: one line with what, where and what to do."""
 
 

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 from data_prep.errors import UserError
 from data_prep.pixels import ImageError
-from data_prep.sources.archives import open_gzip
+from data_prep.sources.containers import open_gzip
 from data_prep.sources.sample import Location, Storage
 
 IMAGE_BYTES_LIMIT = 512 << 20

@@ -31,7 +31,7 @@ from data_prep.shard_set import (
 )
 
 
-def faults(directory: Path, deep: bool = False) -> Iterator[str]:
+def find_faults(directory: Path, deep: bool = False) -> Iterator[str]:
     """Yields one line for each fault that is found; nothing for a set that is whole and true. deep: decode
     every image with DALI.
 
@@ -43,7 +43,7 @@ def faults(directory: Path, deep: bool = False) -> Iterator[str]:
         yield from _shard_faults(directory, manifest, shard, keys)
     yield from _repeated_keys(directory, manifest, keys)
     if deep:
-        from data_prep.deep import undecodable
+        from data_prep.verify_with_dali import undecodable
 
         for shard in manifest.shards:
             yield from undecodable(directory, shard)

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from data_prep.errors import BuildStopped, UserError
-from data_prep.pack import Job, build_shard, is_finished
-from data_prep.reading import Reader
+from data_prep.build_shard import Job, build_shard, is_finished
+from data_prep.errors import StoppedEarly, UserError
 from data_prep.shard_set import remove_leftovers
+from data_prep.source_reader import Reader
 
 _REPORT_SECONDS = 0.2
 
@@ -31,7 +31,7 @@ def build_shards(
 ) -> None:
     """Builds the shards `numbers` that are not finished yet; workers >= 1.
 
-    Raises UserError (source or disk), BuildStopped (a worker was killed, or this process was told to stop).
+    Raises UserError (source or disk), StoppedEarly (a worker was killed, or this process was told to stop).
     """
     numbers = list(numbers)
     workers = min(workers, len(numbers))
@@ -53,7 +53,7 @@ def build_shards(
             theirs.close()
             connections.append(ours)
             processes.append(process)
-        _deal(numbers, dict(zip(connections, processes, strict=True)), stop_reader, on_progress)
+        _dispatch(numbers, dict(zip(connections, processes, strict=True)), stop_reader, on_progress)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -67,21 +67,21 @@ def build_shards(
             remove_leftovers(job.directory, process.pid)
 
 
-def _deal(numbers: list[int], owner: dict[Connection, Any], stop: Connection, on_progress) -> None:
+def _dispatch(numbers: list[int], owner: dict[Connection, Any], stop: Connection, on_progress) -> None:
     """owner: the process behind each connection. stop: becomes readable when this process is to stop."""
     waiting = iter(numbers)
     for connection in owner:
-        _hand_out(connection, next(waiting, None))
+        _send_task(connection, next(waiting, None))
     while owner:
         for connection in wait([stop, *owner]):
             if connection is stop:
-                raise BuildStopped("stopped; finished shards are kept and the same command continues")
+                raise StoppedEarly("stopped; finished shards are kept and the same command continues")
             try:
                 kind, content = connection.recv()
             except (EOFError, ConnectionResetError):
                 process = owner.pop(connection)
                 process.join()
-                raise BuildStopped(
+                raise StoppedEarly(
                     f"a worker was killed ({_ending(process.exitcode)}; out of memory, perhaps); "
                     "finished shards are kept and the same command continues"
                 ) from None
@@ -89,7 +89,7 @@ def _deal(numbers: list[int], owner: dict[Connection, Any], stop: Connection, on
                 on_progress(content)
             elif kind == "done":
                 number = next(waiting, None)
-                _hand_out(connection, number)
+                _send_task(connection, number)
                 if number is None:
                     owner.pop(connection)
             elif kind == "user_error":
@@ -98,7 +98,7 @@ def _deal(numbers: list[int], owner: dict[Connection, Any], stop: Connection, on
                 raise RuntimeError(f"in a worker:\n{content}")
 
 
-def _hand_out(connection: Connection, number: int | None) -> None:
+def _send_task(connection: Connection, number: int | None) -> None:
     with contextlib.suppress(
         BrokenPipeError, ConnectionResetError
     ):  # receiving from it will say that it is dead

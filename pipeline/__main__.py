@@ -6,8 +6,9 @@ Heavy imports wait until a command runs, so that --help answers at once.
 import argparse
 import sys
 
-from pipeline.commands import cost, judge, show, train
-from pipeline.exits import exit_code_of
+from pipeline.commands import estimate, evaluate, train, visualize
+from pipeline.commands.exit_codes import exit_code_of
+from pipeline.distributed.logging import setup_logging
 
 EXAMPLES = """\
 examples:
@@ -20,6 +21,7 @@ examples:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = parser().parse_args(arguments)
+    setup_logging()
     return exit_code_of(lambda: args.command(args))
 
 
@@ -34,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher puts this before the command; the environment says the same.
     root.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (train, judge, show, cost):
+    for group in (train, evaluate, visualize, estimate):
         group.add_to(commands)
     return root
 

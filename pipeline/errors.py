@@ -1,31 +1,25 @@
-"""What a user can mend is a `UserError`: one line that says what, where and what to do, and exit code 2.
-A run that cannot be trained on is `Diverged`, and exit code 4."""
+"""Exceptions that end a command with one line for the user and an exit code, never a traceback."""
 
 from collections.abc import Sequence
 
+from data_prep.errors import StoppedEarly, UserError
 
-class UserError(ValueError):
-    """A mistake in arguments, recipe or data. The message is shown as it is, without a traceback."""
-
-
-class Unanswered(UserError):
-    """Storage that gave no answer in all the time it was given. It may answer the next start: a run with
-    everything saved ends as `StoppedEarly`."""
+__all__ = ["AllRanksError", "Diverged", "StoppedEarly", "StorageTimeout", "UserError", "join_names"]
 
 
-class AgreedError(UserError):
-    """One that all ranks have told each other, and raise together: rank 0 says it."""
+class StorageTimeout(UserError):
+    """Storage that did not respond within the timeout and all retries; the next start may succeed."""
 
 
-class StoppedEarly(Exception):
-    """A run that stopped before its end, with everything saved: exit code 75, the same command continues."""
+class AllRanksError(UserError):
+    """A UserError that every rank raises together; only rank 0 prints it."""
 
 
 class Diverged(RuntimeError):
-    """Training that the guard cannot save. The message is shown as it is; exit code 4."""
+    """Training that diverged although the guard skipped steps and rolled back. Exit code 4."""
 
 
-def some(names: Sequence[str], at_most: int = 3) -> str:
-    """The first of them, for a message."""
-    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(names[:at_most]) + more
+def join_names(names: Sequence[str], limit: int = 3) -> str:
+    """Join the first `limit` names for a message, with the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

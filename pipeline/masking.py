@@ -32,7 +32,7 @@ def parallel_parts(noise: torch.Tensor, num_parts: int) -> torch.Tensor:
     return noise.argsort(dim=1, stable=True).view(batch, num_parts, num_patches // num_parts)
 
 
-def take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def gather_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """tokens (B, L, D) at ids (B, M) -> (B, M, D)."""
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
 

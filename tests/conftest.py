@@ -123,13 +123,13 @@ def small_disk(tmp_path):
 @pytest.fixture
 def kept_environment():
     """What finding and joining the ranks and listening to signals leave behind goes with the test."""
-    from pipeline.train.distributed import leave
-    from pipeline.train.stopping import SIGNALS
+    from pipeline.distributed.collectives import destroy_process_group
+    from pipeline.train.preemption import SIGNALS
 
     before, heard = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
     os.environ["DS_ACCELERATOR"] = "cpu"
     yield
-    leave()
+    destroy_process_group()
     signal.set_wakeup_fd(-1)
     for number, handler in heard.items():
         signal.signal(number, handler)

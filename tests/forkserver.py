@@ -32,18 +32,18 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 PRELOAD = [
-    "pipeline.pretraining",
-    "pipeline.finetune.task",
+    "pipeline.tasks.pretraining",
+    "pipeline.tasks.classification",
     "pipeline.train.preflight",
-    "pipeline.plan",
-    "pipeline.bench_loader",
+    "pipeline.estimate.plan",
+    "pipeline.estimate.bench_loader",
     "pipeline.evals.knn",
     "pipeline.evals.linprobe",
-    "pipeline.evals.reconstruct",
+    "pipeline.pictures.reconstruct",
     "pipeline.report.page",
     "pipeline.export.command",
     "data_prep.builder",
-    "data_prep.finish",
+    "data_prep.finalize",
     "data_prep.verify",
     "torch.utils.tensorboard.writer",
 ]

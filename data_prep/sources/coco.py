@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.sources.archives import entries
+from data_prep.sources.containers import entries
 from data_prep.sources.sample import NO_DETAILS, Details, PlainSource, Sample, key_of
 
 SPLITS = ("train", "val", "test", "unlabeled")
@@ -42,7 +42,7 @@ class CocoSource(PlainSource):
 
     def samples(self) -> Iterator[Sample]:
         for entry in entries(self.root, self._container):
-            yield Sample(key_of(entry.base), entry.location, -1, entry.refusal)
+            yield Sample(key_of(entry.base), entry.location, -1, entry.rejection_reason)
 
     def details(self, key: str) -> Details:
         if not self._annotated:

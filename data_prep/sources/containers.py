@@ -30,7 +30,7 @@ class Entry:
 
     name: str
     location: Location
-    refusal: str | None = None
+    rejection_reason: str | None = None
 
     @property
     def base(self) -> str:
@@ -42,9 +42,9 @@ def entries(root: str | os.PathLike, container: str) -> Iterator[Entry]:
     path below root. Raises UserError when it can't be read to its end."""
     path = os.path.join(root, container) if container else os.fspath(root)
     if os.path.isdir(path):
-        for name, size, refusal in files_below(path):
+        for name, size, rejection_reason in files_below(path):
             below = f"{container}/{name}" if container else name
-            yield Entry(name, Location(below, "", 0, size, Storage.FILE), refusal)
+            yield Entry(name, Location(below, "", 0, size, Storage.FILE), rejection_reason)
     elif _starts_with(path, b"PK"):
         yield from _zip_entries(path, container)
     else:

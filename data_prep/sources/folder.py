@@ -41,12 +41,12 @@ class FolderSource(PlainSource):
     def samples(self) -> Iterator[Sample]:
         number = {name: label for label, name in enumerate(self.classes.names)}
         found = False
-        for name, size, refusal in files_below(self.root):
+        for name, size, rejection_reason in files_below(self.root):
             found = True
             label = number.get(name.split("/", 1)[0], -1)
-            if number and label < 0 and refusal is None:
-                refusal = "no_class: lies beside the class folders"
-            yield Sample(key_of(name), Location(name, "", 0, size, Storage.FILE), label, refusal)
+            if number and label < 0 and rejection_reason is None:
+                rejection_reason = "no_class: lies beside the class folders"
+            yield Sample(key_of(name), Location(name, "", 0, size, Storage.FILE), label, rejection_reason)
         if not found:
             raise UserError(f"SRC {self.root} is empty: it holds no file at all")
 

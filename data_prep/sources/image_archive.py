@@ -10,8 +10,8 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.images import sniff
 from data_prep.pixels import ImageError
-from data_prep.reading import Reader
-from data_prep.sources.archives import TAR_ENDINGS, Entry, entries
+from data_prep.source_reader import Reader
+from data_prep.sources.containers import TAR_ENDINGS, Entry, entries
 from data_prep.sources.folder import HIDDEN
 from data_prep.sources.sample import Classes, PlainSource, Sample, key_of
 
@@ -22,7 +22,7 @@ class ArchiveSource(PlainSource):
     def __init__(self, root: Path, labels: str = "auto"):
         if not _is_archive(root):
             raise UserError(f"SRC {root} is no folder, and no tar, tar.gz or zip archive")
-        usable = [entry for entry in entries(root, "") if _refusal(entry) is None]
+        usable = [entry for entry in entries(root, "") if _rejection_reason(entry) is None]
         tops = {entry.name.partition("/")[:2] for entry in usable}
         self._top = "".join(tops.pop()) if len(tops) == 1 and ("/" in next(iter(tops))) else ""
         folders, loose = set(), []
@@ -41,11 +41,11 @@ class ArchiveSource(PlainSource):
         number = {name: label for label, name in enumerate(self.classes.names)}
         entry = None
         for entry in entries(self.root, ""):
-            name, refusal = self._name(entry), _refusal(entry)
+            name, rejection_reason = self._name(entry), _rejection_reason(entry)
             label = number.get(name.split("/", 1)[0], -1) if "/" in name else -1
-            if number and label < 0 and refusal is None:
-                refusal = "no_class: lies beside the class folders"
-            yield Sample(key_of(name), entry.location, label, refusal)
+            if number and label < 0 and rejection_reason is None:
+                rejection_reason = "no_class: lies beside the class folders"
+            yield Sample(key_of(name), entry.location, label, rejection_reason)
         if entry is None:
             raise UserError(f"SRC {self.root} is empty: it holds no file at all")
 
@@ -64,10 +64,10 @@ def _is_archive(path: Path) -> bool:
     return head.startswith((b"PK\3\4", b"PK\5\6", b"\x1f\x8b")) or head[257:] == b"ustar"
 
 
-def _refusal(entry: Entry) -> str | None:
-    if entry.refusal is None and any(part.startswith(".") for part in entry.name.split("/")):
+def _rejection_reason(entry: Entry) -> str | None:
+    if entry.rejection_reason is None and any(part.startswith(".") for part in entry.name.split("/")):
         return HIDDEN
-    return entry.refusal
+    return entry.rejection_reason
 
 
 def _has_image(root: Path, loose: list[Entry]) -> bool:

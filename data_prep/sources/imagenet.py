@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.sources.archives import Entry, entries, entries_inside
+from data_prep.sources.containers import Entry, entries, entries_inside
 from data_prep.sources.sample import Classes, PlainSource, Sample, key_of
 
 LAYOUTS = ("archives", "folders", "kaggle")
@@ -57,8 +57,10 @@ class ImageNetSource(PlainSource):
         for entry in self._entries():
             wnid = self._wnid_of(entry)
             label = self._label_of.get(wnid, -1)
-            refusal = entry.refusal or (None if label >= 0 else "no_class: its class is not known")
-            yield Sample(key_of(entry.base), entry.location, label, refusal)
+            rejection_reason = entry.rejection_reason or (
+                None if label >= 0 else "no_class: its class is not known"
+            )
+            yield Sample(key_of(entry.base), entry.location, label, rejection_reason)
 
     def _open(self, split: str) -> Callable[[Entry], str | None]:
         """Sets the classes. Returns what gives an image's wnid."""
@@ -95,8 +97,8 @@ class ImageNetSource(PlainSource):
             yield from entries(self.root, self._container)
             return
         for outer in self._tars:
-            if outer.refusal:
-                raise UserError(f"{outer.location} is no archive but {outer.refusal}")
+            if outer.rejection_reason:
+                raise UserError(f"{outer.location} is no archive but {outer.rejection_reason}")
             yield from entries_inside(self.root, outer)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.sources.archives import TAR_ENDINGS, Entry, entries, entries_inside
+from data_prep.sources.containers import TAR_ENDINGS, Entry, entries, entries_inside
 from data_prep.sources.imagenet import WNID
 from data_prep.sources.sample import Classes, PlainSource, Sample, key_of
 
@@ -22,7 +22,7 @@ class ImageNet21kSource(PlainSource):
         self._tars: dict[str, list[Entry]] = {}
         for entry in entries(root, ""):
             wnid = entry.base.partition(".")[0]
-            if entry.refusal is None and WNID.fullmatch(wnid) and entry.base.endswith(TAR_ENDINGS):
+            if entry.rejection_reason is None and WNID.fullmatch(wnid) and entry.base.endswith(TAR_ENDINGS):
                 self._tars.setdefault(wnid, []).append(entry)
         layout = "a tar of tars" if root.is_file() else "a tar per synset"
         names = sorted(self._tars)
@@ -38,7 +38,7 @@ class ImageNet21kSource(PlainSource):
     def samples(self) -> Iterator[Sample]:
         for label, wnid in enumerate(self.classes.names):
             for entry in self._of_class(wnid):
-                yield Sample(key_of(entry.base), entry.location, label, entry.refusal)
+                yield Sample(key_of(entry.base), entry.location, label, entry.rejection_reason)
 
     def _of_class(self, wnid: str) -> Iterator[Entry]:
         if not self._tars:

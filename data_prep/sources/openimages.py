@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.sources.archives import TAR_ENDINGS, entries
+from data_prep.sources.containers import TAR_ENDINGS, entries
 from data_prep.sources.csv_rows import CsvRows
 from data_prep.sources.sample import Details, PlainSource, Sample, key_of
 
@@ -56,7 +56,7 @@ class OpenImagesSource(PlainSource):
     def samples(self) -> Iterator[Sample]:
         for container in self._containers:
             for entry in entries(self.root, container):
-                yield Sample(key_of(entry.base), entry.location, -1, entry.refusal)
+                yield Sample(key_of(entry.base), entry.location, -1, entry.rejection_reason)
 
     def details(self, key: str) -> Details:
         metadata: dict = {"image_id": key}

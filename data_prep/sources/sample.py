@@ -50,7 +50,7 @@ class Sample(NamedTuple):
     key: str
     location: Location
     label: int = -1
-    refusal: str | None = None
+    rejection_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

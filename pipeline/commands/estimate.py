@@ -63,9 +63,9 @@ def _plan(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from pipeline.data.reader import ShardReader
-    from pipeline.plan import format_plan, plan
+    from pipeline.estimate.network import estimate_scaling, format_scaling
+    from pipeline.estimate.plan import format_plan, plan
     from pipeline.recipe import load_recipe
-    from pipeline.scaling import format_scaling, scaling
 
     recipe = load_recipe(args.recipe, args.overrides)
     sizes = {}
@@ -74,7 +74,7 @@ def _plan(args: argparse.Namespace) -> None:
         sizes = {"samples": reader.num_samples, "shards": len(reader.shard_sizes)}
     hardware = {"gpus": args.gpus, "nodes": args.nodes, "gpu": args.gpu, "mfu": args.mfu}
     costs = plan(recipe, **hardware, **sizes)
-    scale = scaling(recipe, **hardware, link_gbit=args.link, storage_gb=args.storage)
+    scale = estimate_scaling(recipe, **hardware, link_gbit=args.link, storage_gb=args.storage)
     if args.json:
         print(json.dumps(asdict(costs) | {"scaling": asdict(scale)}, indent=1))
     else:
@@ -85,13 +85,13 @@ def _bench_loader(args: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from pipeline.bench_loader import bench_loader, format_bench
+    from pipeline.distributed.launch import init_dist_env
+    from pipeline.estimate.bench_loader import bench_loader, format_bench
     from pipeline.recipe import load_recipe
-    from pipeline.train.distributed import find_world
 
     recipe = load_recipe(args.recipe, args.overrides)
-    world = find_world()
-    threads = args.threads or [2**n for n in range(world.cores.bit_length())]
+    world = init_dist_env()
+    threads = args.threads or [2**n for n in range(world.num_cpus.bit_length())]
     result = bench_loader(
         recipe.sources(args.data), recipe, world.device, threads, args.seconds, args.gpu, args.mfu
     )

@@ -13,7 +13,7 @@ from pipeline.commands.arguments import (
     run_argument,
     side,
 )
-from pipeline.exits import rank
+from pipeline.commands.exit_codes import rank
 
 
 def add_to(commands) -> None:
@@ -132,7 +132,7 @@ def _linprobe(args: argparse.Namespace) -> None:
     import json
 
     from pipeline.evals.linprobe import format_probe, linprobe
-    from pipeline.evals.probe_recipe import load_probe_recipe
+    from pipeline.recipe.linear_probe import load_probe_recipe
 
     probe = {"weights": args.weights, "pool": args.pool, "center_crops": args.center_crops}
     probe |= {"resize": args.resize} | ({"base_lrs": args.lr} if args.lr else {})

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from pipeline.errors import AgreedError, Diverged, StoppedEarly, UserError
+from pipeline.errors import AllRanksError, Diverged, StoppedEarly, UserError
 
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, and start the same command again"),
@@ -23,7 +23,7 @@ def exit_code_of(command: Callable[[], None]) -> int:
     try:
         command()
         print(end="", flush=True)  # what cannot be written is found here
-    except AgreedError as error:
+    except AllRanksError as error:
         if not rank():
             print(f"pipeline: error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -12,8 +12,8 @@ from pipeline.commands.arguments import (
     run_argument,
     training_arguments,
 )
+from pipeline.commands.exit_codes import rank
 from pipeline.errors import UserError
-from pipeline.exits import rank
 
 if TYPE_CHECKING:
     from pipeline.train.task import Task
@@ -97,17 +97,17 @@ def _pretrain(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, _overrides(args))
     _check_at_once(recipe, args.data, args.run)
-    from pipeline.pretraining import pretrain
+    from pipeline.tasks.pretraining import pretrain
 
     pretrain(recipe, args.data, args.run, deepspeed_config=args.deepspeed_config)
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    from pipeline.finetune.recipe import load_finetune_recipe
+    from pipeline.recipe.finetune import load_finetune_recipe
 
     recipe = load_finetune_recipe(args.recipe, args.weights, _overrides(args))
     _check_at_once(recipe, [args.data], args.run)
-    from pipeline.finetune.task import finetune
+    from pipeline.tasks.classification import finetune
 
     finetune(recipe, args.data, args.val, args.run, args.deepspeed_config)
 
@@ -125,12 +125,12 @@ def _task(args: argparse.Namespace) -> "Task":
     if (args.weights is None) != (args.val is None):
         raise UserError("--weights, --val: give both, of `finetune`, or neither")
     if args.weights is not None:
-        from pipeline.finetune.recipe import load_finetune_recipe
-        from pipeline.finetune.task import Finetuning
+        from pipeline.recipe.finetune import load_finetune_recipe
+        from pipeline.tasks.classification import Finetuning
 
         return Finetuning(load_finetune_recipe(args.recipe, args.weights, _overrides(args)), args.val)
-    from pipeline.pretraining import Pretraining
     from pipeline.recipe import load_recipe
+    from pipeline.tasks.pretraining import Pretraining
 
     return Pretraining(load_recipe(args.recipe, _overrides(args)))
 
@@ -146,8 +146,8 @@ def _overrides(args: argparse.Namespace) -> list[str]:
 def _check_at_once(recipe, data: list[str], run: Path) -> None:
     """Say what is wrong, where that is cheap to find out, before the seconds in which torch is imported."""
     from pipeline.data.reader import check_sources
-    from pipeline.train import run_directory, wandb_run
+    from pipeline.train import run_directory, wandb_logger
 
-    wandb_run.check(recipe)
+    wandb_logger.check_installed(recipe)
     run_directory.check(run, recipe)
     check_sources(recipe.sources(data))

@@ -107,7 +107,7 @@ def add_to(commands) -> None:
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
-    from pipeline.evals.reconstruct import Options, reconstruct
+    from pipeline.pictures.reconstruct import Options, reconstruct
 
     options = Options(args.count, args.tiles, args.seed, args.seeds)
     print(reconstruct(args.run, args.images, args.out, args.kind, options))

@@ -21,8 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from pipeline.data.patience import Stopped
-from pipeline.data.store import LocalStore, Span
+from pipeline.data.retry import Cancelled
+from pipeline.data.storage import LocalStorage, Span
 from pipeline.errors import UserError
 
 CHUNK = 8 << 20
@@ -31,7 +31,7 @@ VERIFIED = 0
 POLL = 0.1  # seconds
 
 
-class Original(NamedTuple):
+class CachedShard(NamedTuple):
     """A shard where it comes from."""
 
     where: str
@@ -42,19 +42,19 @@ class Original(NamedTuple):
     """(offset, size) to bytes."""
 
 
-class Cache:
+class ShardCache:
     """A bounded directory of shards."""
 
     def __init__(self, directory: str, limit_bytes: int, open_files: int, stop: threading.Event):
         self.directory, self._limit, self._stop = Path(directory), limit_bytes, stop
-        self._files = LocalStore(self.directory, open_files)
+        self._files = LocalStorage(self.directory, open_files)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._flock(self.directory / "lock", wait=True).close()
         except OSError as error:
             raise self._unusable(error) from None
 
-    def read(self, shard: Original, spans: Sequence[Span]) -> list[bytes]:
+    def read(self, shard: CachedShard, spans: Sequence[Span]) -> list[bytes]:
         """Parts of a shard, which is fetched where it is not here yet.
 
         Raises what `shard.fetch` raises; UserError where its bytes are not those of its checksum or the
@@ -72,7 +72,7 @@ class Cache:
             except OSError as error:
                 raise self._unusable(error) from None
 
-    def _is_verified(self, path: Path, shard: Original) -> bool:
+    def _is_verified(self, path: Path, shard: CachedShard) -> bool:
         """Also notes that the shard is in use."""
         try:
             status = path.stat()
@@ -83,7 +83,7 @@ class Cache:
             return self._files.is_open(path.name)  # evicted, but ours to read to the end
         return True
 
-    def _provide(self, shard: Original) -> None:
+    def _provide(self, shard: CachedShard) -> None:
         """Make the shard be there, by this process or another."""
         path, part = (self.directory / f"{shard.sha256}{suffix}" for suffix in (".tar", ".part"))
         with self._flock(part, wait=True) as file:
@@ -112,7 +112,7 @@ class Cache:
                 part.unlink()
                 raise
 
-    def _fetch(self, file: BinaryIO, shard: Original) -> None:
+    def _fetch(self, file: BinaryIO, shard: CachedShard) -> None:
         digest = hashlib.sha256()
         for offset in range(0, shard.bytes, CHUNK):
             chunk = shard.fetch(offset, min(CHUNK, shard.bytes - offset))
@@ -180,7 +180,7 @@ class Cache:
 
     def _pause(self) -> None:
         if self._stop.wait(POLL):
-            raise Stopped
+            raise Cancelled
 
     def _unusable(self, error: OSError) -> UserError:
         reason = error.strerror or error

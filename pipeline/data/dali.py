@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from pipeline.data.background import Background
-from pipeline.data.pixels import normalize, one_thread, resize
-from pipeline.sections import DataSection
+from pipeline.data.pixels import normalize, resize, single_threaded
+from pipeline.data.prefetch_thread import PrefetchThread
+from pipeline.recipe.sections import DataSection
 
 
-class Feed(Protocol):
+class PipelineInput(Protocol):
     """A batch for the decoder."""
 
     def inputs(self, rows: slice = slice(None)) -> tuple[Sequence[np.ndarray], ...]:
@@ -35,7 +35,7 @@ class Feed(Protocol):
         a row an image."""
 
 
-class Graph(NamedTuple):
+class PipelineDef(NamedTuple):
     """What is computed."""
 
     num_inputs: int
@@ -44,12 +44,12 @@ class Graph(NamedTuple):
     """Connects DALI's operators from these inputs to the output."""
     shape: tuple[int, ...] = ()
     """Of the pixels of an image."""
-    finish: Callable[[tuple, int, torch.Tensor, torch.Tensor], None] | None = None
+    postprocess: Callable[[tuple, int, torch.Tensor, torch.Tensor], None] | None = None
     """On the CPU: given the batch's inputs, a row in them and what DALI decoded for it, (h, w, 3) uint8,
     writes its pixels into the last argument, float32 of `shape`."""
 
 
-T = TypeVar("T", bound=Feed)
+T = TypeVar("T", bound=PipelineInput)
 
 
 class Decoder(Generic[T]):
@@ -57,8 +57,8 @@ class Decoder(Generic[T]):
 
     def __init__(
         self,
-        graph: Graph,
-        source: Background[T],
+        pipeline_def: PipelineDef,
+        source: PrefetchThread[T],
         replace: Callable[[T, int, str], T],
         batch: int,
         device: torch.device,
@@ -67,17 +67,17 @@ class Decoder(Generic[T]):
     ):
         """source: the batches, of at most `batch` images. replace: given a batch, the row of an image that
         DALI cannot decode and why, returns the batch with another image there, or raises."""
-        self._graph, self._source, self._replace, self._device = graph, source, replace, device
+        self._graph, self._source, self._replace, self._device = pipeline_def, source, replace, device
         self._in_flight: deque[tuple[T, tuple]] = deque()
         self._again: deque[T] = deque()
         self._probe: Pipeline | None = None
-        self._build = lambda: _pipeline(graph, self._feed, batch, device, threads, prefetch)
+        self._build = lambda: _pipeline(pipeline_def, self._feed, batch, device, threads, prefetch)
         self._pipeline: Pipeline | None = self._build()
-        self._finished: Background | None = None
-        if graph.finish:
+        self._finished: PrefetchThread | None = None
+        if pipeline_def.postprocess:
             self._threads = threads
-            self._pool = ThreadPoolExecutor(threads, initializer=one_thread)
-            self._finished = Background(self._finish(), prefetch)
+            self._pool = ThreadPoolExecutor(threads, initializer=single_threaded)
+            self._finished = PrefetchThread(self._postprocess(), prefetch)
         atexit.register(self.close)  # a thread that still runs DALI when the interpreter ends would abort it
 
     def next(self) -> tuple[T, torch.Tensor]:
@@ -104,7 +104,7 @@ class Decoder(Generic[T]):
             self._pool.shutdown()
         self._pipeline = self._probe = None
 
-    def _finish(self) -> Iterator[tuple[T, torch.Tensor]]:
+    def _postprocess(self) -> Iterator[tuple[T, torch.Tensor]]:
         """On the CPU, in a thread of its own: what DALI has decoded, resized and normalised."""
         while True:
             try:
@@ -113,11 +113,11 @@ class Decoder(Generic[T]):
                 return
             images = torch.empty(len(decoded), *self._graph.shape)
 
-            def finish(first: int, inputs=inputs, decoded=decoded, images=images) -> None:
+            def postprocess(first: int, inputs=inputs, decoded=decoded, images=images) -> None:
                 for row in range(first, len(decoded), self._threads):
-                    self._graph.finish(inputs, row, torch.from_dlpack(decoded[row]), images[row])
+                    self._graph.postprocess(inputs, row, torch.from_dlpack(decoded[row]), images[row])
 
-            list(self._pool.map(finish, range(self._threads)))
+            list(self._pool.map(postprocess, range(self._threads)))
             yield item, images
 
     def _decode(self) -> tuple[T, tuple, object]:
@@ -142,14 +142,14 @@ class Decoder(Generic[T]):
         """Find what cannot be decoded in the batches on their way, replace it, and begin anew with them."""
         self._pipeline = None
         waiting = [*(item for item, _ in self._in_flight), *self._again]
-        mended = [self._mended(item) for item in waiting]
+        mended = [self._replace_undecodable(item) for item in waiting]
         if all(before is after for before, after in zip(waiting, mended, strict=True)):
             raise error
         self._in_flight.clear()
         self._again = deque(mended)
         self._pipeline = self._build()
 
-    def _mended(self, item: T) -> T:
+    def _replace_undecodable(self, item: T) -> T:
         for row in range(len(item.inputs()[0])):
             while reason := self._failure(item.inputs(slice(row, row + 1))):
                 item = self._replace(item, row, reason)
@@ -175,7 +175,7 @@ class Decoder(Generic[T]):
         return None
 
 
-def training_graph(data: DataSection, on_gpu: bool, last: str = "augment") -> Graph:
+def training_pipeline_def(data: DataSection, on_gpu: bool, last: str = "augment") -> PipelineDef:
     """Decode a box of each image, cut its crops out of it, resize, mirror, normalise.
 
     Inputs: encoded, the box's (x, y) and (width, height); then for each crop its (x, y) inside that box and
@@ -198,7 +198,7 @@ def training_graph(data: DataSection, on_gpu: bool, last: str = "augment") -> Gr
         ]
         return fn.stack(*cut)
 
-    def finish(inputs: tuple, row: int, box: torch.Tensor, out: torch.Tensor) -> None:
+    def postprocess(inputs: tuple, row: int, box: torch.Tensor, out: torch.Tensor) -> None:
         views = [view[row].tolist() for view in inputs[3:]]
         if crops == 1:
             normalize(resize(box, size), data, out, mirror=views[0])
@@ -208,13 +208,13 @@ def training_graph(data: DataSection, on_gpu: bool, last: str = "augment") -> Gr
             normalize(resize(box[y : y + h, x : x + w], size), data, out[crop], mirror)
 
     if last == "decode":
-        return Graph(3, lambda *inputs: decode(*inputs).shape())
+        return PipelineDef(3, lambda *inputs: decode(*inputs).shape())
     if on_gpu:
-        return Graph(4 if crops == 1 else 3 + 3 * crops, build)
-    return Graph(3, decode, shape, finish)
+        return PipelineDef(4 if crops == 1 else 3 + 3 * crops, build)
+    return PipelineDef(3, decode, shape, postprocess)
 
 
-def evaluation_graph(data: DataSection, on_gpu: bool) -> Graph:
+def eval_pipeline_def(data: DataSection, on_gpu: bool) -> PipelineDef:
     """Decode each image whole, resize it, cut a square out of it, normalise.
 
     Inputs: encoded, the size it takes (height, width), the square's (x, y) in it. Output: (n, 3, H, W)
@@ -230,11 +230,11 @@ def evaluation_graph(data: DataSection, on_gpu: bool) -> Graph:
         square = np.array([side, side], np.int32)
         return _normalized(fn.slice(image, anchor, square, axis_names="WH"), None, data)
 
-    def finish(inputs: tuple, row: int, image: torch.Tensor, out: torch.Tensor) -> None:
+    def postprocess(inputs: tuple, row: int, image: torch.Tensor, out: torch.Tensor) -> None:
         size, (x, y) = inputs[1][row].tolist(), inputs[2][row].tolist()
         normalize(resize(image, size)[y : y + side, x : x + side], data, out)
 
-    return Graph(3, build) if on_gpu else Graph(1, decode, (3, side, side), finish)
+    return PipelineDef(3, build) if on_gpu else PipelineDef(1, decode, (3, side, side), postprocess)
 
 
 RESIZE = {"interp_type": types.INTERP_CUBIC, "antialias": True}
@@ -265,7 +265,7 @@ def _normalized(image, mirror, data: DataSection):
 
 
 def _pipeline(
-    graph: Graph, feed: Callable, batch: int, device: torch.device, threads: int, prefetch: int
+    pipeline_def: PipelineDef, feed: Callable, batch: int, device: torch.device, threads: int, prefetch: int
 ) -> Pipeline:
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
@@ -278,12 +278,12 @@ def _pipeline(
     with pipeline:
         inputs = fn.external_source(
             source=feed,
-            num_outputs=graph.num_inputs,
+            num_outputs=pipeline_def.num_inputs,
             batch=True,
-            dtype=[types.UINT8] + (graph.num_inputs - 1) * [types.INT32],
+            dtype=[types.UINT8] + (pipeline_def.num_inputs - 1) * [types.INT32],
             no_copy=not on_gpu,  # a GPU may still read them when the batch is handed out
         )
-        pipeline.set_outputs(graph.build(*inputs))
+        pipeline.set_outputs(pipeline_def.build(*inputs))
     pipeline.build()
     return pipeline
 

@@ -13,17 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pipeline.data.background import Background
-from pipeline.data.dali import Decoder, evaluation_graph
+from pipeline.data.dali import Decoder, eval_pipeline_def
 from pipeline.data.jpeg import jpeg_size
-from pipeline.data.loader import prefetch_of
-from pipeline.data.order import Located
+from pipeline.data.loader import prefetch_depth
+from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
+from pipeline.data.sampler import SampleLocation
 from pipeline.errors import UserError
-from pipeline.sections import DataSection
+from pipeline.recipe.sections import DataSection
 
 
-class EvaluationBatch(NamedTuple):
+class EvalBatch(NamedTuple):
     """Some samples, on the device."""
 
     images: torch.Tensor
@@ -34,10 +34,10 @@ class EvaluationBatch(NamedTuple):
     """(B,) int64, positions in the shard set."""
 
 
-class Planned(NamedTuple):
+class EvalBatchSpec(NamedTuple):
     """A batch before decoding."""
 
-    located: Located
+    locations: SampleLocation
     labels: np.ndarray | None
     encoded: list[np.ndarray]
     sizes: np.ndarray
@@ -50,7 +50,7 @@ class Planned(NamedTuple):
         return self.encoded[rows], self.sizes[rows], self.corners[rows]
 
 
-class EvaluationLoader:
+class EvalLoader:
     """Iterates over a rank's part of a shard set; each iteration begins anew."""
 
     def __init__(
@@ -83,65 +83,65 @@ class EvaluationLoader:
         """Samples of this rank."""
         return self.end - self.first
 
-    def __iter__(self) -> Iterator[EvaluationBatch]:
+    def __iter__(self) -> Iterator[EvalBatch]:
         """Batches of `batch` samples, the last one of what is left. UserError where a sample cannot be read
         or decoded."""
-        prefetch = prefetch_of(self.data, self.device)
-        ahead = Background(self._plan(), prefetch)
-        graph = evaluation_graph(self.data, self.device.type == "cuda")
-        decoder = Decoder(graph, ahead, self._blame, self.batch, self.device, self.threads, prefetch)
+        prefetch = prefetch_depth(self.data, self.device)
+        ahead = PrefetchThread(self._plan(), prefetch)
+        pipeline_def = eval_pipeline_def(self.data, self.device.type == "cuda")
+        decoder = Decoder(pipeline_def, ahead, self._blame, self.batch, self.device, self.threads, prefetch)
         try:
             for _ in range(self.first, self.end, self.batch):
                 try:
-                    planned, images = decoder.next()
+                    spec, images = decoder.next()
                 except StopIteration:
                     raise ahead.failure from None
-                labels = planned.labels
+                labels = spec.labels
                 if labels is not None:
                     labels = torch.from_numpy(labels).to(self.device, non_blocking=True)
-                yield EvaluationBatch(images, labels, planned.located.sample)
+                yield EvalBatch(images, labels, spec.locations.sample)
         finally:
             decoder.close()
             ahead.close()
 
-    def _plan(self) -> Iterator[Planned]:
+    def _plan(self) -> Iterator[EvalBatchSpec]:
         ends = np.cumsum(self.reader.shard_sizes)
         starts = ends - self.reader.shard_sizes
         labels: dict[int, np.ndarray] = {}
         for start in range(self.first, self.end, self.batch):
             sample = np.arange(start, min(start + self.batch, self.end))
             shard = np.searchsorted(ends, sample, side="right")
-            located = Located(np.zeros_like(sample), shard, sample - starts[shard], sample)
+            locations = SampleLocation(np.zeros_like(sample), shard, sample - starts[shard], sample)
             encoded, found = [], []
             for number in np.unique(shard).tolist():
-                indexes = located.index[shard == number]
+                indexes = locations.index[shard == number]
                 encoded += self.reader.read_many(number, indexes.tolist())
                 if self.classes:
                     if number not in labels:
                         labels = {number: self.reader.labels(number)}
                     found.append(labels[number][indexes])
-            sizes = np.array([self._size(located, row, image) for row, image in enumerate(encoded)])
-            yield Planned(
-                located,
+            sizes = np.array([self._size(locations, row, image) for row, image in enumerate(encoded)])
+            yield EvalBatchSpec(
+                locations,
                 np.concatenate(found) if self.classes else None,
                 encoded,
                 *resized_and_cropped(sizes, self.resize, self.data.image_size),
             )
 
-    def _size(self, located: Located, row: int, image: np.ndarray) -> tuple[int, int]:
+    def _size(self, locations: SampleLocation, row: int, image: np.ndarray) -> tuple[int, int]:
         try:
             return jpeg_size(image.data)
         except ValueError as error:
-            raise self._undecodable(located, row, str(error)) from None
+            raise self._undecodable(locations, row, str(error)) from None
 
-    def _blame(self, planned: Planned, row: int, reason: str) -> Planned:
-        raise self._undecodable(planned.located, row, reason)
+    def _blame(self, spec: EvalBatchSpec, row: int, reason: str) -> EvalBatchSpec:
+        raise self._undecodable(spec.locations, row, reason)
 
-    def _undecodable(self, located: Located, row: int, reason: str) -> UserError:
-        shard, index = int(located.shard[row]), int(located.index[row])
+    def _undecodable(self, locations: SampleLocation, row: int, reason: str) -> UserError:
+        shard, index = int(locations.shard[row]), int(locations.index[row])
         return UserError(
             f"{self.reader.name(shard)}, sample {self.reader.key(shard, index)!r}: cannot be decoded: "
-            f"{reason}; {self.reader.remedy(shard)}"
+            f"{reason}; {self.reader.repair_hint(shard)}"
         )
 
 

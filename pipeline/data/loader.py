@@ -18,17 +18,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pipeline.data.background import Background
-from pipeline.data.crops import crop_boxes, flips
-from pipeline.data.dali import Decoder, training_graph
-from pipeline.data.failures import Failures
+from pipeline.data.dali import Decoder, training_pipeline_def
 from pipeline.data.jpeg import jpeg_size
-from pipeline.data.order import Located, rank_positions
-from pipeline.data.random import Purpose, uniform
+from pipeline.data.philox import Purpose, uniform
+from pipeline.data.prefetch_thread import PrefetchThread
+from pipeline.data.random_resized_crop import crop_boxes, flips
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
-from pipeline.sections import DataSection
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.data.sampler import SampleLocation, rank_positions
+from pipeline.data.undecodable import UndecodableSamples
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.recipe.sections import DataSection
 
 CROP = 40
 """The bit above a sample's identity at which the number of its crop begins in what random numbers are for."""
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor | None
     """(B,) int64, positions in the manifest's `classes`, of the samples that were decoded; None where nobody
     wants them."""
-    located: Located
+    locations: SampleLocation
     """Where the samples are that the stream has here."""
     replaced: int
     """Images that another sample stands in for."""
@@ -55,10 +55,10 @@ class Batch(NamedTuple):
         return (self.images, self.noise) if self.labels is None else (self.images, self.noise, self.labels)
 
 
-class Planned(NamedTuple):
+class BatchSpec(NamedTuple):
     """A micro batch of n images, k crops of each, before decoding."""
 
-    located: Located
+    locations: SampleLocation
     """(n,): the stream's samples."""
     read: np.ndarray
     """(n,) which sample of the shard is read: the stream's own, or what stands in for it."""
@@ -85,7 +85,7 @@ class Planned(NamedTuple):
         return tuple(inputs)
 
 
-class Planner:
+class BatchBuilder:
     """Cuts samples: pure, but for what it learns about samples that cannot be decoded."""
 
     def __init__(
@@ -93,39 +93,43 @@ class Planner:
         reader: ShardReader,
         recipe: TrainingRecipe,
         noise_size: int,
-        failures: Failures,
+        undecodable: UndecodableSamples,
         labelled: bool = False,
     ):
-        self.reader, self.recipe, self.noise_size, self.failures = reader, recipe, noise_size, failures
+        self.reader, self.recipe, self.noise_size, self.undecodable = reader, recipe, noise_size, undecodable
         self._labels: dict[int, np.ndarray] | None = {} if labelled else None  # of every shard seen so far
 
-    def plan(self, located: Located, encoded: list[np.ndarray]) -> Planned:
+    def plan(self, locations: SampleLocation, encoded: list[np.ndarray]) -> BatchSpec:
         """What to do with a micro batch's samples, located and read."""
         n, k = len(encoded), self.recipe.data.crops_per_image
-        read, encoded, sizes = located.index.copy(), list(encoded), np.empty((n, 2), np.int64)
-        for row, shard in enumerate(located.shard.tolist()):
-            if (stand_in := self.failures.stand_in(shard, int(read[row]))) != read[row]:
-                read[row], encoded[row] = stand_in, self.reader.read(shard, stand_in)
+        read, encoded, sizes = locations.index.copy(), list(encoded), np.empty((n, 2), np.int64)
+        for row, shard in enumerate(locations.shard.tolist()):
+            if (substitute := self.undecodable.substitute(shard, int(read[row]))) != read[row]:
+                read[row], encoded[row] = substitute, self.reader.read(shard, substitute)
             read[row], encoded[row], sizes[row] = self._readable(shard, int(read[row]), encoded[row])
-        item = located.sample[:, None] + (np.arange(k) << CROP)
-        noise = uniform(self.recipe.seed, Purpose.MASK, located.epoch[:, None], item, self.noise_size)
-        boxes, mirrored = self._cut(located.epoch, item, sizes)
+        item = locations.sample[:, None] + (np.arange(k) << CROP)
+        noise = uniform(self.recipe.seed, Purpose.MASK, locations.epoch[:, None], item, self.noise_size)
+        boxes, mirrored = self._random_resized_crop(locations.epoch, item, sizes)
         noise = noise.reshape(n * k, self.noise_size)
-        return Planned(located, read, encoded, boxes, mirrored, noise, self._labels_of(located.shard, read))
+        return BatchSpec(
+            locations, read, encoded, boxes, mirrored, noise, self._labels_of(locations.shard, read)
+        )
 
-    def replace(self, planned: Planned, row: int, reason: str) -> Planned:
+    def replace(self, spec: BatchSpec, row: int, reason: str) -> BatchSpec:
         """The same, with the next sample that has a sound header in place of one that DALI cannot decode."""
-        shard, index = int(planned.located.shard[row]), int(planned.read[row])
-        self.failures.add(shard, index, reason)
-        index = self.failures.stand_in(shard, index)
+        shard, index = int(spec.locations.shard[row]), int(spec.read[row])
+        self.undecodable.add(shard, index, reason)
+        index = self.undecodable.substitute(shard, index)
         index, image, size = self._readable(shard, index, self.reader.read(shard, index))
-        read, boxes, mirrored = planned.read.copy(), planned.boxes.copy(), planned.flips.copy()
-        encoded = [*planned.encoded[:row], image, *planned.encoded[row + 1 :]]
+        read, boxes, mirrored = spec.read.copy(), spec.boxes.copy(), spec.flips.copy()
+        encoded = [*spec.encoded[:row], image, *spec.encoded[row + 1 :]]
         read[row] = index
-        item = planned.located.sample[row] + (np.arange(boxes.shape[1]) << CROP)
-        boxes[row], mirrored[row] = self._cut(planned.located.epoch[row, None], item[None], np.array([size]))
-        labels = self._labels_of(planned.located.shard, read)
-        return planned._replace(read=read, encoded=encoded, boxes=boxes, flips=mirrored, labels=labels)
+        item = spec.locations.sample[row] + (np.arange(boxes.shape[1]) << CROP)
+        boxes[row], mirrored[row] = self._random_resized_crop(
+            spec.locations.epoch[row, None], item[None], np.array([size])
+        )
+        labels = self._labels_of(spec.locations.shard, read)
+        return spec._replace(read=read, encoded=encoded, boxes=boxes, flips=mirrored, labels=labels)
 
     def _labels_of(self, shards: np.ndarray, indexes: np.ndarray) -> np.ndarray | None:
         if self._labels is None:
@@ -141,11 +145,13 @@ class Planner:
             try:
                 return index, image, jpeg_size(image.data)
             except ValueError as error:
-                self.failures.add(shard, index, str(error))
-                index = self.failures.stand_in(shard, index)
+                self.undecodable.add(shard, index, str(error))
+                index = self.undecodable.substitute(shard, index)
                 image = self.reader.read(shard, index)
 
-    def _cut(self, epoch: np.ndarray, item: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _random_resized_crop(
+        self, epoch: np.ndarray, item: np.ndarray, sizes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (n, k, 4) and flips (n, k) for items (n, k) in images of `sizes` (n, 2)."""
         data, seed = self.recipe.data, self.recipe.seed
         (n, k), epochs = item.shape, np.repeat(epoch, item.shape[1])
@@ -169,7 +175,7 @@ class Loader:
         step: int = 0,
         threads: int = 1,
         offset: int = 0,
-        failures: Failures | None = None,
+        undecodable: UndecodableSamples | None = None,
         labelled: bool = False,
     ):
         """step: the first global step; offset: stream positions that the run has skipped so far, all crops of
@@ -182,19 +188,19 @@ class Loader:
         self.waited = 0.0
         """Seconds that `next` has waited so far."""
         data = recipe.data
-        failures = failures or Failures(reader, data.max_replaced)
-        planner = Planner(reader, recipe, noise_size, failures, labelled)
-        self._read_ahead = ReadAhead(reader, self._batches(), data.readers, data.read_ahead_mb * 10**6)
-        plans = (planner.plan(*read) for read in self._read_ahead)
-        self._ahead = Background(plans, prefetch_of(data, device))
+        undecodable = undecodable or UndecodableSamples(reader, data.max_undecodable)
+        batch_builder = BatchBuilder(reader, recipe, noise_size, undecodable, labelled)
+        self._read_ahead = ReadAhead(reader, self._batches(), data.read_threads, data.read_ahead_mb * 10**6)
+        plans = (batch_builder.plan(*read) for read in self._read_ahead)
+        self._ahead = PrefetchThread(plans, prefetch_depth(data, device))
         self._decoder = Decoder(
-            training_graph(data, device.type == "cuda"),
+            training_pipeline_def(data, device.type == "cuda"),
             self._ahead,
-            planner.replace,
+            batch_builder.replace,
             recipe.engine.micro_batch // data.crops_per_image,
             device,
             threads,
-            prefetch_of(data, device),
+            prefetch_depth(data, device),
         )
         atexit.register(self.close)  # no thread may be at work when the interpreter ends
 
@@ -202,28 +208,28 @@ class Loader:
         """The next micro batch. UserError where a sample cannot be read, or too many cannot be decoded."""
         asked = time.perf_counter()
         try:
-            planned, images = self._decoder.next()
+            spec, images = self._decoder.next()
         except StopIteration:
             raise self._ahead.failure from None
         finally:
             self.waited += time.perf_counter() - asked
-        noise = torch.from_numpy(planned.noise).to(self.device, non_blocking=True)
+        noise = torch.from_numpy(spec.noise).to(self.device, non_blocking=True)
         k = self.recipe.data.crops_per_image
-        located = Located(*(np.repeat(field, k) for field in planned.located))
+        locations = SampleLocation(*(np.repeat(field, k) for field in spec.locations))
         labels = None
-        if planned.labels is not None:
-            labels = torch.from_numpy(np.repeat(planned.labels, k)).to(self.device, non_blocking=True)
-        replaced = k * int((planned.read != planned.located.index).sum())
-        return Batch(images.view(-1, *images.shape[-3:]), noise, labels, located, replaced)
+        if spec.labels is not None:
+            labels = torch.from_numpy(np.repeat(spec.labels, k)).to(self.device, non_blocking=True)
+        replaced = k * int((spec.read != spec.locations.index).sum())
+        return Batch(images.view(-1, *images.shape[-3:]), noise, labels, locations, replaced)
 
     @property
     def failure(self) -> Exception | None:
         """The first error met while reading ahead; `next` raises it when it comes to the batch it is in."""
         return self._ahead.failure or self._read_ahead.failure
 
-    def keys(self, located: Located) -> list[str]:
+    def keys(self, locations: SampleLocation) -> list[str]:
         """The samples' keys in the shard set."""
-        return [self.reader.key(s, i) for s, i in zip(located.shard, located.index, strict=True)]
+        return [self.reader.key(s, i) for s, i in zip(locations.shard, locations.index, strict=True)]
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -231,7 +237,7 @@ class Loader:
         self._decoder.close()
         self._ahead.close()
 
-    def _batches(self) -> Iterator[Located]:
+    def _batches(self) -> Iterator[SampleLocation]:
         """This rank's micro batches of images, forever."""
         data, k = self.recipe.data, self.recipe.data.crops_per_image
         for step in itertools.count(self.step):
@@ -240,7 +246,7 @@ class Loader:
                 yield self.stream.locate(positions[start : start + self.recipe.engine.micro_batch : k] // k)
 
 
-def prefetch_of(data: DataSection, device: torch.device) -> int:
+def prefetch_depth(data: DataSection, device: torch.device) -> int:
     """Batches decoded ahead: the recipe's, or by the machine. On the CPU, where decoding and training share
     the cores, more than the next one gains nothing; on a GPU a third rides out a batch of large images."""
     return data.prefetch or (3 if device.type == "cuda" else 2)

@@ -14,14 +14,14 @@ from fractions import Fraction
 
 import numpy as np
 
-from pipeline.data.order import Located, Stream
-from pipeline.data.random import Purpose, permutation
+from pipeline.data.philox import Purpose, permutation
+from pipeline.data.sampler import SampleLocation, ShardedSampler
 
 SMALLEST_BLOCK = 4096
 BLOCKS_KEPT = 4
 
 
-class Mixture:
+class MixtureSampler:
     """The stream of samples of several lists of shards, with the interface of `Stream`.
 
     Shards and samples are numbered through: those of the first source, then those of the second, and so on.
@@ -35,7 +35,9 @@ class Mixture:
         is O(sum / least). window: shards, of each source.
         """
         self.seed = seed
-        self.streams = [Stream(sizes, seed, window, number) for number, sizes in enumerate(source_sizes)]
+        self.streams = [
+            ShardedSampler(sizes, seed, window, number) for number, sizes in enumerate(source_sizes)
+        ]
         self.num_samples = sum(stream.num_samples for stream in self.streams)
         self.shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
         self.block = max(SMALLEST_BLOCK, math.ceil(1 / min(self.shares)))
@@ -45,18 +47,18 @@ class Mixture:
         self._first_sample = np.cumsum([0, *samples])
         self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
-    def locate(self, positions: np.ndarray) -> Located:
+    def locate(self, positions: np.ndarray) -> SampleLocation:
         """The samples at stream positions, int64 (n,), each at least 0. O(1) each, amortised."""
         source, turn = self.draws(positions)
-        located = Located(*(np.empty_like(turn) for _ in Located._fields))
+        locations = SampleLocation(*(np.empty_like(turn) for _ in SampleLocation._fields))
         for number in np.unique(source):
             rows = np.flatnonzero(source == number)
             own = self.streams[number].locate(turn[rows])
-            located.epoch[rows] = own.epoch
-            located.shard[rows] = own.shard + self._first_shard[number]
-            located.index[rows] = own.index
-            located.sample[rows] = own.sample + self._first_sample[number]
-        return located
+            locations.epoch[rows] = own.epoch
+            locations.shard[rows] = own.shard + self._first_shard[number]
+            locations.index[rows] = own.index
+            locations.sample[rows] = own.sample + self._first_sample[number]
+        return locations
 
     def draws(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which source each position draws, and which position of that source's own stream; int64 (n,)."""

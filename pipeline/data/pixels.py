@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 
-from pipeline.sections import DataSection
+from pipeline.recipe.sections import DataSection
 
 
-def one_thread() -> None:
+def single_threaded() -> None:
     """Keep what torch computes in this thread to it; torch.set_num_threads would reach every thread's MKL."""
     torch.get_num_threads()  # where torch settles how many this thread would start, so that it does not later
     threadpool_limits(limits=1, user_api="openmp")

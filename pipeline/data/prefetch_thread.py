@@ -10,7 +10,7 @@ END = object()
 POLL = 0.2  # seconds between two looks at whether it was closed
 
 
-class Background(Generic[T]):
+class PrefetchThread(Generic[T]):
     """Items of an iterator, made by a thread of its own, at most `depth` ahead of whoever takes them."""
 
     def __init__(self, items: Iterator[T], depth: int):

@@ -9,20 +9,9 @@ allowed.
 
 import numpy as np
 
-from pipeline.data.random import Purpose, random_bits
+from pipeline.data.philox import Purpose, random_bits
 
 TRIES = 10
-
-
-def crop_share(image_size: int) -> float:
-    """The evaluated square over the image's shorter side: 224/256 up to 224 px, all of it above, as in MAE's
-    build_transform."""
-    return 224 / 256 if image_size <= 224 else 1.0
-
-
-def resize_of(image_size: int) -> int:
-    """Pixels of the shorter side before the centre is cut out, for evaluation at `image_size`."""
-    return int(image_size / crop_share(image_size))
 
 
 def crop_boxes(

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data.order import Located
-from pipeline.data.patience import Stopped
 from pipeline.data.reader import ShardReader
+from pipeline.data.retry import Cancelled
+from pipeline.data.sampler import SampleLocation
 
 TASK_BYTES = 4 << 20
 """What a thread reads between two visits to the queue."""
@@ -27,9 +27,9 @@ TASK_BYTES = 4 << 20
 class _Slot:
     """A micro batch on its way."""
 
-    def __init__(self, located: Located, expected_bytes: int):
-        self.located = located
-        self.images: list[np.ndarray | None] = [None] * len(located.sample)
+    def __init__(self, locations: SampleLocation, expected_bytes: int):
+        self.locations = locations
+        self.images: list[np.ndarray | None] = [None] * len(locations.sample)
         self.missing = len(self.images)
         self.bytes = expected_bytes
         self.error: Exception | None = None
@@ -51,7 +51,9 @@ class _Task(NamedTuple):
 class ReadAhead(Iterator):
     """Iterates over (located, encoded images) of micro batches, forever."""
 
-    def __init__(self, reader: ShardReader, batches: Iterator[Located], threads: int, limit_bytes: int):
+    def __init__(
+        self, reader: ShardReader, batches: Iterator[SampleLocation], threads: int, limit_bytes: int
+    ):
         """batches: endless; taken from by the thread that iterates. The reader is closed with this."""
         self._reader, self._batches, self._limit = reader, batches, limit_bytes
         self._slots: deque[_Slot] = deque()
@@ -76,19 +78,19 @@ class ReadAhead(Iterator):
         """What is held or under way."""
         return self._held
 
-    def __next__(self) -> tuple[Located, list[np.ndarray]]:
+    def __next__(self) -> tuple[SampleLocation, list[np.ndarray]]:
         """The next micro batch. Raises what its reading raised, Stopped after `close`."""
         self._extend()
         slot = self._slots[0]
         with self._changed:
             self._changed.wait_for(lambda: slot.error or not slot.missing or self._closed)
             if self._closed:
-                raise Stopped
+                raise Cancelled
             if slot.error:
                 raise slot.error
             self._slots.popleft()
             self._held -= slot.bytes
-        return slot.located, slot.images
+        return slot.locations, slot.images
 
     def close(self) -> None:
         """Ends the reading, whatever it waits for."""
@@ -126,15 +128,15 @@ class ReadAhead(Iterator):
             self._tasks.put(task)
 
     def _next_slot(self) -> _Slot:
-        located = next(self._batches)
-        return _Slot(located, sum(map(self._reader.mean_bytes, located.shard.tolist())))
+        locations = next(self._batches)
+        return _Slot(locations, sum(map(self._reader.mean_bytes, locations.shard.tolist())))
 
     def _tasks_of(self, piece: list[_Slot]) -> Iterator[_Task]:
         """The samples of a piece, shard by shard, front to back, about `TASK_BYTES` at a time."""
         if not piece:
             return
-        shards = np.concatenate([slot.located.shard for slot in piece])
-        indexes = np.concatenate([slot.located.index for slot in piece])
+        shards = np.concatenate([slot.locations.shard for slot in piece])
+        indexes = np.concatenate([slot.locations.index for slot in piece])
         goals = [(slot, row) for slot in piece for row in range(len(slot.images))]
         task, size = None, 0
         for number in np.lexsort((indexes, shards)).tolist():
@@ -151,7 +153,7 @@ class ReadAhead(Iterator):
         while (task := self._tasks.get()) is not None and not self._closed:
             try:
                 images = self._reader.read_many(task.shard, [wanted.index for wanted in task.wanted])
-            except Stopped:
+            except Cancelled:
                 return
             except Exception as error:  # handed to the thread that asks for the micro batch
                 with self._changed:

@@ -39,14 +39,14 @@ from data_prep.shard_set import (
     tar_path,
     verified_index,
 )
-from pipeline.data.cache import Cache, Original
-from pipeline.data.mixture import Mixture
-from pipeline.data.order import Stream
-from pipeline.data.patience import FIRST_WAIT, Patience, Warnings, patiently
-from pipeline.data.store import LocalStore, Span, Store, coalesced, open_store
-from pipeline.data.subset import Part, in_part, nothing_left
+from pipeline.data.cache import CachedShard, ShardCache
+from pipeline.data.mixture import MixtureSampler
+from pipeline.data.retry import RateLimitedWarnings, retry_with_timeout
+from pipeline.data.sampler import ShardedSampler
+from pipeline.data.split import Split, empty_split_error, select_split
+from pipeline.data.storage import LocalStorage, Span, Storage, coalesced, open_storage
 from pipeline.errors import UserError
-from pipeline.sections import DataSection, Source
+from pipeline.recipe.sections import FIRST_WAIT, DataSection, RetryPolicy, Source
 
 HEADER = 512
 CHECKED_BYTES = 4 * 2**30  # some seconds of reading
@@ -57,16 +57,16 @@ def check_sources(sources: Sequence[Source]) -> None:
     """UserError where a directory is no finished shard set. Cheap: reads manifests, and nothing behind a
     URL."""
     for source in sources:
-        store = open_store(source.path)
-        if isinstance(store, LocalStore):
+        storage = open_storage(source.path)
+        if isinstance(storage, LocalStorage):
             try:
-                read_manifest(store.directory)
+                read_manifest(storage.directory)
             except ShardSetError as error:
                 raise UserError(str(error)) from None
 
 
 class ShardSet(NamedTuple):
-    store: Store
+    storage: Storage
     manifest: Manifest
 
 
@@ -77,7 +77,7 @@ class ShardReader:
         self,
         sources: str | Path | Sequence[Source],
         data: DataSection | None = None,
-        part: Part = "training",
+        part: Split = "training",
         first_wait_s: float = FIRST_WAIT,
     ):
         """sources: one set, or several. data: how to read them, its subset and its holdout; part: which of
@@ -89,15 +89,15 @@ class ShardReader:
             sources = [Source(path=str(sources))]
         self.sources, self.data, self.part = sources, data or DataSection(), part
         self._closed = threading.Event()
-        self._patience = Patience(self.data.timeout_s, self.data.retries, first_wait_s)
-        self._warn = Warnings()
+        self._patience = RetryPolicy(self.data.timeout_s, self.data.retries, first_wait_s)
+        self._warn = RateLimitedWarnings()
         self._cache = self._open_cache()
         self.sets = [self._open_set(source.path) for source in sources]
         self._check_cache()
         self._check_different()
         self._shards = [(place, shard) for place in self.sets for shard in place.manifest.shards]
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._indexes_kept = 4 + 2 * self.data.window_shards * len(self.sets)
+        self._indexes_kept = 4 + 2 * self.data.shuffle_window_shards * len(self.sets)
         self._lock = threading.Lock()
         self.shard_sizes = np.array([shard.samples for _, shard in self._shards], np.int64)
         """(S,) samples in each shard."""
@@ -119,7 +119,7 @@ class ShardReader:
     @property
     def places(self) -> list[str]:
         """The sets' directories or URLs."""
-        return [place.store.place for place in self.sets]
+        return [place.storage.place for place in self.sets]
 
     @property
     def fingerprint(self) -> str:
@@ -139,7 +139,7 @@ class ShardReader:
         read."""
         return [
             {
-                "path": place.store.place,
+                "path": place.storage.place,
                 "source": place.manifest.source,
                 "split": place.manifest.split,
                 "samples": int(sizes.sum()),
@@ -148,12 +148,12 @@ class ShardReader:
             for place, sizes in zip(self.sets, self._sizes_by_set(), strict=True)
         ]
 
-    def stream(self, seed: int) -> Stream | Mixture:
+    def stream(self, seed: int) -> ShardedSampler | MixtureSampler:
         """The order in which these samples are read."""
-        window = self.data.window_shards
+        window = self.data.shuffle_window_shards
         if not self._weights():
-            return Stream(self.shard_sizes, seed, window)
-        return Mixture(self._sizes_by_set(), self._weights(), seed, window)
+            return ShardedSampler(self.shard_sizes, seed, window)
+        return MixtureSampler(self._sizes_by_set(), self._weights(), seed, window)
 
     def check_bytes(self, part: int, num_parts: int) -> str | None:
         """Compare every `num_parts`-th shard, from the `part`-th, with its checksum. UserError at a fault.
@@ -161,7 +161,7 @@ class ShardReader:
         Returns None, or what was not checked and how to do it: sets behind a URL, and everything where a part
         is more than `CHECKED_BYTES`, because that would delay the start.
         """
-        local = [(place.store.directory, shard) for place, shard in self._shards if _is_local(place)]
+        local = [(place.storage.directory, shard) for place, shard in self._shards if _is_local(place)]
         if sum(shard.bytes for _, shard in local) > CHECKED_BYTES * num_parts:
             directories = dict.fromkeys(directory for directory, _ in local)
             commands = ", ".join(f"`python -m data_prep verify {directory}`" for directory in directories)
@@ -186,7 +186,7 @@ class ShardReader:
         index = self._index(shard)
         starts = index.offsets[indexes] - HEADER
         ends = index.offsets[indexes] + index.sizes[indexes]
-        gap = LocalStore.gap if self._cache else place.store.gap
+        gap = LocalStorage.gap if self._cache else place.storage.gap
         spans, rows = coalesced(starts.tolist(), ends.tolist(), gap)
         parts = self._read(place, entry, spans)
         images = []
@@ -197,7 +197,7 @@ class ShardReader:
             if not is_header_of(part[start - offset : body], f"{key}.jpg", end - start - HEADER):
                 raise UserError(
                     f"{self.name(shard)}: no longer holds sample {key!r} where its index says: the file was "
-                    f"replaced; {self.remedy(shard)}"
+                    f"replaced; {self.repair_hint(shard)}"
                 )
             image = np.frombuffer(part, np.uint8, end - offset - body, body)
             images.append(image if len(part) == end - start else image.copy())  # let go of the neighbours
@@ -211,7 +211,7 @@ class ShardReader:
             return None
         index = self._chosen_index(shard, "cls")
         starts, ends = index.offsets.tolist(), (index.offsets + index.sizes).tolist()
-        spans, rows = coalesced(starts, ends, LocalStore.gap if self._cache else place.store.gap)
+        spans, rows = coalesced(starts, ends, LocalStorage.gap if self._cache else place.storage.gap)
         parts = self._read(place, entry, spans)
         texts = [
             parts[row][start - spans[row][0] : end - spans[row][0]]
@@ -220,7 +220,7 @@ class ShardReader:
         try:
             return np.array([int(text) for text in texts], np.int64)
         except ValueError:
-            raise UserError(f"{self.name(shard)}: a label is no number; {self.remedy(shard)}") from None
+            raise UserError(f"{self.name(shard)}: a label is no number; {self.repair_hint(shard)}") from None
 
     def mean_bytes(self, shard: int) -> int:
         """Of a sample of the shard, from the manifest alone, tar headers included."""
@@ -234,13 +234,13 @@ class ShardReader:
     def name(self, shard: int) -> str:
         """The shard's file or URL, for messages."""
         place, entry = self._shards[shard]
-        return f"{place.store.place}/{entry.name}.tar"
+        return f"{place.storage.place}/{entry.name}.tar"
 
-    def remedy(self, shard: int) -> str:
+    def repair_hint(self, shard: int) -> str:
         """What to do about a damaged shard, for messages."""
         place = self._shards[shard][0]
         if _is_local(place):
-            return f"run `python -m data_prep verify {place.store.place}` and build the shard set anew"
+            return f"run `python -m data_prep verify {place.storage.place}` and build the shard set anew"
         return "run `python -m data_prep verify` where the set was built and upload it anew"
 
     def close(self) -> None:
@@ -252,36 +252,38 @@ class ShardReader:
         self._closed.clear()
 
     def _open_set(self, path: str) -> ShardSet:
-        store = open_store(path)
+        storage = open_storage(path)
         try:
-            if isinstance(store, LocalStore):
-                manifest = read_manifest(store.directory)
-                check_shard_files(store.directory, manifest)
+            if isinstance(storage, LocalStorage):
+                manifest = read_manifest(storage.directory)
+                check_shard_files(storage.directory, manifest)
             else:
-                where = f"{store.place}/{MANIFEST}"
-                data = self._patiently(where, lambda alive: store.whole(MANIFEST, alive))
+                where = f"{storage.place}/{MANIFEST}"
+                data = self._patiently(where, lambda heartbeat: storage.read_file(MANIFEST, heartbeat))
                 manifest = parse_manifest(data, where)
         except ShardSetError as error:
             raise UserError(str(error)) from None
-        return ShardSet(store, manifest)
+        return ShardSet(storage, manifest)
 
     def _check_different(self) -> None:
         """UserError where two sources are the same set, by content, however their paths are spelt."""
         places: dict[tuple[str, ...], str] = {}
         for shard_set in self.sets:
             content = tuple(shard.sha256 for shard in shard_set.manifest.shards)
-            place = str(shard_set.store.place)
+            place = str(shard_set.storage.place)
             if content in places:
                 raise UserError(
                     f"{places[content]} and {place} are the same shard set; leave one of them out"
                 )
             places[content] = place
 
-    def _open_cache(self) -> Cache | None:
+    def _open_cache(self) -> ShardCache | None:
         data = self.data
         if data.cache_dir is None:
             return None
-        return Cache(data.cache_dir, int(data.cache_gb * 1e9), 2 * data.window_shards, self._closed)
+        return ShardCache(
+            data.cache_dir, int(data.cache_gb * 1e9), 2 * data.shuffle_window_shards, self._closed
+        )
 
     def _check_cache(self) -> None:
         """UserError where the cache holds less than the shards of a window: each would be fetched for nearly
@@ -291,23 +293,23 @@ class ShardReader:
         sizes = [
             sorted((shard.bytes for shard in place.manifest.shards), reverse=True) for place in self.sets
         ]
-        least = sum(sum(of_set[: self.data.window_shards]) for of_set in sizes)
+        least = sum(sum(of_set[: self.data.shuffle_window_shards]) for of_set in sizes)
         if least > self.data.cache_gb * 1e9:
             raise UserError(
                 f"data.cache_gb: {self.data.cache_gb:g} is less than the {least / 1e9:.3g} GB of the shards "
-                "that are read at a time; raise it, or lower data.window_shards"
+                "that are read at a time; raise it, or lower data.shuffle_window_shards"
             )
 
     def _read(self, place: ShardSet, shard: Shard, spans: Sequence[Span]) -> list[bytes]:
         name = tar_path("", shard).name
-        where = f"{place.store.place}/{name}"
+        where = f"{place.storage.place}/{name}"
 
         def read(spans: Sequence[Span]) -> list[bytes]:
-            return self._patiently(where, lambda alive: place.store.read(name, spans, alive))
+            return self._patiently(where, lambda heartbeat: place.storage.read(name, spans, heartbeat))
 
         if self._cache is None:
             return read(spans)
-        original = Original(where, shard.sha256, shard.bytes, lambda *span: read([span])[0])
+        original = CachedShard(where, shard.sha256, shard.bytes, lambda *span: read([span])[0])
         return self._cache.read(original, spans)
 
     def _choose(self) -> None:
@@ -320,30 +322,32 @@ class ShardReader:
             place for place, sizes in zip(self.places, self._sizes_by_set(), strict=True) if not sizes.sum()
         ]
         if empty and (self._weights() or not self.num_samples):
-            raise UserError(nothing_left(self.part, self.data.subset, self.data.holdout, ", ".join(empty)))
+            raise UserError(
+                empty_split_error(self.part, self.data.subset, self.data.holdout, ", ".join(empty))
+            )
 
     def _choose_by_class(self) -> None:
         if not self.manifest.classes:
             raise UserError(
                 f"data.subset_by_class: {self.places[0]} has no labels; build it from class folders"
             )
-        with ThreadPoolExecutor(self.data.readers) as pool:
+        with ThreadPoolExecutor(self.data.read_threads) as pool:
             shards = range(len(self._shards))
             keys = list(pool.map(lambda shard: self._whole_index(shard).keys, shards))
             labels = np.concatenate(list(pool.map(self.labels, shards)))
         flat = [key for of_shard in keys for key in of_shard]
-        chosen = in_part(flat, self.part, self.data.subset, self.data.holdout, labels)
+        chosen = select_split(flat, self.part, self.data.subset, self.data.holdout, labels)
         ends = np.cumsum([len(of_shard) for of_shard in keys])
         self._chosen = [np.packbits(of_shard) for of_shard in np.split(chosen, ends[:-1])]
 
     def _choose_by_key(self) -> None:
         def choose(shard: int) -> np.ndarray:
             keys = self._whole_index(shard).keys
-            return np.packbits(in_part(keys, self.part, self.data.subset, self.data.holdout))
+            return np.packbits(select_split(keys, self.part, self.data.subset, self.data.holdout))
 
         began, told = time.monotonic(), False
         self._chosen = []
-        with ThreadPoolExecutor(self.data.readers) as pool:
+        with ThreadPoolExecutor(self.data.read_threads) as pool:
             for shard, chosen in enumerate(pool.map(choose, range(len(self._shards)))):
                 self._chosen.append(chosen)
                 if not told and time.monotonic() - began > SLOW_START:
@@ -383,16 +387,16 @@ class ShardReader:
     def _whole_index(self, shard: int, extension: str = "jpg") -> ShardIndex:
         place, entry = self._shards[shard]
         name = idx_path("", entry).name
-        where = f"{place.store.place}/{name}"
-        data = self._patiently(where, lambda alive: place.store.whole(name, alive))
+        where = f"{place.storage.place}/{name}"
+        data = self._patiently(where, lambda heartbeat: place.storage.read_file(name, heartbeat))
         try:
             return verified_index(data, entry, extension, where)
         except ShardSetError as error:
             raise UserError(str(error)) from None
 
     def _patiently(self, where: str, attempt):
-        return patiently(attempt, where, self._patience, self._closed, self._warn)
+        return retry_with_timeout(attempt, where, self._patience, self._closed, self._warn)
 
 
 def _is_local(place: ShardSet) -> bool:
-    return isinstance(place.store, LocalStore)
+    return isinstance(place.storage, LocalStorage)

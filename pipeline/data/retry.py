@@ -9,44 +9,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
-from pipeline.errors import Unanswered, UserError
+from pipeline.errors import StorageTimeout, UserError
+from pipeline.recipe.sections import RetryPolicy
 
 T = TypeVar("T")
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try
 QUIET = 5.0  # seconds between two lines on stderr
 STOP_POLL = 0.2  # seconds
 
 
-class Patience(NamedTuple):
-    """timeout_s: seconds without a sign of life that end a try; retries: tries after the first; first_wait_s:
-    seconds before the second try, doubled before each further one."""
-
-    timeout_s: float
-    retries: int
-    first_wait_s: float = FIRST_WAIT
-
-    @property
-    def waits(self) -> list[float]:
-        """Seconds before each retry."""
-        return [min(LONGEST_WAIT, self.first_wait_s * 2**number) for number in range(self.retries)]
-
-    @property
-    def bound(self) -> float:
-        """Seconds after which a store that never answers has failed."""
-        return self.timeout_s * (self.retries + 1) + sum(self.waits)
-
-
-class Stopped(Exception):
+class Cancelled(Exception):
     """Nobody wants the result any more."""
 
 
-def patiently(
+def retry_with_timeout(
     attempt: Callable[[Callable[[], None]], T],
     where: str,
-    patience: Patience,
+    policy: RetryPolicy,
     stop: threading.Event,
     warn: Callable[[str], None],
 ) -> T:
@@ -55,9 +36,9 @@ def patiently(
     `where` names the file in messages, and `warn` takes one for every try that failed. FileNotFoundError and
     PermissionError are final. Raises Unanswered in the end, Stopped soon after `stop` is set.
     """
-    for number, wait in enumerate([*patience.waits, None]):
+    for number, wait in enumerate([*policy.delays_s, None]):
         try:
-            return _Try(attempt).result(patience.timeout_s, stop)
+            return _Attempt(attempt).result(policy.timeout_s, stop)
         except FileNotFoundError:
             raise UserError(f"{where}: is missing; restore it, or build the shard set anew") from None
         except PermissionError as error:
@@ -65,17 +46,17 @@ def patiently(
         except OSError as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             if wait is None:
-                raise Unanswered(
+                raise StorageTimeout(
                     f"{where}: cannot be read (tries: {number + 1}): {reason}; when the storage answers "
                     "again, the same command continues"
                 ) from None
-            warn(f"{where}: {reason}; try {number + 2} of {patience.retries + 1} in {wait:g} s")
+            warn(f"{where}: {reason}; try {number + 2} of {policy.retries + 1} in {wait:g} s")
             if stop.wait(wait):
-                raise Stopped from None
+                raise Cancelled from None
     raise AssertionError("unreachable")
 
 
-class _Try(threading.Thread):
+class _Attempt(threading.Thread):
     def __init__(self, attempt: Callable[[Callable[[], None]], T]):
         super().__init__(daemon=True)
         self._attempt = attempt
@@ -86,18 +67,18 @@ class _Try(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._outcome = self._attempt(self._alive), None
+            self._outcome = self._attempt(self._heartbeat), None
         except BaseException as error:
             self._outcome = None, error
         self._finished.set()
 
-    def _alive(self) -> None:
+    def _heartbeat(self) -> None:
         self._seen = time.monotonic()
 
     def result(self, timeout_s: float, stop: threading.Event) -> T:
         while not self._finished.wait(min(STOP_POLL, timeout_s)):
             if stop.is_set():
-                raise Stopped
+                raise Cancelled
             if time.monotonic() - self._seen > timeout_s:
                 raise TimeoutError(f"no answer for {timeout_s:g} s")
         value, error = self._outcome
@@ -106,7 +87,7 @@ class _Try(threading.Thread):
         return value
 
 
-class Warnings:
+class RateLimitedWarnings:
     """Lines on stderr, at most one every `QUIET` seconds; the next says how many were not shown."""
 
     def __init__(self):

@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.data.random import Purpose, permutation
+from pipeline.data.philox import Purpose, permutation
 
 EPOCHS_KEPT = 2  # a batch may straddle the end of an epoch
 WINDOWS_KEPT = 4
 
 
-class Located(NamedTuple):
+class SampleLocation(NamedTuple):
     """Where the samples at some stream positions are; each field is int64 (n,)."""
 
     epoch: np.ndarray
@@ -36,7 +36,7 @@ class Located(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EpochPlan:
+class EpochOrder:
     """One epoch's order, up to the permutations inside its windows."""
 
     shards: np.ndarray
@@ -47,7 +47,7 @@ class EpochPlan:
     """(W,) the epoch's samples up to and with each window."""
 
 
-class Stream:
+class ShardedSampler:
     """The stream of samples of one list of shards."""
 
     def __init__(self, shard_sizes: np.ndarray, seed: int, window: int, source: int = 0):
@@ -63,10 +63,10 @@ class Stream:
         self.num_samples = int(self.shard_sizes.sum())
         if self.num_samples < 1 or (self.shard_sizes < 0).any() or window < 1:
             raise ValueError("a stream needs at least one sample and a window of at least one shard")
-        self._plans: OrderedDict[int, EpochPlan] = OrderedDict()
+        self._plans: OrderedDict[int, EpochOrder] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
-    def plan(self, epoch: int) -> EpochPlan:
+    def plan(self, epoch: int) -> EpochOrder:
         """The order of an epoch's shards and windows."""
         if epoch not in self._plans:
             shards = permutation(self.seed, Purpose.SHARDS, epoch, self._items, len(self.shard_sizes))
@@ -74,12 +74,12 @@ class Stream:
             last_of_window = (
                 np.arange(self.window, len(ends) + self.window, self.window).clip(max=len(ends)) - 1
             )
-            self._plans[epoch] = EpochPlan(shards, ends, ends[last_of_window])
+            self._plans[epoch] = EpochOrder(shards, ends, ends[last_of_window])
             while len(self._plans) > EPOCHS_KEPT:
                 self._plans.popitem(last=False)
         return self._plans[epoch]
 
-    def locate(self, positions: np.ndarray) -> Located:
+    def locate(self, positions: np.ndarray) -> SampleLocation:
         """The samples at stream positions, int64 (n,), each at least 0. O(1) each, amortised."""
         positions = np.asarray(positions, np.int64)
         epochs, offsets = np.divmod(positions, self.num_samples)
@@ -96,7 +96,7 @@ class Stream:
                 turn = np.searchsorted(plan.shard_ends, inside, side="right")
                 shard[ids] = plan.shards[turn]
                 index[ids] = inside - (plan.shard_ends[turn] - self.shard_sizes[shard[ids]])
-        return Located(epochs, shard, index, self.shard_starts[shard] + index)
+        return SampleLocation(epochs, shard, index, self.shard_starts[shard] + index)
 
     def _window(self, epoch: int, window: int, size: int) -> np.ndarray:
         key = (epoch, window)

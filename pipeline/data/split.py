@@ -12,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-Part = Literal["training", "held_out"]
+Split = Literal["training", "held_out"]
 
 
-def in_part(
-    keys: Sequence[str], part: Part, subset: float, holdout: float, labels: np.ndarray | None = None
+def select_split(
+    keys: Sequence[str], part: Split, subset: float, holdout: float, labels: np.ndarray | None = None
 ) -> np.ndarray:
     """Which samples belong to a part, bool (n,).
 
@@ -41,7 +41,7 @@ def in_part(
     return chosen
 
 
-def nothing_left(part: Part, subset: float, holdout: float, places: str) -> str:
+def empty_split_error(part: Split, subset: float, holdout: float, places: str) -> str:
     """What to do where a part has no sample of `places`, in a line."""
     if part == "held_out":
         return f"data.holdout: {holdout:g} leaves no sample of {places} to be held out; give a larger share"

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import UserError
 
-Alive = Callable[[], None]
+Heartbeat = Callable[[], None]
 Span = tuple[int, int]
 """Offset and size in bytes."""
 
@@ -25,31 +25,35 @@ LARGEST_READ = 8 << 20
 """Bytes that neighbours are read together, at most."""
 
 
-class Store(Protocol):
+class Storage(Protocol):
     place: str
     """The directory or URL, for messages."""
     gap: int
     """Bytes between two spans that are cheaper to read along than to ask twice."""
 
-    def read(self, name: str, spans: Sequence[Span], alive: Alive) -> list[bytes]:
+    def read(self, name: str, spans: Sequence[Span], heartbeat: Heartbeat) -> list[bytes]:
         """Parts of a file."""
 
-    def whole(self, name: str, alive: Alive) -> bytes:
+    def read_file(self, name: str, heartbeat: Heartbeat) -> bytes:
         """A small file: a manifest or an index."""
 
 
-def open_store(place: str) -> Store:
+def open_storage(place: str) -> Storage:
     """The store at a directory or a URL. UserError where the URL's kind is unknown or its library missing."""
     if "://" not in place:
-        return LocalStore(Path(place))
-    return LocalStore(Path(place.removeprefix("file://"))) if place.startswith("file://") else UrlStore(place)
+        return LocalStorage(Path(place))
+    return (
+        LocalStorage(Path(place.removeprefix("file://")))
+        if place.startswith("file://")
+        else UrlStorage(place)
+    )
 
 
 def is_url(place: str) -> bool:
     return "://" in place and not place.startswith("file://")
 
 
-class LocalStore:
+class LocalStorage:
     """A directory. Files stay open, so one that is deleted or replaced can be read to its end."""
 
     gap = 16 << 10
@@ -59,13 +63,13 @@ class LocalStore:
         self._open: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, name: str, spans: Sequence[Span], alive: Alive) -> list[bytes]:
+    def read(self, name: str, spans: Sequence[Span], heartbeat: Heartbeat) -> list[bytes]:
         file = self._file(name)
         parts = []
         try:
             for offset, size in spans:
                 parts.append(os.pread(file.descriptor, size, offset))
-                alive()
+                heartbeat()
         except OSError:
             self.forget(name)  # a stale NFS handle: the next try opens the file anew
             raise
@@ -76,7 +80,7 @@ class LocalStore:
             )
         return parts
 
-    def whole(self, name: str, alive: Alive) -> bytes:
+    def read_file(self, name: str, heartbeat: Heartbeat) -> bytes:
         return (self.directory / name).read_bytes()
 
     def is_open(self, name: str) -> bool:
@@ -113,7 +117,7 @@ class _File:
             os.close(self.descriptor)
 
 
-class UrlStore:
+class UrlStorage:
     """A URL that fsspec knows, read by ranges."""
 
     gap = 256 << 10
@@ -134,7 +138,7 @@ class UrlStore:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.place}: cannot be opened: {reason or type(error).__name__}") from None
 
-    def read(self, name: str, spans: Sequence[Span], alive: Alive) -> list[bytes]:
+    def read(self, name: str, spans: Sequence[Span], heartbeat: Heartbeat) -> list[bytes]:
         parts = []
         for offset, size in spans:
             part = self._get(name, start=offset, end=offset + size)
@@ -146,10 +150,10 @@ class UrlStore:
             if len(part) < size:
                 raise OSError(f"{len(part):,} bytes came instead of {size:,}")
             parts.append(part)
-            alive()
+            heartbeat()
         return parts
 
-    def whole(self, name: str, alive: Alive) -> bytes:
+    def read_file(self, name: str, heartbeat: Heartbeat) -> bytes:
         return self._get(name)
 
     def _get(self, name: str, **part: int) -> bytes:

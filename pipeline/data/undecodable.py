@@ -22,7 +22,7 @@ NAMED = 3
 """Samples that the message of a run which met too many of them names."""
 
 
-class Failures:
+class UndecodableSamples:
     """The samples that are known to fail. Any thread may ask."""
 
     def __init__(self, reader: ShardReader, limit: int, directory: Path | None = None, rank: int = 0):
@@ -53,7 +53,7 @@ class Failures:
             if len(self._failed) > self._limit:
                 raise UserError(self._too_many(shard))
 
-    def stand_in(self, shard: int, index: int) -> int:
+    def substitute(self, shard: int, index: int) -> int:
         """The sample to read in place of this one: itself, unless it is known to fail. UserError where the
         whole shard is."""
         size = int(self._reader.shard_sizes[shard])
@@ -62,7 +62,7 @@ class Failures:
             if (shard, candidate) not in self._known:
                 return candidate
         raise UserError(
-            f"{self._reader.name(shard)}: none of its samples can be decoded; {self._reader.remedy(shard)}"
+            f"{self._reader.name(shard)}: none of its samples can be decoded; {self._reader.repair_hint(shard)}"
         )
 
     def _report(self, name: str, key: str, reason: str) -> None:
@@ -81,8 +81,8 @@ class Failures:
         if len(self._failed) > NAMED:
             named.append(f"and {len(self._failed) - NAMED} more")
         return (
-            f"data.max_replaced: more than {self._limit} samples cannot be decoded: {'; '.join(named)}; "
-            f"{self._reader.remedy(shard)}"
+            f"data.max_undecodable: more than {self._limit} samples cannot be decoded: {'; '.join(named)}; "
+            f"{self._reader.repair_hint(shard)}"
         )
 
 

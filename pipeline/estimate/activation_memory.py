@@ -17,11 +17,11 @@ def activation_bytes(recipe: Recipe) -> int:
 
     With activation checkpointing: every block's input, everything outside the blocks, and one block's inside.
     """
-    one, two = (_kept(recipe, batch) for batch in (1, 2))
+    one, two = (_saved_bytes(recipe, batch) for batch in (1, 2))
     return two - one
 
 
-def _kept(recipe: Recipe, batch: int) -> int:
+def _saved_bytes(recipe: Recipe, batch: int) -> int:
     plain = recipe.model_copy(
         update={"engine": recipe.engine.model_copy(update={"activation_checkpointing": False})}
     )
@@ -31,7 +31,7 @@ def _kept(recipe: Recipe, batch: int) -> int:
             method = method.to(torch.bfloat16)
         images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size)
         noise = torch.empty(batch, method.noise_size)
-        ledger = _Ledger(method)
+        ledger = _SavedTensorCounter(method)
         with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor), _Flash():
             method(images, noise)
     if not recipe.engine.activation_checkpointing:
@@ -39,7 +39,7 @@ def _kept(recipe: Recipe, batch: int) -> int:
     return ledger.outside + sum(ledger.inputs) + max(ledger.inside)
 
 
-class _Ledger:
+class _SavedTensorCounter:
     """Bytes kept outside the transformer blocks and inside each, every storage once; weights don't count."""
 
     def __init__(self, method: Method) -> None:

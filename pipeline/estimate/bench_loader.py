@@ -16,15 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.data.background import Background
-from pipeline.data.dali import Decoder, training_graph
-from pipeline.data.failures import Failures
-from pipeline.data.loader import Loader, Planned, Planner, prefetch_of
+from pipeline.data.dali import Decoder, training_pipeline_def
+from pipeline.data.loader import BatchBuilder, BatchSpec, Loader, prefetch_depth
+from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
-from pipeline.plan import plan
+from pipeline.data.undecodable import UndecodableSamples
+from pipeline.estimate.plan import plan
 from pipeline.recipe import Recipe
-from pipeline.sections import Source
+from pipeline.recipe.sections import Source
 
 STAGES = {"decode": "decode", "decode and augment": "augment"}
 """What is measured of DALI's work, and after which stage its graph ends."""
@@ -93,15 +93,15 @@ def bench_loader(
     data = recipe.data
     clock = _Clock(seconds / 4, recipe.engine.micro_batch, device)
     reader = ShardReader(sources, data)
-    planner = Planner(reader, recipe, NOISE, Failures(reader, data.max_replaced))
+    batch_builder = BatchBuilder(reader, recipe, NOISE, UndecodableSamples(reader, data.max_undecodable))
     with closing(_read_ahead(ShardReader(sources, data), recipe)) as read_ahead:
-        held = [planner.plan(*next(read_ahead)) for _ in range(HELD)]
-        measured = [clock.measure("read", data.readers, lambda: next(read_ahead))]
+        held = [batch_builder.plan(*next(read_ahead)) for _ in range(HELD)]
+        measured = [clock.measure("read", data.read_threads, lambda: next(read_ahead))]
     again = itertools.cycle(held)
-    measured.append(clock.measure("plan", 1, lambda: _plan_again(planner, next(again))))
+    measured.append(clock.measure("plan", 1, lambda: _plan_again(batch_builder, next(again))))
     for number in sorted(threads):
         for name, last in STAGES.items():
-            with closing(_decode(held, planner, device, number, last)) as decoder:
+            with closing(_decode(held, batch_builder, device, number, last)) as decoder:
                 measured.append(clock.measure(name, number, decoder.next))
         with closing(Loader(ShardReader(sources, data), recipe, NOISE, device, threads=number)) as loader:
             images = loader.next().images
@@ -112,10 +112,10 @@ def bench_loader(
         method=recipe.method.name,
         encoder=recipe.model.name,
         samples=reader.num_samples,
-        mean_bytes=round(np.mean([image.size for planned in held for image in planned.encoded])),
+        mean_bytes=round(np.mean([image.size for spec in held for image in spec.encoded])),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
         micro_batch=recipe.engine.micro_batch,
-        prefetch=prefetch_of(data, device),
+        prefetch=prefetch_depth(data, device),
         measured=measured,
         demand=Demand(
             gpu=gpu,
@@ -151,28 +151,30 @@ def format_bench(bench: Bench) -> str:
 def _read_ahead(reader: ShardReader, recipe: Recipe) -> ReadAhead:
     data, batch = recipe.data, recipe.engine.micro_batch // recipe.data.crops_per_image
     stream = reader.stream(recipe.seed)
-    located = (stream.locate(np.arange(at, at + batch)) for at in itertools.count(0, batch))
-    return ReadAhead(reader, located, data.readers, data.read_ahead_mb * 10**6)
+    locations = (stream.locate(np.arange(at, at + batch)) for at in itertools.count(0, batch))
+    return ReadAhead(reader, locations, data.read_threads, data.read_ahead_mb * 10**6)
 
 
-def _plan_again(planner: Planner, planned: Planned) -> Planned:
-    return planner.plan(planned.located, planned.encoded)
+def _plan_again(batch_builder: BatchBuilder, spec: BatchSpec) -> BatchSpec:
+    return batch_builder.plan(spec.locations, spec.encoded)
 
 
-def _decode(held: list[Planned], planner: Planner, device: torch.device, threads: int, last: str) -> Decoder:
-    data = planner.recipe.data
+def _decode(
+    held: list[BatchSpec], batch_builder: BatchBuilder, device: torch.device, threads: int, last: str
+) -> Decoder:
+    data = batch_builder.recipe.data
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "The external source node"
         )  # a graph cut short leaves inputs unused
         return Decoder(
-            training_graph(data, device.type == "cuda", last),
-            Background(itertools.cycle(held), 1),
-            planner.replace,
+            training_pipeline_def(data, device.type == "cuda", last),
+            PrefetchThread(itertools.cycle(held), 1),
+            batch_builder.replace,
             len(held[0].encoded),
             device,
             threads,
-            prefetch_of(data, device),
+            prefetch_depth(data, device),
         )
 
 

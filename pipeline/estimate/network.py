@@ -19,10 +19,12 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.distributed.hardware import GPUS
 from pipeline.errors import UserError
 from pipeline.methods import build_method
-from pipeline.plan import GPUS, checkpoint_bytes, forward_flops, training_flops
+from pipeline.methods.flops import forward_flops, training_flops
 from pipeline.recipe import Recipe
+from pipeline.train.sharded_state import checkpoint_bytes
 
 BACKWARD = 2 / 3
 """Of a step's arithmetic, the share that is its backward pass."""
@@ -60,7 +62,7 @@ class Scaling:
     scales: list[Scale]
 
 
-def scaling(
+def estimate_scaling(
     recipe: Recipe, *, gpus: int, nodes: int, gpu: str, mfu: float, link_gbit: float, storage_gb: float
 ) -> Scaling:
     """1, 2, 4, ... and `nodes` nodes of `gpus` GPUs each, where those can share the recipe's batch evenly.

@@ -5,42 +5,21 @@ peak arithmetic x MFU, with a loader and a network that keep up. Memory is count
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline.distributed.hardware import GPUS
 from pipeline.errors import UserError
-from pipeline.footprint import activation_bytes
+from pipeline.estimate.activation_memory import activation_bytes
 from pipeline.methods import build_method
+from pipeline.methods.flops import forward_flops, training_flops
 from pipeline.recipe import Recipe
+from pipeline.train.sharded_state import checkpoint_bytes
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
 SHARD_SAMPLES = 1_150  # ImageNet's JPEGs, 110 kB on average, in data_prep's shards of 128 MB
 OVERHEAD_GIB = 3.0  # assumed: CUDA context, NCCL, DeepSpeed's communication buckets, the loader's batches
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak dense TFLOP/s of matrix products in 16 and 32 bits, and memory, by NVIDIA's data sheets."""
-
-    bits16: float
-    bits32: float
-    memory_gb: float
-    bf16: bool = True
-
-
-GPUS = {
-    "v100": Gpu(125, 15.7, 32, bf16=False),
-    "a100-40": Gpu(312, 19.5, 40),
-    "a100": Gpu(312, 19.5, 80),
-    "l40s": Gpu(362, 91.6, 48),
-    "rtx4090": Gpu(165, 82.6, 24),
-    "h100": Gpu(989, 67, 80),
-    "h200": Gpu(989, 67, 141),
-    "b200": Gpu(2250, 80, 180),
-}
 
 
 @dataclass(frozen=True)
@@ -94,30 +73,6 @@ class Plan:
     shards_per_rank: float
     checkpoint_gib: float
     """On disk, see `checkpoint_bytes`."""
-
-
-@lru_cache
-def forward_flops(recipe: Recipe, batch: int = 1) -> float:
-    """Floating-point operations of the forward pass, a multiply-add counted as two: an image's share where
-    `batch` images, at least 1, go together. What a batch needs once, a single image pays alone.
-
-    Counted by torch on shapes alone: matrix products and attention, as everybody counts them.
-    """
-    with torch.device("meta"), torch.no_grad():
-        method = build_method(recipe)
-        images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size)
-        noise = torch.empty(batch, method.noise_size)
-        with FlopCounterMode(display=False) as counter:
-            method(images, noise)
-    return counter.get_total_flops() / batch
-
-
-def training_flops(forward: float) -> float:
-    """Operations of one image's forward and backward pass, as MFU counts them: three forward passes.
-
-    What activation checkpointing computes once more is none of them: PaLM (arXiv 2204.02311), appendix B.
-    """
-    return 3 * forward
 
 
 def plan(
@@ -196,11 +151,6 @@ def _shared(recipe: Recipe, world: int) -> Recipe:
     if rest or share % recipe.data.crops_per_image or not 0 < share < recipe.engine.micro_batch:
         return recipe
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"micro_batch": share})})
-
-
-def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
-    """Weights, moments and the weights once more, in float32; the weights' moving average twice as well."""
-    return parameters * (16 if recipe.train.ema_decay is None else 24)
 
 
 def memory(recipe: Recipe, parameters: int, world: int, available_gib: float) -> list[Memory]:

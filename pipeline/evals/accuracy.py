@@ -47,7 +47,7 @@ class Accuracy(NamedTuple):
         return f"{self.share:7.2%} [{low:.2%}, {high:.2%}]"
 
 
-def ranks_of_truth(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def rank_of_label(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """How many classes stand before the true one, (B,), for scores (B, C) and labels (B,).
 
     Of equal scores the smaller class comes first, as in `argmax`. C where the true one's is not finite.
@@ -58,13 +58,13 @@ def ranks_of_truth(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return before.sum(1).masked_fill(~own[:, 0].isfinite(), scores.shape[1])
 
 
-def hits(scores: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
+def count_topk_correct(scores: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
     """How many of B samples have their true class first, and among the first five."""
-    ranks = ranks_of_truth(scores, labels)
+    ranks = rank_of_label(scores, labels)
     return int((ranks < 1).sum()), int((ranks < FIRST).sum())
 
 
-def top_1_and_5(first: int, five: int, total: int, classes: int) -> dict[str, Accuracy]:
+def topk_accuracies(first: int, five: int, total: int, classes: int) -> dict[str, Accuracy]:
     """By name; without top5 where so few classes make it meaningless."""
     found = {"top1": Accuracy(first, total)}
     return found if classes <= FIRST else {**found, "top5": Accuracy(five, total)}

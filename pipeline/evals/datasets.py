@@ -3,17 +3,21 @@
 Invariant: both name the same classes in the same order, and have no shard in common.
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data.reader import ShardReader
-from pipeline.errors import UserError, some
-from pipeline.sections import DataSection
-from pipeline.train.distributed import World, agreed, say
+from pipeline.distributed.collectives import raise_on_all_ranks
+from pipeline.distributed.launch import DistInfo
+from pipeline.errors import UserError, join_names
+from pipeline.recipe.sections import DataSection
+
+logger = logging.getLogger(__name__)
 
 
-class Labelled(NamedTuple):
+class LabelledSets(NamedTuple):
     train: ShardReader
     val: ShardReader
 
@@ -22,13 +26,13 @@ class Labelled(NamedTuple):
         return len(self.train.manifest.classes)
 
 
-def open_labelled(train: str | Path, val: str | Path, data: DataSection) -> Labelled:
+def open_labelled_sets(train: str | Path, val: str | Path, data: DataSection) -> LabelledSets:
     """The sets in two directories or URLs; `data.subset` and `data.holdout` are of the training set.
 
     UserError as `check_labelled`.
     """
     whole = data.model_copy(update={"subset": 1.0, "subset_by_class": False, "holdout": 0.0})
-    found = Labelled(ShardReader(train, data), ShardReader(val, whole))
+    found = LabelledSets(ShardReader(train, data), ShardReader(val, whole))
     check_labelled(*found)
     return found
 
@@ -60,20 +64,20 @@ def check_labelled(train: ShardReader, val: ShardReader) -> None:
         )
 
 
-def check_bytes(world: World, **sets: ShardReader) -> None:
+def verify_checksums(dist_info: DistInfo, **sets: ShardReader) -> None:
     """Compare sets, by the options that name them, with their checksums, each rank a part; what is not
     compared is said. Every rank calls it. AgreedError at a fault."""
     for option, reader in sets.items():
-        unchecked = agreed(partial(reader.check_bytes, world.rank, world.size))
+        unchecked = raise_on_all_ranks(partial(reader.check_bytes, dist_info.rank, dist_info.world_size))
         if unchecked:
-            say(f"--{option} {reader.places[0]}: {unchecked}")
+            logger.info(f"--{option} {reader.places[0]}: {unchecked}")
 
 
 def _difference(train: list[str], val: list[str]) -> str:
     missing, more = sorted(set(train) - set(val)), sorted(set(val) - set(train))
     parts = []
     if missing:
-        parts.append(f"{len(missing)} are missing, {some([*map(repr, missing)])}")
+        parts.append(f"{len(missing)} are missing, {join_names([*map(repr, missing)])}")
     if more:
-        parts.append(f"{len(more)} are not there, {some([*map(repr, more)])}")
+        parts.append(f"{len(more)} are not there, {join_names([*map(repr, more)])}")
     return "; ".join(parts) or "the same names in another order"

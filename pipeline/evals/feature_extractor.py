@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.evals.encoder import ImageEncoder, load_encoder
-from pipeline.sections import DataSection
+from pipeline.recipe.sections import DataSection
+from pipeline.weights.encoder import ImageEncoder, load_encoder
 
 Pool = Literal["class_token", "mean"]
 PIXELS = "pixels"
 PIXELS_SIZE = 32
 
 
-class Representation(nn.Module):
+class FrozenEncoder(nn.Module):
     """`name`: for people. `width`: D. `image_size`, `mean` and `std`: of the images it takes."""
 
     name: str
@@ -35,7 +35,7 @@ class Representation(nn.Module):
         return digest(self, self.name, self.image_size, self.mean, self.std)
 
 
-class PooledTokens(Representation):
+class PooledTokens(FrozenEncoder):
     """MAE's own choice for the probe is the class token."""
 
     def __init__(self, encoder: ImageEncoder, pool: Pool) -> None:
@@ -55,7 +55,7 @@ class PooledTokens(Representation):
         return digest(self, self.name, self.encoder.heads, self.image_size, self.mean, self.std)
 
 
-class Pixels(Representation):
+class Pixels(FrozenEncoder):
     def __init__(self, image_size: int) -> None:
         super().__init__()
         self.name, self.image_size = f"pixels of {image_size} px", image_size
@@ -75,7 +75,7 @@ def digest(module: nn.Module, *about: object) -> str:
     return found.hexdigest()
 
 
-def representation(weights: str, image_size: int | None, pool: Pool) -> Representation:
+def load_frozen_encoder(weights: str, image_size: int | None, pool: Pool) -> FrozenEncoder:
     """What `weights` names (see above), frozen, on the CPU. UserError as `load_encoder`."""
     if weights.partition(":")[0] == PIXELS:
         given = weights.removeprefix(PIXELS).removeprefix(":")

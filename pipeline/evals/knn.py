@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from pipeline.distributed.collectives import all_gather_object, init_distributed, raise_on_all_ranks
+from pipeline.distributed.launch import DistInfo
 from pipeline.errors import UserError
-from pipeline.evals.accuracy import Accuracy, hits, top_1_and_5
-from pipeline.evals.features import Extractor, Features
-from pipeline.evals.labelled import check_bytes, open_labelled
-from pipeline.evals.representation import Pool, representation
-from pipeline.sections import DataSection
-from pipeline.train.distributed import World, agreed, gathered, joined
+from pipeline.evals.accuracy import Accuracy, count_topk_correct, topk_accuracies
+from pipeline.evals.datasets import open_labelled_sets, verify_checksums
+from pipeline.evals.feature_cache import FeatureExtractor, Features
+from pipeline.evals.feature_extractor import Pool, load_frozen_encoder
+from pipeline.recipe.sections import DataSection
 
 KS = (5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
@@ -43,15 +44,15 @@ def knn(
     training set's labels, class-balanced. block: of queries. extraction: options of `Extractor`. Returns what
     is printed, for JSON. UserError for what the user can mend.
     """
-    with joined(TIMEOUT_MINUTES) as world:
-        model = agreed(lambda: representation(weights, image_size, pool))
+    with init_distributed(TIMEOUT_MINUTES) as dist_info:
+        model = raise_on_all_ranks(lambda: load_frozen_encoder(weights, image_size, pool))
         few = {"subset": labels, "subset_by_class": True} if labels else {}
-        sets = agreed(lambda: open_labelled(train, val, DataSection(**few)))
-        ks = agreed(lambda: _possible(ks, sets.train.num_samples))
-        check_bytes(world, data=sets.train, val=sets.val)
-        extract = Extractor(model, world, **extraction)
+        sets = raise_on_all_ranks(lambda: open_labelled_sets(train, val, DataSection(**few)))
+        ks = raise_on_all_ranks(lambda: _possible(ks, sets.train.num_samples))
+        verify_checksums(dist_info, data=sets.train, val=sets.val)
+        extract = FeatureExtractor(model, dist_info, **extraction)
         features, queries = extract(sets.train), extract(sets.val)
-        found = classify(features, queries, ks, sets.classes, world, block)
+        found = classify(features, queries, ks, sets.classes, dist_info, block)
     return {
         "weights": weights,
         "features": model.name,
@@ -67,28 +68,32 @@ def knn(
 
 
 def classify(
-    train: Features, val: Features, ks: Sequence[int], classes: int, world: World, block: int = QUERIES
+    train: Features, val: Features, ks: Sequence[int], classes: int, dist_info: DistInfo, block: int = QUERIES
 ) -> dict[int, dict[str, Accuracy]]:
     """For each k the accuracy on `val`, the same on every rank. block: of queries."""
-    counts = gathered(counted(train, val, ks, classes, world, block))
+    counts = all_gather_object(counted(train, val, ks, classes, dist_info, block))
     total = len(val.labels)
-    return {k: top_1_and_5(*map(sum, zip(*(c[k] for c in counts), strict=True)), total, classes) for k in ks}
+    return {
+        k: topk_accuracies(*map(sum, zip(*(c[k] for c in counts), strict=True)), total, classes) for k in ks
+    }
 
 
 def counted(
-    train: Features, val: Features, ks: Sequence[int], classes: int, world: World, block: int = QUERIES
+    train: Features, val: Features, ks: Sequence[int], classes: int, dist_info: DistInfo, block: int = QUERIES
 ) -> dict[int, tuple[int, int]]:
     """For each k the `hits` in this rank's blocks of `val`."""
     blocks = -(-len(val.labels) // block)
-    first, end = (block * (blocks * part // world.size) for part in (world.rank, world.rank + 1))
-    similarity, voters = nearest(train, val.values[first:end], max(ks), world.device, block)
-    truth = val.labels[first:end].to(world.device)
+    first, end = (
+        block * (blocks * part // dist_info.world_size) for part in (dist_info.rank, dist_info.rank + 1)
+    )
+    similarity, voters = nearest(train, val.values[first:end], max(ks), dist_info.device, block)
+    truth = val.labels[first:end].to(dist_info.device)
     counts = {k: (0, 0) for k in ks}
     for start in range(0, len(truth), block):
         part = slice(start, start + block)
         for k in ks:
             scores = votes(similarity[part, :k], voters[part, :k], classes)
-            counts[k] = tuple(map(sum, zip(counts[k], hits(scores, truth[part]), strict=True)))
+            counts[k] = tuple(map(sum, zip(counts[k], count_topk_correct(scores, truth[part]), strict=True)))
     return counts
 
 

@@ -18,7 +18,7 @@ TRUST = 0.001
 """LARS: a step's length over the weights', at a learning rate of one."""
 
 
-class Heads(nn.Module):
+class LinearHeads(nn.Module):
     """K linear classifiers of D features into C classes."""
 
     def __init__(self, rates: Sequence[float], classes: int, width: int) -> None:
@@ -37,7 +37,7 @@ class Heads(nn.Module):
         """Scores (B, C) by one head of features (B, D)."""
         return F.linear(self.norm(features), self.weight[head], self.bias[head])
 
-    def learn(self, features: torch.Tensor, labels: torch.Tensor, rate: float) -> torch.Tensor:
+    def train_step(self, features: torch.Tensor, labels: torch.Tensor, rate: float) -> torch.Tensor:
         """One step of every head on features (B, D) and labels (B,), at `rate` times its own: losses (K,)."""
         features = self.norm(features)
         losses = []

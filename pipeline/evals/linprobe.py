@@ -21,24 +21,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipeline.data.reader import ShardReader
+from pipeline.distributed.collectives import all_gather_uneven, init_distributed, raise_on_all_ranks
+from pipeline.distributed.hardware import device_name, memory_gib
 from pipeline.errors import UserError
-from pipeline.evals.accuracy import RESULT, Accuracy, hits, top_1_and_5
-from pipeline.evals.features import Extractor, Features
-from pipeline.evals.feeds import KeptFeatures, RandomCrops
-from pipeline.evals.heads import Heads
-from pipeline.evals.labelled import check_bytes, open_labelled
-from pipeline.evals.probe_recipe import ProbeRecipe
-from pipeline.evals.representation import Representation, representation
-from pipeline.recipe_file import load
-from pipeline.tensor_file import save_tensors
-from pipeline.train import checkpoint, run_directory, wandb_run
-from pipeline.train.distributed import agreed, gathered_rows, joined
-from pipeline.train.hardware import device_name, memory_gib
-from pipeline.train.metrics import Log, Window
-from pipeline.train.schedule import learning_rate, warning
-from pipeline.train.stopping import UNWRITTEN, Stopping
+from pipeline.evals.accuracy import RESULT, Accuracy, count_topk_correct, topk_accuracies
+from pipeline.evals.datasets import open_labelled_sets, verify_checksums
+from pipeline.evals.feature_cache import FeatureExtractor, Features
+from pipeline.evals.feature_extractor import FrozenEncoder, load_frozen_encoder
+from pipeline.evals.linear_heads import LinearHeads
+from pipeline.evals.probe_batches import CachedFeatures, RandomCropFeatures
+from pipeline.io.atomic import write_json
+from pipeline.io.tensors import save_tensors
+from pipeline.recipe.linear_probe import ProbeRecipe
+from pipeline.recipe.loading import load
+from pipeline.train import checkpoint, run_directory, wandb_logger
+from pipeline.train.lr_schedule import learning_rate, warmup_warning
+from pipeline.train.metric_accumulator import MetricAccumulator
+from pipeline.train.metrics import MetricsLogger
+from pipeline.train.preemption import WRITE_ERROR, PreemptionHandler
 from pipeline.train.watchdog import Watchdog
-from pipeline.whole_file import write_json
 
 HEADS = "heads.safetensors"
 BLOCK = 4096
@@ -60,67 +61,81 @@ def linprobe(
     Returns what is in accuracy.json. UserError for what the user can mend; StoppedEarly after a signal.
     """
     # ---- Who we are, what is judged and on what
-    stopping = Stopping()
-    with joined(recipe.engine.timeout_minutes) as world, ExitStack() as held:
-        stopping.connect(recipe.engine.timeout_minutes)
-        accumulation = agreed(lambda: recipe.accumulation(world.size))
-        model = agreed(lambda: representation(recipe.probe.weights, image_size, recipe.probe.pool))
+    preemption = PreemptionHandler()
+    with init_distributed(recipe.engine.timeout_minutes) as dist_info, ExitStack() as held:
+        preemption.connect(recipe.engine.timeout_minutes)
+        accumulation = raise_on_all_ranks(lambda: recipe.accumulation(dist_info.world_size))
+        model = raise_on_all_ranks(
+            lambda: load_frozen_encoder(recipe.probe.weights, image_size, recipe.probe.pool)
+        )
         recipe = _resolved(recipe, model)
         data = recipe.data
-        agreed(lambda: wandb_run.check(recipe))
-        agreed(lambda: _check(run, recipe))
-        sets = agreed(lambda: open_labelled(train, val, data))
-        check_bytes(world, data=sets.train, val=sets.val)
-        held_out = agreed(lambda: ShardReader(train, data, "held_out") if data.holdout else None)
-        agreed(lambda: held.enter_context(run_directory.begun(run, recipe)) if world.rank == 0 else None)
-        patience = 60 * recipe.engine.timeout_minutes
-        watchdog = agreed(lambda: held.enter_context(closing(Watchdog(run, world.rank, patience))))
+        raise_on_all_ranks(lambda: wandb_logger.check_installed(recipe))
+        raise_on_all_ranks(lambda: _check(run, recipe))
+        sets = raise_on_all_ranks(lambda: open_labelled_sets(train, val, data))
+        verify_checksums(dist_info, data=sets.train, val=sets.val)
+        held_out = raise_on_all_ranks(lambda: ShardReader(train, data, "held_out") if data.holdout else None)
+        raise_on_all_ranks(
+            lambda: (
+                held.enter_context(run_directory.lock_run_dir(run, recipe)) if dist_info.rank == 0 else None
+            )
+        )
+        timeout_s = 60 * recipe.engine.timeout_minutes
+        watchdog = raise_on_all_ranks(
+            lambda: held.enter_context(closing(Watchdog(run, dist_info.rank, timeout_s)))
+        )
 
-        def alive() -> None:
-            watchdog.alive()
-            stopping.check()
+        def heartbeat() -> None:
+            watchdog.heartbeat()
+            preemption.check()
 
-        extract = Extractor(
+        extract = FeatureExtractor(
             model,
-            world,
+            dist_info,
             resize=recipe.probe.resize,
             precision=recipe.engine.precision,
             batch=recipe.engine.micro_batch,
             cache=cache,
-            alive=alive,
+            heartbeat=heartbeat,
         )
         judged = extract(sets.val)
         chosen_by = extract(held_out) if held_out else None
         torch.manual_seed(recipe.seed)
-        heads = Heads(recipe.probe.base_lrs, sets.classes, model.width).to(world.device)
+        heads = LinearHeads(recipe.probe.base_lrs, sets.classes, model.width).to(dist_info.device)
 
         # ---- Continue where the run directory stands
         checkpoints = run / "checkpoints"
-        identity = {"data": sets.train.fingerprint, "world_size": world.size}
-        newest = checkpoint.newest_whole(checkpoints, world.rank, world.size)
+        identity = {"data": sets.train.fingerprint, "world_size": dist_info.world_size}
+        newest = checkpoint.latest_valid_checkpoint(checkpoints, dist_info.rank, dist_info.world_size)
         state = checkpoint.read_state(newest) if newest else {"step": 0, "window": None}
         if newest:
             run_directory.check_continuation(newest, state, identity)
-            heads.load_state_dict(load_file(newest / HEADS, str(world.device)))
+            heads.load_state_dict(load_file(newest / HEADS, str(dist_info.device)))
         step = saved_step = state["step"]
-        window = Window(state["window"])
+        window = MetricAccumulator(state["window"])
         samples = sets.train.num_samples
         batch, total_steps = recipe.data.global_batch, recipe.total_steps(samples)
         warmup = recipe.probe.warmup_epochs * samples / batch
-        feed = (KeptFeatures if recipe.probe.center_crops else RandomCrops)(recipe, sets.train, extract, step)
-        log = agreed(lambda: Log(run, recipe, step, total_steps, []) if world.rank == 0 else None)
-        device = device_name(world.device)
-        agreed(lambda: checkpoint.sweep(checkpoints, step) if log else None)
-        start = {"step": step, "world_size": world.size, "device": device}
+        feed = (CachedFeatures if recipe.probe.center_crops else RandomCropFeatures)(
+            recipe, sets.train, extract, step
+        )
+        log = raise_on_all_ranks(
+            lambda: MetricsLogger(run, recipe, step, total_steps, []) if dist_info.rank == 0 else None
+        )
+        device = device_name(dist_info.device)
+        raise_on_all_ranks(lambda: checkpoint.remove_partial(checkpoints, step) if log else None)
+        start = {"step": step, "world_size": dist_info.world_size, "device": device}
         described = run, recipe, sets.train.described()
-        agreed(lambda: run_directory.describe(*described, **start, before=log.found) if log else None)
+        raise_on_all_ranks(
+            lambda: run_directory.describe(*described, **start, before=log.found) if log else None
+        )
         if log:
             log.note(
                 f"{len(heads.rates)} heads on {model.name}: {samples} images of {sets.classes} classes, "
-                f"{total_steps} steps of {batch} on {world.size} x {device}"
+                f"{total_steps} steps of {batch} on {dist_info.world_size} x {device}"
                 + (f", continued after step {step}" if step else "")
             )
-            if short := warning(total_steps, warmup):
+            if short := warmup_warning(total_steps, warmup):
                 log.note(f"probe.warmup_epochs: {short}")
             if batch > samples:
                 log.note(
@@ -131,26 +146,26 @@ def linprobe(
         def make_sure() -> None:
             """Write a checkpoint."""
             state = {**identity, "window": window.collect(), "recipe": recipe.model_dump(mode="json")}
-            agreed(lambda: log.flush() if log else None)
-            agreed(lambda: _save(heads, checkpoints, step, state, recipe) if log else None)
-            watchdog.alive()
+            raise_on_all_ranks(lambda: log.flush() if log else None)
+            raise_on_all_ranks(lambda: _save(heads, checkpoints, step, state, recipe) if log else None)
+            watchdog.heartbeat()
 
         # ---- Train
         began, waited, logged_step = time.perf_counter(), feed.waited, step
         while step < total_steps:
             parts = []
             for _ in range(accumulation):
-                parts.append(stopping.next(feed))
-                if stopping.reason:
+                parts.append(preemption.next(feed))
+                if preemption.reason:
                     break
-                watchdog.alive()
-            if stopping.reason:
+                watchdog.heartbeat()
+            if preemption.reason:
                 break
-            features, labels = (gathered_rows(torch.cat(rows)) for rows in zip(*parts, strict=True))
+            features, labels = (all_gather_uneven(torch.cat(rows)) for rows in zip(*parts, strict=True))
             rate = learning_rate(step, total_steps, warmup, batch / 256)
-            losses = heads.learn(features, labels, rate)
+            losses = heads.train_step(features, labels, rate)
             step += 1
-            zero = torch.zeros((), device=world.device)
+            zero = torch.zeros((), device=dist_info.device)
             by_rate = {f"loss_{lr:g}": loss for lr, loss in zip(heads.rates, losses, strict=True)}
             window.add({**by_rate, "skipped": zero})
 
@@ -168,10 +183,10 @@ def linprobe(
                     "lr": rate,
                     "images_per_s": (step - logged_step) * batch / took,
                     "data_wait": (feed.waited - waited) / took,
-                    "memory": memory_gib(world.device),
+                    "memory": memory_gib(dist_info.device),
                 }
                 if log:
-                    with stopping.writing():
+                    with preemption.writing():
                         log.write(line)
                 began, waited, logged_step = time.perf_counter(), feed.waited, step
             if log:
@@ -179,17 +194,17 @@ def linprobe(
 
             # ---- Make sure of it
             if step % recipe.train.checkpoint_every == 0 or step == total_steps:
-                if not stopping.settle():
+                if not preemption.sync_write_errors():
                     break
                 make_sure()
                 saved_step = step
-        if step > saved_step and stopping.reason != UNWRITTEN:
+        if step > saved_step and preemption.reason != WRITE_ERROR:
             make_sure()
             saved_step = step
 
         # ---- Judge, and close
         result = {}
-        if not stopping.reason:
+        if not preemption.reason:
             result = {
                 "weights": recipe.probe.weights,
                 "features": model.name,
@@ -206,18 +221,18 @@ def linprobe(
                 "classes": sets.classes,
                 "steps": step,
                 "recipe": recipe.model_dump(mode="json"),
-                **_judge(heads, sets.classes, judged, chosen_by, world.device),
+                **_judge(heads, sets.classes, judged, chosen_by, dist_info.device),
             }
-            agreed(lambda: write_json(run / RESULT, result) if log else None)
-        with watchdog.patient():
+            raise_on_all_ranks(lambda: write_json(run / RESULT, result) if log else None)
+        with watchdog.extended_timeout():
             feed.close()
-            with stopping.writing():
+            with preemption.writing():
                 if log:
                     log.close()
-            stopping.settle()
-        if log and not stopping.reason:
+            preemption.sync_write_errors()
+        if log and not preemption.reason:
             log.note(f"done: {step} steps; {run / RESULT}")
-        stopping.raise_reason(saved_step)
+        preemption.raise_reason(saved_step)
         return result
 
 
@@ -262,7 +277,7 @@ def _check(run: Path, recipe: ProbeRecipe) -> None:
             )
 
 
-def _resolved(recipe: ProbeRecipe, model: Representation) -> ProbeRecipe:
+def _resolved(recipe: ProbeRecipe, model: FrozenEncoder) -> ProbeRecipe:
     """With what follows from the weights."""
     data = {"image_size": model.image_size, "mean": model.mean, "std": model.std}
     return recipe.model_copy(
@@ -274,7 +289,7 @@ def _resolved(recipe: ProbeRecipe, model: Representation) -> ProbeRecipe:
 
 
 def _judge(
-    heads: Heads, classes: int, val: Features, held_out: Features | None, device: torch.device
+    heads: LinearHeads, classes: int, val: Features, held_out: Features | None, device: torch.device
 ) -> dict:
     """Every head on both sets, and the one that is best on what was held out; the smaller rate of equals."""
     rows = [
@@ -292,23 +307,23 @@ def _judge(
 
 
 @torch.inference_mode()
-def _accuracies(heads: Heads, head: int, classes: int, on: Features, device: torch.device) -> dict:
+def _accuracies(heads: LinearHeads, head: int, classes: int, on: Features, device: torch.device) -> dict:
     heads.eval()
     found = [
-        hits(heads(values.to(device), head), labels.to(device))
+        count_topk_correct(heads(values.to(device), head), labels.to(device))
         for values, labels in zip(*(tensor.split(BLOCK) for tensor in on), strict=True)
     ]
     counts = (sum(column) for column in zip(*found, strict=True))
-    return {name: a.as_json() for name, a in top_1_and_5(*counts, len(on.labels), classes).items()}
+    return {name: a.as_json() for name, a in topk_accuracies(*counts, len(on.labels), classes).items()}
 
 
-def _save(heads: Heads, directory: Path, step: int, state: dict, recipe: ProbeRecipe) -> None:
+def _save(heads: LinearHeads, directory: Path, step: int, state: dict, recipe: ProbeRecipe) -> None:
     """Write and publish a checkpoint, on one rank."""
-    partial = directory / (checkpoint.name_of(step) + checkpoint.PARTIAL)
+    partial = directory / (checkpoint.checkpoint_name(step) + checkpoint.PARTIAL)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         save_tensors(heads.state_dict(), partial / HEADS)
-        files = checkpoint.describe(partial, checkpoint.files_of(partial))
+        files = checkpoint.fsync_and_hash(partial, checkpoint.list_files(partial))
         checkpoint.publish(directory, step, {"step": step, **state, "files": files}, recipe.train)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory}: the checkpoint of step {step} cannot be written: {error}") from None

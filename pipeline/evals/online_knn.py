@@ -10,15 +10,16 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.data.crops import resize_of
-from pipeline.data.evaluation import EvaluationLoader
+from pipeline.data.eval_loader import EvalLoader
 from pipeline.data.reader import ShardReader
+from pipeline.distributed.collectives import all_gather_uneven, iterate_in_lockstep
+from pipeline.distributed.launch import DistInfo
 from pipeline.errors import UserError
-from pipeline.evals.features import Features
+from pipeline.evals.feature_cache import Features
 from pipeline.evals.knn import classify
 from pipeline.methods.method import Method
 from pipeline.recipe import Recipe
-from pipeline.train.distributed import World, equally_many, gathered_rows
+from pipeline.recipe.sections import resize_of
 
 K = 20
 QUERIES = 1 / 5
@@ -27,13 +28,18 @@ QUERIES = 1 / 5
 class OnlineKnn:
     """Every rank has one and calls it. UserError where the set has no labels, or too few samples."""
 
-    def __init__(self, recipe: Recipe, reader: ShardReader, method: Method, world: World) -> None:
+    def __init__(self, recipe: Recipe, reader: ShardReader, method: Method, dist_info: DistInfo) -> None:
         size = recipe.data.image_size
         check_online(recipe, reader)
-        self.method, self.world = method, world
+        self.method, self.dist_info = method, dist_info
         self.classes = len(reader.manifest.classes)
-        place = world.device, world.rank, world.size, recipe.data.threads or world.cores
-        self.loader = EvaluationLoader(
+        place = (
+            dist_info.device,
+            dist_info.rank,
+            dist_info.world_size,
+            recipe.data.decode_threads or dist_info.num_cpus,
+        )
+        self.loader = EvalLoader(
             reader,
             recipe.data,
             recipe.engine.micro_batch,
@@ -41,29 +47,29 @@ class OnlineKnn:
             resize_of(size),
             recipe.evals.knn_samples,
         )
-        self.nothing = torch.zeros(1, 3, size, size, device=world.device)
+        self.nothing = torch.zeros(1, 3, size, size, device=dist_info.device)
 
-    def __call__(self, alive: Callable[[], None]) -> dict[str, float]:
+    def __call__(self, heartbeat: Callable[[], None]) -> dict[str, float]:
         """Top-1 with its interval, for metrics.jsonl. alive: called after every batch."""
-        found = self._features(alive)
+        found = self._features(heartbeat)
         queries = int(QUERIES * len(found.labels))
         train, val = Features(*(x[queries:] for x in found)), Features(*(x[:queries] for x in found))
-        top1 = classify(train, val, [K], self.classes, self.world)[K]["top1"]
+        top1 = classify(train, val, [K], self.classes, self.dist_info)[K]["top1"]
         low, high = top1.interval
         return {"knn_top1": top1.share, "knn_top1_low": low, "knn_top1_high": high}
 
     @torch.no_grad()
-    def _features(self, alive: Callable[[], None]) -> Features:
+    def _features(self, heartbeat: Callable[[], None]) -> Features:
         values, labels = [self.method.tokens(self.nothing)[:0, 0].float()], [torch.empty(0).long()]
-        for batch in equally_many(self.loader):
+        for batch in iterate_in_lockstep(self.loader):
             tokens = self.method.tokens(self.nothing if batch is None else batch.images)
             if batch is not None:
                 values.append(tokens[:, 0].float())
                 labels.append(batch.labels.cpu())
-            alive()
-        device = self.world.device
+            heartbeat()
+        device = self.dist_info.device
         rows = torch.cat(values), torch.cat(labels).to(device)
-        return Features(*(gathered_rows(part).cpu() for part in rows))
+        return Features(*(all_gather_uneven(part).cpu() for part in rows))
 
 
 def check_online(recipe: Recipe, reader: ShardReader) -> None:

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 
 from pipeline.data.loader import Loader
-from pipeline.data.order import rank_positions
 from pipeline.data.reader import ShardReader
-from pipeline.evals.features import Extractor
-from pipeline.evals.probe_recipe import ProbeRecipe
+from pipeline.data.sampler import rank_positions
+from pipeline.evals.feature_cache import FeatureExtractor
+from pipeline.recipe.linear_probe import ProbeRecipe
 
 
-class Fed(NamedTuple):
+class FeatureBatch(NamedTuple):
     """On the device."""
 
     features: torch.Tensor
@@ -23,18 +23,26 @@ class Fed(NamedTuple):
     """(B,) int64"""
 
 
-class RandomCrops:
+class RandomCropFeatures:
     """Every image anew through the encoder, as a random resized crop; a micro batch at a time."""
 
-    def __init__(self, recipe: ProbeRecipe, reader: ShardReader, extract: Extractor, step: int) -> None:
-        world = extract.world
-        place = world.device, world.rank, world.size, step, recipe.data.threads or world.cores
+    def __init__(
+        self, recipe: ProbeRecipe, reader: ShardReader, extract: FeatureExtractor, step: int
+    ) -> None:
+        dist_info = extract.dist_info
+        place = (
+            dist_info.device,
+            dist_info.rank,
+            dist_info.world_size,
+            step,
+            recipe.data.decode_threads or dist_info.num_cpus,
+        )
         self.extract = extract
         self.loader = Loader(reader, recipe, 0, *place, labelled=True)
 
-    def next(self) -> Fed:
+    def next(self) -> FeatureBatch:
         batch = self.loader.next()
-        return Fed(self.extract.batch_of(batch.images), batch.labels)
+        return FeatureBatch(self.extract.batch_of(batch.images), batch.labels)
 
     @property
     def waited(self) -> float:
@@ -45,21 +53,23 @@ class RandomCrops:
         self.loader.close()
 
 
-class KeptFeatures:
+class CachedFeatures:
     """Features that were extracted once; the rank's whole part of a step at a time."""
 
     waited = 0.0
 
-    def __init__(self, recipe: ProbeRecipe, reader: ShardReader, extract: Extractor, step: int) -> None:
+    def __init__(
+        self, recipe: ProbeRecipe, reader: ShardReader, extract: FeatureExtractor, step: int
+    ) -> None:
         self.features, self.step = extract(reader), step
-        self.batch, self.world = recipe.data.global_batch, extract.world
+        self.batch, self.dist_info = recipe.data.global_batch, extract.dist_info
         self.stream = reader.stream(recipe.seed)
 
-    def next(self) -> Fed:
-        positions = rank_positions(self.step, self.batch, self.world.rank, self.world.size)
+    def next(self) -> FeatureBatch:
+        positions = rank_positions(self.step, self.batch, self.dist_info.rank, self.dist_info.world_size)
         rows = torch.from_numpy(self.stream.locate(positions).sample)
         self.step += 1
-        return Fed(*(tensor[rows].to(self.world.device) for tensor in self.features))
+        return FeatureBatch(*(tensor[rows].to(self.dist_info.device) for tensor in self.features))
 
     def close(self) -> None:
         pass

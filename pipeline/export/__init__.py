@@ -3,7 +3,7 @@
 Invariant: an export that exists was loaded again by the library it is for, and gave our features.
 """
 
-from pipeline.export.state_dicts import (
+from pipeline.weights.state_dicts import (
     load_official_state_dict,
     official_state_dict,
     timm_state_dict,

@@ -12,18 +12,18 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pipeline.errors import UserError, some
-from pipeline.export.card import card, recorded
+from pipeline.errors import UserError, join_names
+from pipeline.export.model_card import card, recorded
 from pipeline.export.official_file import OFFICIAL, OFFICIAL_VIT
 from pipeline.export.onnx_file import ONNX
 from pipeline.export.target import Exportable, Target
 from pipeline.export.timm_folder import TIMM
 from pipeline.export.transformers_folder import HF, HF_MAE
-from pipeline.export.vit import Vit
-from pipeline.finetune.trained import load_classifier
-from pipeline.train.checkpoint import describe
-from pipeline.trained import is_classifier, load_run
-from pipeline.whole_file import read_json
+from pipeline.io.atomic import read_json
+from pipeline.tasks.finetuned_run import load_finetuned_run
+from pipeline.train.checkpoint import fsync_and_hash
+from pipeline.weights.run import is_classifier, load_run
+from pipeline.weights.vit import Vit
 
 TARGETS = {"timm": TIMM, "hf": HF, "hf-mae": HF_MAE, "official": OFFICIAL, "onnx": ONNX}
 OF_CLASSIFIERS = {"timm": TIMM, "official": OFFICIAL_VIT, "onnx": ONNX}
@@ -56,7 +56,7 @@ def export(
         out = out.resolve()
     _check_out(out, overwrite)
     if is_classifier(run):
-        chosen, trained = _of_classifiers(target, encoder_only), load_classifier(run, ema)
+        chosen, trained = _of_classifiers(target, encoder_only), load_finetuned_run(run, ema)
     else:
         chosen = OFFICIAL_VIT if encoder_only and target == "official" else TARGETS[target]
         trained = load_run(run, ema)
@@ -95,7 +95,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: holds an export; give another folder, or --overwrite to replace it")
     if changed := _changed(out):
         raise UserError(
-            f"{out}: holds what no export wrote, or what was changed since: {some(changed)}; --overwrite "
+            f"{out}: holds what no export wrote, or what was changed since: {join_names(changed)}; --overwrite "
             "would remove it: move it away, or give another folder"
         )
 
@@ -105,7 +105,9 @@ def _changed(out: Path) -> list[str]:
     about = read_json(out / ABOUT)
     written = about.get("files") if isinstance(about, dict) else None
     written = written if isinstance(written, dict) else {}
-    found = describe(out, [path.name for path in out.iterdir() if path.name in written and path.is_file()])
+    found = fsync_and_hash(
+        out, [path.name for path in out.iterdir() if path.name in written and path.is_file()]
+    )
     there = sorted({path.name for path in out.iterdir()} - {ABOUT})
     return [name for name in there if name not in found or found[name] != written[name]]
 
@@ -169,9 +171,9 @@ def _reason(error: Exception) -> str:
 
 def _publish(partial: Path, out: Path, about: dict) -> None:
     names = sorted({path.name for path in partial.iterdir()} - {ABOUT})
-    about["files"] = describe(partial, names)
+    about["files"] = fsync_and_hash(partial, names)
     (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    describe(partial, [ABOUT])
+    fsync_and_hash(partial, [ABOUT])
     if out.exists():
         old = _cleared(out, OLD)
         out.rename(old)

@@ -15,11 +15,11 @@ import yaml
 from pipeline.errors import UserError
 from pipeline.evals.accuracy import RESULT, Accuracy
 from pipeline.export.target import Exportable, Target
-from pipeline.export.vit import Vit
-from pipeline.finetune.trained import TrainedClassifier
+from pipeline.io.atomic import read_json
 from pipeline.report.history import METRICS, logged
-from pipeline.trained import Trained
-from pipeline.whole_file import read_json
+from pipeline.tasks.finetuned_run import FinetunedRun
+from pipeline.weights.run import LoadedRun
+from pipeline.weights.vit import Vit
 
 PAPERS = {
     "mae": ("MAE", "https://arxiv.org/abs/2111.06377"),
@@ -118,7 +118,7 @@ def recorded(
     files of JSON to quote. UserError where one, or what the run wrote, cannot be read."""
     vit, data = trained.vit, trained.recipe.data
     environment = read_json(run / "environment.json") if (run / "environment.json").is_file() else {}
-    kind = _classifier(run, trained, ema) if isinstance(trained, TrainedClassifier) else _encoder(trained)
+    kind = _classifier(run, trained, ema) if isinstance(trained, FinetunedRun) else _encoder(trained)
     return dict(
         tags=", ".join([*target.tags, "vit", *kind.tags]),
         title=kind.title,
@@ -168,7 +168,7 @@ def _data(sets: list[dict] | None) -> str:
     return "\n".join(lines)
 
 
-def _encoder(trained: Trained) -> Kind:
+def _encoder(trained: LoadedRun) -> Kind:
     recipe = trained.recipe
     name, paper = PAPERS[recipe.method.name]
     return Kind(
@@ -180,7 +180,7 @@ def _encoder(trained: Trained) -> Kind:
     )
 
 
-def _classifier(run: Path, trained: TrainedClassifier, ema: bool) -> Kind:
+def _classifier(run: Path, trained: FinetunedRun, ema: bool) -> Kind:
     vit, begun = trained.vit, trained.begun
     count, section = len(vit.classes), trained.recipe.classifier
     return Kind(

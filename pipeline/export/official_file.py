@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import torch
 
 from pipeline.export import timm_folder, transformers_folder
-from pipeline.export.state_dicts import official_state_dict
 from pipeline.export.target import Exportable, Target, mask_ratio
-from pipeline.trained import Trained
+from pipeline.weights.run import LoadedRun
+from pipeline.weights.state_dicts import official_state_dict
 
 WEIGHTS = "checkpoint.pth"
 
@@ -26,7 +26,7 @@ def _write_vit(trained: Exportable, folder: Path) -> None:
     _save(trained.vit.weights, folder)
 
 
-def _write_whole(trained: Trained, folder: Path) -> None:
+def _write_whole(trained: LoadedRun, folder: Path) -> None:
     _save(official_state_dict(trained.method), folder)
 
 
@@ -34,7 +34,7 @@ def _vit_difference(trained: Exportable, folder: Path) -> float:
     return timm_folder.file_difference(trained.vit, folder / WEIGHTS)
 
 
-def _whole_difference(trained: Trained, folder: Path) -> float:
+def _whole_difference(trained: LoadedRun, folder: Path) -> float:
     state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)["model"]
     with TemporaryDirectory(dir=folder) as renamed:
         transformers_folder.write_model(state, trained.recipe, Path(renamed), decoder=True)
@@ -54,7 +54,7 @@ model = {timm_folder.call(vit, WEIGHTS)}
 """
 
 
-def _whole_usage(trained: Trained) -> str:
+def _whole_usage(trained: LoadedRun) -> str:
     recipe, model = trained.recipe, trained.recipe.model
     size = model.size
     return f"""\

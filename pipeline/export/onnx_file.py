@@ -16,7 +16,7 @@ import torch
 
 from pipeline.export import timm_folder
 from pipeline.export.target import Exportable, Target, check_images, library, relative_difference
-from pipeline.export.vit import Vit
+from pipeline.weights.vit import Vit
 
 OPSET = 18
 ONE_FILE = 1.9e9

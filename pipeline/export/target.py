@@ -13,19 +13,19 @@ from typing import NamedTuple, Protocol
 import torch
 
 from pipeline.errors import UserError
-from pipeline.export.vit import Vit
 from pipeline.losses import patchify
-from pipeline.masking import take
+from pipeline.masking import gather_tokens
 from pipeline.methods.method import Method
 from pipeline.recipe import Recipe
-from pipeline.sections import DataSection
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.recipe.sections import DataSection
+from pipeline.weights.vit import Vit
 
 CHECKED_IMAGES = 2
 
 
 class Exportable(Protocol):
-    """`pipeline.trained.Trained`, which has a decoder too, or `finetune.trained.TrainedClassifier`."""
+    """`pipeline.weights.run.Trained`, which has a decoder too, or `finetune.trained.TrainedClassifier`."""
 
     recipe: TrainingRecipe
     step: int
@@ -75,7 +75,7 @@ def predictions(
     """What our decoder predicts at masked_ids (B, M) from the patches at visible_ids (B, V): (B, M,
     P*P*3)."""
     with torch.inference_mode():
-        encoded = method.encoder(take(patchify(images, method.patch_size), visible_ids), visible_ids)
+        encoded = method.encoder(gather_tokens(patchify(images, method.patch_size), visible_ids), visible_ids)
         return method.decoder(encoded, visible_ids, masked_ids)
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import timm
 import torch
 
-from pipeline.data.crops import crop_share, resize_of
 from pipeline.export.target import Exportable, Target, check_images, relative_difference
-from pipeline.export.vit import Vit
-from pipeline.models.sizes import SIZES
-from pipeline.tensor_file import save_tensors
+from pipeline.io.tensors import save_tensors
+from pipeline.recipe.sections import SIZES, crop_share, resize_of
+from pipeline.weights.vit import Vit
 
 WEIGHTS = "model.safetensors"
 ARCHITECTURES = {

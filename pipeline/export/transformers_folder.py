@@ -10,9 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.crops import resize_of
 from pipeline.errors import UserError
-from pipeline.export.state_dicts import official_state_dict, timm_state_dict, transformers_state_dict
 from pipeline.export.target import (
     Target,
     check_images,
@@ -22,16 +20,18 @@ from pipeline.export.target import (
     relative_difference,
     tokens,
 )
+from pipeline.io.tensors import save_tensors
 from pipeline.masking import random_split
 from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.recipe import Recipe
-from pipeline.tensor_file import save_tensors
-from pipeline.trained import Trained
+from pipeline.recipe.sections import resize_of
+from pipeline.weights.run import LoadedRun
+from pipeline.weights.state_dicts import official_state_dict, timm_state_dict, transformers_state_dict
 
 BICUBIC = 3  # Pillow's number
 
 
-def _write(trained: Trained, folder: Path, decoder: bool) -> None:
+def _write(trained: LoadedRun, folder: Path, decoder: bool) -> None:
     state = (official_state_dict if decoder else timm_state_dict)(trained.method)
     write_model(state, trained.recipe, folder, decoder)
     _write_json(folder / "preprocessor_config.json", _preprocessor(trained.recipe))
@@ -95,7 +95,7 @@ def _preprocessor(recipe: Recipe) -> dict:
     }
 
 
-def _encoder_difference(trained: Trained, folder: Path) -> float:
+def _encoder_difference(trained: LoadedRun, folder: Path) -> float:
     images = check_images(trained.recipe.data)
     model = _loaded("ViTModel", folder, add_pooling_layer=False)
     with torch.inference_mode():
@@ -103,7 +103,7 @@ def _encoder_difference(trained: Trained, folder: Path) -> float:
     return relative_difference(theirs, tokens(trained.method, images))
 
 
-def whole_difference(trained: Trained, folder: Path) -> float:
+def whole_difference(trained: LoadedRun, folder: Path) -> float:
     """Of the tokens of whole images and of the pixels predicted behind a mask, the larger difference."""
     model = _loaded("ViTMAEForPreTraining", folder)
     images = check_images(trained.recipe.data)
@@ -136,7 +136,7 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _encoder_usage(_: Trained) -> str:
+def _encoder_usage(_: LoadedRun) -> str:
     return """\
 from transformers import AutoImageProcessor, ViTModel
 
@@ -146,7 +146,7 @@ tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # the
 """
 
 
-def _whole_usage(trained: Trained) -> str:
+def _whole_usage(trained: LoadedRun) -> str:
     scale = ", normalised per patch" if trained.recipe.method.normalize_targets else ""
     return f"""\
 from transformers import AutoImageProcessor, ViTMAEForPreTraining

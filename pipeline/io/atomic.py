@@ -13,15 +13,15 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Make `text` the content of the file, in a directory that is there."""
-    with replacing(path) as new:
+    with atomic_path(path) as new:
         new.write_text(text)
 
 
 def write_json(path: Path, tree: dict) -> None:
     """Make `tree` the content of the file, for people too."""
-    write_whole(path, json.dumps(tree, indent=1) + "\n")
+    atomic_write(path, json.dumps(tree, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -33,7 +33,7 @@ def read_json(path: Path) -> dict:
 
 
 @contextmanager
-def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Where to write the file that takes the place of `path` when the block is done; nothing is left of it
     where the block raises. shared: other processes may do the same at the same time."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new" if shared else f"{path.name}.new")

@@ -6,7 +6,7 @@ Invariant: every column but those OF_THE_MOMENT is a function of recipe, data an
 import json
 from pathlib import Path
 
-OF_THE_MOMENT = {
+TIMING_COLUMNS = {
     "time",
     "images_per_s",
     "images_per_s_rank",
@@ -20,18 +20,22 @@ OF_THE_MOMENT = {
 }
 """How fast it went, and when."""
 
-NO_LOSS = OF_THE_MOMENT | {
+NO_LOSS = TIMING_COLUMNS | {
     "step",
     "epoch",
     "samples",
     "lr",
     "grad_norm",
     "skipped",
-    "skips",
-    "replaced",
+    "skipped_steps",
+    "undecodable",
     "decoded_patches",  # of Efficient MAE: a count
 }
 """What is neither the loss, nor a part of it, nor an accuracy."""
+
+
+RENAMED = {"skips": "skipped_steps", "replaced": "undecodable", "trouble": "bad_span"}
+"""Column names of earlier versions, and the names now."""
 
 
 def read_lines(path: Path) -> tuple[list[dict], int]:
@@ -45,7 +49,9 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
 
 def _parsed(line: str) -> dict | None:
     try:
-        entry = json.loads(line)
+        entry = {RENAMED.get(name, name): value for name, value in json.loads(line).items()}
+        if entry.get("event") == "return":
+            entry["event"] = "rollback"
         return entry if isinstance(entry["step"], int) else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from pipeline.methods.efficient_mae import EfficientMAE, Flattening
+from pipeline.methods.efficient_mae import DifficultyFlatten, EfficientMAE
 from pipeline.methods.emae import EMAE
 from pipeline.methods.lomar import LoMaR
 from pipeline.methods.mae import MAE
@@ -31,7 +31,7 @@ def build_method(recipe: "Recipe") -> Method:
             consistency_weight=options.emae.consistency_weight,
             consistency_kind=options.emae.consistency_kind,
             decode_share=options.emae.decode_share,
-            flattening=_flattening(recipe) if options.emae.difficulty_flatten else None,
+            flattening=_difficulty_flatten(recipe) if options.emae.difficulty_flatten else None,
             num_slots=recipe.num_predicted,
             **common,
         )
@@ -41,7 +41,7 @@ def build_method(recipe: "Recipe") -> Method:
             _decoder(recipe),
             num_visible=recipe.num_visible,
             num_predicted=recipe.num_predicted,
-            flattening=_flattening(recipe),
+            flattening=_difficulty_flatten(recipe),
             scheduler=options.efficient_mae.scheduler,
             **common,
         )
@@ -55,14 +55,14 @@ def build_method(recipe: "Recipe") -> Method:
         grid=recipe.grid,
         num_windows=options.lomar.num_windows,
         num_visible=recipe.num_visible,
-        flattening=_flattening(recipe) if options.lomar.difficulty_flatten else None,
+        flattening=_difficulty_flatten(recipe) if options.lomar.difficulty_flatten else None,
         **common,
     )
 
 
-def _flattening(recipe: "Recipe") -> Flattening:
+def _difficulty_flatten(recipe: "Recipe") -> DifficultyFlatten:
     options = recipe.method.efficient_mae
-    return Flattening(
+    return DifficultyFlatten(
         patch_size=recipe.model.patch_size,
         gamma=options.gamma,
         beta=options.beta,

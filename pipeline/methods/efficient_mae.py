@@ -20,11 +20,11 @@ import torch
 
 from pipeline.difficulty import Metric, difficulty
 from pipeline.losses import difficulty_flatten_loss, patch_error, weighted_mean
-from pipeline.masking import as_mask, random_split, take
-from pipeline.method_options import EASIEST_BETA
+from pipeline.masking import as_mask, gather_tokens, random_split
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
+from pipeline.recipe.method_options import EASIEST_BETA
 
 Scheduler = Literal["flatten", "threshold", "schedule", "normalize"]
 
@@ -32,7 +32,7 @@ REFERENCE_MASK_RATIO = 0.75  # Table 6 (c) compares with MAE's
 
 
 @dataclass(frozen=True)
-class Flattening:
+class DifficultyFlatten:
     """The loss's and the decoder's view of difficulty; also for the methods that borrow it.
 
     gamma >= 0: 0 weighs all patches alike. beta: pixels, None for no threshold. `exact`, `k`: P2Dist's.
@@ -76,7 +76,7 @@ class EfficientMAE(Method):
         *,
         num_visible: int,
         num_predicted: int,
-        flattening: Flattening,
+        flattening: DifficultyFlatten,
         scheduler: Scheduler,
         normalize_targets: bool,
     ) -> None:
@@ -96,7 +96,7 @@ class EfficientMAE(Method):
                 weights.copy_(interval_ratios(encoder.grid, num_visible, flattening))
             self.register_buffer("interval_weights", weights, persistent=False)
 
-    def set_progress(self, done: float) -> None:
+    def set_training_progress(self, done: float) -> None:
         if self.scheduler == "schedule":
             self.progress.fill_(round(done * 1e6))
 
@@ -107,12 +107,12 @@ class EfficientMAE(Method):
         visible_ids, masked_ids = random_split(noise, self.num_visible)
         distance = self.flattening.difficulty(visible_ids, self.encoder.grid).gather(1, masked_ids)
         slots = easiest(distance, self.num_predicted)
-        asked_ids, distance = masked_ids.gather(1, slots), distance.gather(1, slots)
+        mask_ids, distance = masked_ids.gather(1, slots), distance.gather(1, slots)
         keep = self.flattening.keep(distance, self._beta())
 
-        encoded = self.encoder(take(patches, visible_ids), visible_ids)
-        prediction = self.decoder(encoded, visible_ids, asked_ids, keep).float()
-        target = self.targets(take(patches, asked_ids))
+        encoded = self.encoder(gather_tokens(patches, visible_ids), visible_ids)
+        prediction = self.decoder(encoded, visible_ids, mask_ids, keep).float()
+        target = self.targets(gather_tokens(patches, mask_ids))
         error = patch_error(prediction, target)
         loss = self._loss(error, distance, keep)
         kept = torch.ones_like(error) if keep is None else keep.float()
@@ -120,14 +120,14 @@ class EfficientMAE(Method):
             "reconstruction": weighted_mean(error.detach(), kept),
             "decoded_patches": kept.sum(dim=1).mean(),
         }
-        return MethodOutput(loss, prediction.detach(), target, visible_ids, asked_ids, metrics)
+        return MethodOutput(loss, prediction.detach(), target, visible_ids, mask_ids, metrics)
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         """All masked patches at once, the hardest included, although the decoder was not trained on those."""
         patches = self.patches(images)
         visible_ids, masked_ids = random_split(noise, self.num_visible)
-        encoded = self.encoder(take(patches, visible_ids), visible_ids)
+        encoded = self.encoder(gather_tokens(patches, visible_ids), visible_ids)
         prediction = self.decoder(encoded, visible_ids, masked_ids)
         return self.picture(patches, prediction[:, None], visible_ids[:, None], masked_ids[:, None])
 
@@ -158,7 +158,9 @@ def interval(distance: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 @lru_cache
-def interval_ratios(grid: int, num_visible: int, flattening: Flattening, masks: int = 256) -> torch.Tensor:
+def interval_ratios(
+    grid: int, num_visible: int, flattening: DifficultyFlatten, masks: int = 256
+) -> torch.Tensor:
     """Table 6 (c): per interval, masked patches at mask ratio 0.75 over masked patches at this one: float32
     (16,); 1 where this one has none.
 

@@ -22,8 +22,8 @@ from pipeline.losses import (
     patch_error,
     self_consistency_loss,
 )
-from pipeline.masking import parallel_parts, take
-from pipeline.methods.efficient_mae import Flattening, easiest
+from pipeline.masking import gather_tokens, parallel_parts
+from pipeline.methods.efficient_mae import DifficultyFlatten, easiest
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
@@ -54,7 +54,7 @@ class EMAE(Method):
         consistency_weight: float,
         consistency_kind: str,
         decode_share: float,
-        flattening: Flattening | None,
+        flattening: DifficultyFlatten | None,
         num_slots: int,
         normalize_targets: bool,
     ) -> None:
@@ -76,17 +76,19 @@ class EMAE(Method):
         """MethodOutput with K parts, V = L/K, M = (K-1) x the decoded patches of a part."""
         patches = self.patches(images)
         parts = parallel_parts(noise, self.num_parts)  # (B, K, V)
-        asked = parts[:, :, : self.num_decoded]
-        asked_ids = self._for_each_slot(asked).flatten(2, 3)  # (B, K, M)
+        predicted_ids = parts[:, :, : self.num_decoded]
+        mask_ids = self._for_each_slot(predicted_ids).flatten(2, 3)  # (B, K, M)
         distance, keep = None, None
         if self.flattening:
-            asked_ids, distance, keep = self._flattened(parts, asked_ids)
+            mask_ids, distance, keep = self._flattened(parts, mask_ids)
 
-        prediction = self._predict(patches, parts, asked_ids, keep)  # (B, K, M, D)
+        prediction = self._predict(patches, parts, mask_ids, keep)  # (B, K, M, D)
         if self.some_have_no_slot:
-            target = self.targets(take(patches, asked_ids.flatten(1))).view(*asked_ids.shape, -1)
+            target = self.targets(gather_tokens(patches, mask_ids.flatten(1))).view(*mask_ids.shape, -1)
         else:  # normalised once for all the parts that predict it
-            target = self.targets(take(patches, asked.flatten(1))).view(*asked.shape, -1)
+            target = self.targets(gather_tokens(patches, predicted_ids.flatten(1))).view(
+                *predicted_ids.shape, -1
+            )
             target = self._for_each_slot(target).flatten(2, 3)
         error = patch_error(prediction, target)
         if self.flattening:
@@ -97,18 +99,18 @@ class EMAE(Method):
             )
         else:
             reconstruction = error.flatten(1).mean(dim=1).mean()
-        consistency = self._consistency(prediction, asked_ids, keep)
+        consistency = self._consistency(prediction, mask_ids, keep)
         loss = reconstruction + self.consistency_weight * consistency
         metrics = {"reconstruction": reconstruction.detach(), "consistency": consistency.detach()}
-        return MethodOutput(loss, prediction.detach(), target, parts, asked_ids, metrics)
+        return MethodOutput(loss, prediction.detach(), target, parts, mask_ids, metrics)
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
         patches = self.patches(images)
         parts = parallel_parts(noise, self.num_parts)
-        asked_ids = self._for_each_slot(parts).flatten(2, 3)
-        prediction = self._predict(patches, parts, asked_ids, keep=None)
-        return self.picture(patches, prediction, parts, asked_ids)
+        mask_ids = self._for_each_slot(parts).flatten(2, 3)
+        prediction = self._predict(patches, parts, mask_ids, keep=None)
+        return self.picture(patches, prediction, parts, mask_ids)
 
     def _for_each_slot(self, of_part: torch.Tensor) -> torch.Tensor:
         """of_part (B, K, ...) -> (B, K, K-1, ...): for part k and slot s what belongs to the part predicted
@@ -116,29 +118,29 @@ class EMAE(Method):
         return torch.stack([of_part.roll(-1 - s, dims=1) for s in range(self.num_parts - 1)], dim=2)
 
     def _flattened(
-        self, parts: torch.Tensor, asked_ids: torch.Tensor
+        self, parts: torch.Tensor, mask_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """-> what each part has a slot for, (B, K, M); its difficulty; which of it the threshold keeps."""
         distance = self.flattening.difficulty(parts.flatten(0, 1), self.grid)
-        distance = distance.view(*parts.shape[:2], -1).gather(2, asked_ids)
+        distance = distance.view(*parts.shape[:2], -1).gather(2, mask_ids)
         if self.some_have_no_slot:
             slots = easiest(distance, self.num_slots)
-            asked_ids, distance = asked_ids.gather(2, slots), distance.gather(2, slots)
-        return asked_ids, distance, self.flattening.keep(distance, self.flattening.beta)
+            mask_ids, distance = mask_ids.gather(2, slots), distance.gather(2, slots)
+        return mask_ids, distance, self.flattening.keep(distance, self.flattening.beta)
 
     def _predict(
-        self, patches: torch.Tensor, parts: torch.Tensor, asked_ids: torch.Tensor, keep: torch.Tensor | None
+        self, patches: torch.Tensor, parts: torch.Tensor, mask_ids: torch.Tensor, keep: torch.Tensor | None
     ) -> torch.Tensor:
         batch, num_parts, visible = parts.shape
         views = batch * num_parts
         visible_ids = parts.reshape(views, visible)
-        encoded = self.encoder(take(patches, parts.flatten(1)).view(views, visible, -1), visible_ids)
+        encoded = self.encoder(gather_tokens(patches, parts.flatten(1)).view(views, visible, -1), visible_ids)
         keep = None if keep is None else keep.reshape(views, -1)
-        prediction = self.decoder(encoded, visible_ids, asked_ids.reshape(views, -1), keep)
-        return prediction.float().view(*asked_ids.shape, -1)
+        prediction = self.decoder(encoded, visible_ids, mask_ids.reshape(views, -1), keep)
+        return prediction.float().view(*mask_ids.shape, -1)
 
     def _consistency(
-        self, prediction: torch.Tensor, asked_ids: torch.Tensor, keep: torch.Tensor | None
+        self, prediction: torch.Tensor, mask_ids: torch.Tensor, keep: torch.Tensor | None
     ) -> torch.Tensor:
         """`losses.self_consistency_loss`: in value always, and by its own code where predictions are dropped.
 
@@ -146,10 +148,10 @@ class EMAE(Method):
         mean over the packed layout. K = 2 has no pair that predicts the same patch: 0.
         """
         if keep is not None or self.some_have_no_slot:
-            keep = torch.ones_like(asked_ids, dtype=torch.bool) if keep is None else keep
+            keep = torch.ones_like(mask_ids, dtype=torch.bool) if keep is None else keep
             whole = prediction.new_zeros(*prediction.shape[:2], self.noise_size, prediction.shape[3])
-            whole = whole.scatter(2, asked_ids[..., None].expand_as(prediction), prediction)
-            predicted = keep.new_zeros(*keep.shape[:2], self.noise_size).scatter(2, asked_ids, keep)
+            whole = whole.scatter(2, mask_ids[..., None].expand_as(prediction), prediction)
+            predicted = keep.new_zeros(*keep.shape[:2], self.noise_size).scatter(2, mask_ids, keep)
             return self_consistency_loss(whole, predicted, self.consistency_kind)
         # Part m's predictions by its K-1 others, one a slot: rolled back, slot s of part m - 1 - s.
         slots = prediction.unflatten(2, (self.num_parts - 1, self.num_decoded))

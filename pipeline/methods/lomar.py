@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pipeline.losses import difficulty_flatten_loss, patch_error
-from pipeline.masking import draw_windows, random_split, take, tile_windows
-from pipeline.methods.efficient_mae import Flattening
+from pipeline.masking import draw_windows, gather_tokens, random_split, tile_windows
+from pipeline.methods.efficient_mae import DifficultyFlatten
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.models.encoder import initialize_like_mae
 from pipeline.models.window_encoder import WindowEncoder
@@ -32,7 +32,7 @@ class LoMaR(Method):
         grid: int,
         num_windows: int,
         num_visible: int,
-        flattening: Flattening | None,
+        flattening: DifficultyFlatten | None,
         normalize_targets: bool,
     ) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LoMaR(Method):
         patches = self.patches(images)
         prediction, visible, masked = self._predict(patches, windows, mask_noise)
         visible_ids, predicted_ids = windows.gather(2, visible), windows.gather(2, masked)
-        target = self.targets(take(patches, predicted_ids.flatten(1))).view(prediction.shape)
+        target = self.targets(gather_tokens(patches, predicted_ids.flatten(1))).view(prediction.shape)
         error = patch_error(prediction, target)  # (B, K, M)
         reconstruction = error.flatten(1).mean(dim=1).mean()
         loss = reconstruction
@@ -94,7 +94,7 @@ class LoMaR(Method):
         batch, count, size = windows.shape
         visible, masked = random_split(mask_noise.reshape(batch * count, size), self.num_visible)
         visible_ids = windows.gather(2, visible.view(batch, count, -1))
-        seen = take(patches, visible_ids.flatten(1)).view(batch * count, self.num_visible, -1)
+        seen = gather_tokens(patches, visible_ids.flatten(1)).view(batch * count, self.num_visible, -1)
         encoded = self.encoder(seen, visible)
-        prediction = self.pred(take(encoded, masked + 1)).float()  # + 1: the class token
+        prediction = self.pred(gather_tokens(encoded, masked + 1)).float()  # + 1: the class token
         return tuple(x.view(batch, count, *x.shape[1:]) for x in (prediction, visible, masked))

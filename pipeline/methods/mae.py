@@ -8,7 +8,7 @@ the same loss.
 import torch
 
 from pipeline.losses import patch_error
-from pipeline.masking import random_split, take
+from pipeline.masking import gather_tokens, random_split
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
@@ -29,9 +29,9 @@ class MAE(Method):
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
         patches = self.patches(images)
         visible_ids, masked_ids = random_split(noise, self.num_visible)
-        encoded = self.encoder(take(patches, visible_ids), visible_ids)
+        encoded = self.encoder(gather_tokens(patches, visible_ids), visible_ids)
         prediction = self.decoder(encoded, visible_ids, masked_ids).float()
-        target = self.targets(take(patches, masked_ids))
+        target = self.targets(gather_tokens(patches, masked_ids))
         loss = patch_error(prediction, target).mean(dim=1).mean()
         metrics = {"reconstruction": loss.detach()}
         return MethodOutput(loss, prediction.detach(), target, visible_ids, masked_ids, metrics)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pipeline.learner import Learner
 from pipeline.losses import denormalize, normalize_targets, patchify
 from pipeline.masking import as_mask
+from pipeline.models.learner import TrainableModule
 
 
 class MethodOutput(NamedTuple):
@@ -47,7 +47,7 @@ class Reconstruction(NamedTuple):
     mean and variance."""
 
 
-class Method(Learner):
+class Method(TrainableModule):
     encoder: nn.Module
     grid: int
     """Patches along a side of an image."""

@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         self,
         encoded: torch.Tensor,
         visible_ids: torch.Tensor,
-        asked_ids: torch.Tensor,
+        mask_ids: torch.Tensor,
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """encoded (N, 1 + V, D) of the patches at visible_ids (N, V) -> pixels at asked_ids (N, M): (N, M,
@@ -59,10 +59,12 @@ class Decoder(nn.Module):
         if keep is not None:
             always = keep.new_ones(len(keep), encoded.shape[1])
             attn_mask = torch.cat([always, keep], dim=1)[:, None, None, :]
-        num_asked = asked_ids.shape[1]
-        asked = (self.mask_token[0] + pos_embed[1:], asked_ids)
+        num_asked = mask_ids.shape[1]
+        predicted_ids = (self.mask_token[0] + pos_embed[1:], mask_ids)
         for index, block in enumerate(self.blocks):
             wanted = num_asked if index == len(self.blocks) - 1 else None
-            tokens = run_block(block, tokens, attn_mask, wanted, *asked, checkpointing=self.checkpointing)
-            asked = ()  # from here on they are tokens like the others
+            tokens = run_block(
+                block, tokens, attn_mask, wanted, *predicted_ids, checkpointing=self.checkpointing
+            )
+            predicted_ids = ()  # from here on they are tokens like the others
         return self.pred(self.norm(tokens))

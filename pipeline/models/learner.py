@@ -7,7 +7,7 @@ mean over images of a per-image loss, so it does not depend on how a batch is cu
 from torch import nn
 
 
-class Learner(nn.Module):
+class TrainableModule(nn.Module):
     """Its forward takes images (B, 3, H, W) float32, noise (B, noise_size) float32 in [0, 1) and, where its
     task is labelled, labels (B,) int64. It returns a named tuple with `loss`, a float32 scalar, and
     `metrics`, a dictionary of detached 0-d tensors."""
@@ -15,7 +15,7 @@ class Learner(nn.Module):
     noise_size: int
     """Uniform [0, 1) numbers wanted per image."""
 
-    def set_progress(self, done: float) -> None:
+    def set_training_progress(self, done: float) -> None:
         """Where training stands, from 0 to 1. Called before a step; it does not wait for the device."""
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:

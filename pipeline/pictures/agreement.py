@@ -8,11 +8,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.evals.canvas import Scale, heat, sheet
-from pipeline.evals.picture import described, normalised, originals, reconstructed, seen_and_predicted
-from pipeline.evals.tiles import as_maps, cut
 from pipeline.losses import patchify
 from pipeline.methods.method import Method, Reconstruction
+from pipeline.pictures.canvas import Scale, as_maps, cut, heat, render_grid
+from pipeline.pictures.reconstruction import (
+    described,
+    normalised,
+    originals,
+    reconstructed,
+    seen_and_predicted,
+)
 from pipeline.recipe import Recipe
 
 
@@ -26,7 +31,7 @@ class Agreement(NamedTuple):
     """float32 (B, L): a patch's part of the disagreement; NaN where no two seeds predict it."""
 
 
-def picture(
+def plot_agreement(
     method: Method, recipe: Recipe, batch: torch.Tensor, seeds: Sequence[int]
 ) -> tuple[Image.Image, str]:
     """The photographs (B, 3, N S, N S), behind each seed's masks; and the number, in a sentence."""
@@ -49,7 +54,7 @@ def picture(
         "of a patch that neither saw lie apart, and predictions from the original. Grey: not predicted twice."
     )
     scale = Scale("disagreement, levels of 255", "0", f"{highest:.0f}")
-    return sheet(columns, caption, [scale]), number
+    return render_grid(columns, caption, [scale]), number
 
 
 def agreement(squares: torch.Tensor, results: Sequence[Reconstruction], recipe: Recipe) -> Agreement:

@@ -11,11 +11,11 @@ from torch import nn
 from tqdm import tqdm
 
 from pipeline.errors import UserError
-from pipeline.evals.canvas import Column, Scale, heat, sheet
-from pipeline.evals.encoder import ImageEncoder
-from pipeline.evals.photographs import to_pixels
 from pipeline.models.relative_position import RelativeAttention
-from pipeline.sections import DataSection
+from pipeline.pictures.canvas import Column, Scale, heat, render_grid
+from pipeline.pictures.images import to_pixels
+from pipeline.recipe.sections import DataSection
+from pipeline.weights.encoder import ImageEncoder
 
 MOST_HEADS = 6
 """Shown one by one."""
@@ -23,7 +23,7 @@ COPIES = 2
 """Of one layer's attention that are held at once: before and after the softmax."""
 
 
-def picture(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tuple[Image.Image, str]:
+def plot_attention(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tuple[Image.Image, str]:
     """Attention maps for photographs (B, 3, S, S) of the encoder's image size; and how many, in words."""
     _check_memory(encoder)
     each = [class_attention(encoder, one) for one in tqdm(batch.split(1), "attention", delay=5, leave=False)]
@@ -42,7 +42,7 @@ def picture(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tu
         f"layer's heads, {len(maps) - 2} of {heads.shape[1]} one by one. Each map has its own scale."
     )
     scale = Scale("attention", "0", "99th percentile")
-    return sheet(columns, caption, [scale]), f"{heads.shape[1]} heads, {grid} x {grid} patches"
+    return render_grid(columns, caption, [scale]), f"{heads.shape[1]} heads, {grid} x {grid} patches"
 
 
 def _check_memory(encoder: ImageEncoder) -> None:

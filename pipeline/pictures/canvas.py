@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 GAP, MARGIN = 6, 12
@@ -74,7 +75,7 @@ def enlarged(pixels: np.ndarray, side: int) -> np.ndarray:
     )
 
 
-def sheet(
+def render_grid(
     columns: Sequence[Column], caption: str, scales: Sequence[Scale] = (), chart: Chart | None = None
 ) -> Image.Image:
     """The picture. All columns have as many tiles, all tiles one size."""
@@ -188,3 +189,32 @@ def _ticks(most: float) -> tuple[float, float]:
     power = 10 ** math.floor(math.log10(most))
     step = next(power * factor for factor in (0.1, 0.2, 0.5, 1, 2) if most / (power * factor) <= 8)
     return math.ceil(most / step - 1e-9) * step, step
+
+
+def cut(images: torch.Tensor, per_side: int) -> torch.Tensor:
+    """(B, C, N S, N S) to (B N N, C, S, S), row by row."""
+    batch, channels, side, _ = images.shape
+    size = side // per_side
+    squares = images.reshape(batch, channels, per_side, size, per_side, size)
+    return squares.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, size, size)
+
+
+def join(squares: torch.Tensor, per_side: int) -> torch.Tensor:
+    """The inverse of `cut`."""
+    count, channels, size, _ = squares.shape
+    images = squares.reshape(count // per_side**2, per_side, per_side, channels, size, size)
+    return images.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, per_side * size, per_side * size)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, L, P*P*3) in patchify's order back to square images (B, 3, S, S)."""
+    batch, length, _ = patches.shape
+    grid = math.isqrt(length)
+    tiles = patches.reshape(batch, grid, grid, patch_size, patch_size, 3)
+    return tiles.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, grid * patch_size, grid * patch_size)
+
+
+def as_maps(values: torch.Tensor, per_side: int) -> torch.Tensor:
+    """A number a patch, (B N N, L), to maps of whole photographs (B, N G, N G)."""
+    grid = math.isqrt(values.shape[1])
+    return join(values.reshape(-1, 1, grid, grid), per_side)[:, 0]

@@ -8,11 +8,10 @@ from PIL import Image
 
 from pipeline.difficulty import patch_distance
 from pipeline.errors import UserError
-from pipeline.evals.canvas import Chart, Column, Scale, heat, sheet
-from pipeline.evals.picture import described, originals, reconstructed, seen_and_predicted
-from pipeline.evals.tiles import as_maps, cut
 from pipeline.losses import patch_error, patchify
 from pipeline.methods.method import Method, Reconstruction
+from pipeline.pictures.canvas import Chart, Column, Scale, as_maps, cut, heat, render_grid
+from pipeline.pictures.reconstruction import described, originals, reconstructed, seen_and_predicted
 from pipeline.recipe import Recipe
 
 MASKS = 16
@@ -21,7 +20,9 @@ FEWEST = 50
 """Patches that a point of the chart stands for, at least."""
 
 
-def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> tuple[Image.Image, str]:
+def plot_difficulty(
+    method: Method, recipe: Recipe, batch: torch.Tensor, seed: int
+) -> tuple[Image.Image, str]:
     """P2Dist (Eq. 1) and error of each masked patch of photographs (B, 3, N S, N S), and the mean error by
     distance, over several masks; and its ends, in a sentence."""
     per_side, patch = batch.shape[-1] // recipe.data.image_size, recipe.model.patch_size
@@ -59,7 +60,7 @@ def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> t
         "photographs, with two standard errors."
     )
     sentence = f"mean error {means[0]:.3g} at {middles[0]:.3g} px, {means[-1]:.3g} at {middles[-1]:.3g} px"
-    return sheet(columns, caption, scales, chart), sentence
+    return render_grid(columns, caption, scales, chart), sentence
 
 
 def distance_of(result: Reconstruction, patch_size: int) -> torch.Tensor:

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline.evals.canvas import Column, enlarged, sheet
-from pipeline.evals.encoder import ImageEncoder
-from pipeline.evals.photographs import to_pixels
-from pipeline.sections import DataSection
+from pipeline.pictures.canvas import Column, enlarged, render_grid
+from pipeline.pictures.images import to_pixels
+from pipeline.recipe.sections import DataSection
+from pipeline.weights.encoder import ImageEncoder
 
 
-def picture(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tuple[Image.Image, str]:
+def plot_features(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tuple[Image.Image, str]:
     """Colours of the patches of photographs (B, 3, S, S) of the encoder's image size; and what they explain
     of the features, in a sentence."""
     with torch.inference_mode():
@@ -33,7 +33,7 @@ def picture(encoder: ImageEncoder, data: DataSection, batch: torch.Tensor) -> tu
         f"{encoder.name}, {side} px. The last layer's patch features, their three main directions (PCA) as "
         f"red, green and blue: of all photographs together ({sentence}), and of each alone."
     )
-    return sheet(columns, caption), sentence
+    return render_grid(columns, caption), sentence
 
 
 def main_directions(features: torch.Tensor) -> tuple[torch.Tensor, float]:

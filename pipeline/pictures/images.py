@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,13 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline.data.reader import ShardReader
-from pipeline.errors import UserError, some
-from pipeline.sections import DataSection
-from pipeline.train.distributed import say
+from pipeline.errors import UserError, join_names
+from pipeline.recipe.sections import DataSection
+
+logger = logging.getLogger(__name__)
 
 
-def open_photographs(places: Sequence[Path], count: int) -> list[Image.Image]:
+def open_images(places: Sequence[Path], count: int) -> list[Image.Image]:
     """The first `count` images of files, and of folders and what is below, by name and one of each sub-folder
     in turn: upright, in RGB.
 
@@ -44,7 +46,7 @@ def open_photographs(places: Sequence[Path], count: int) -> list[Image.Image]:
             if path.suffix.lower() in Image.registered_extensions():
                 damaged.append(f"{path} ({str(error).splitlines()[0]})")
     if damaged:
-        say(f"--images: passed over, as it cannot be read: {some(damaged)}")
+        logger.info(f"--images: passed over, as it cannot be read: {join_names(damaged)}")
     if not images:
         raise UserError(f"--images {', '.join(map(str, places))}: no image there that can be read")
     return images

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.evals import agreement, attention, difficulty_map, feature_colors, picture
-from pipeline.evals.encoder import load_encoder
-from pipeline.evals.photographs import as_batch, open_photographs
-from pipeline.trained import Trained, load_run
+from pipeline.pictures import agreement, attention, difficulty_map, feature_pca, reconstruction
+from pipeline.pictures.images import as_batch, open_images
+from pipeline.weights.encoder import load_encoder
+from pipeline.weights.run import LoadedRun, load_run
 
 MOST_TILES = 16
 KINDS = ("grid", "agreement", "difficulty", "attention", "features")
@@ -52,7 +52,7 @@ def reconstruct(
         raise UserError(f"--images {missing[0]}: no such file or folder")
     if blocked := [above for place in places.values() for above in place.parents if above.is_file()]:
         raise UserError(f"--out {out}: {blocked[0]} is a file, so no folder can be there")
-    photographs, said = open_photographs(images, options.count), []
+    photographs, said = open_images(images, options.count), []
     counted = f"{len(photographs)} photograph{'s' * (len(photographs) > 1)}"
     for run in runs:
         trained = load_run(run)
@@ -80,18 +80,18 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 def _draw(
-    kind: str, run: Path, trained: Trained, batch: torch.Tensor, options: Options
+    kind: str, run: Path, trained: LoadedRun, batch: torch.Tensor, options: Options
 ) -> tuple[Image.Image, str]:
     recipe, method, _ = trained
     if kind == "grid":
-        return picture.picture(method, recipe, batch, options.seed), ""
+        return reconstruction.plot_reconstruction(method, recipe, batch, options.seed), ""
     if kind == "agreement":
         seeds = range(options.seed, options.seed + options.seeds)
-        drawn, sentence = agreement.picture(method, recipe, batch, seeds)
+        drawn, sentence = agreement.plot_agreement(method, recipe, batch, seeds)
     elif kind == "difficulty":
-        drawn, sentence = difficulty_map.picture(method, recipe, batch, options.seed)
+        drawn, sentence = difficulty_map.plot_difficulty(method, recipe, batch, options.seed)
     else:
-        module = {"attention": attention, "features": feature_colors}[kind]
+        module = {"attention": attention, "features": feature_pca}[kind]
         drawn, sentence = module.picture(load_encoder(run, batch.shape[-1]), recipe.data, batch)
     return drawn, f"; {sentence}"
 

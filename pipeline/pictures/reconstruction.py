@@ -8,19 +8,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.data.random import Purpose, uniform
-from pipeline.evals.canvas import Column, sheet
-from pipeline.evals.photographs import to_pixels
-from pipeline.evals.tiles import cut, join, unpatchify
+from pipeline.data.philox import Purpose, uniform
 from pipeline.losses import patchify
 from pipeline.methods.method import Method, Reconstruction
+from pipeline.pictures.canvas import Column, cut, join, render_grid, unpatchify
+from pipeline.pictures.images import to_pixels
 from pipeline.recipe import Recipe
 
 GREY = 0.5
 """Of what is not seen, from 0 to 1."""
 
 
-def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> Image.Image:
+def plot_reconstruction(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> Image.Image:
     """The grid for images (B, 3, N S, N S), on the method's device; the masks follow from `seed`.
 
     S is the model's image size. For N > 1 the method sees N x N squares of each image, one by one.
@@ -37,7 +36,7 @@ def picture(method: Method, recipe: Recipe, batch: torch.Tensor, seed: int) -> I
         mean = (result.pixels * unseen).sum(1) / unseen.sum(1).clamp(min=1)
         mean = unpatchify(mean, recipe.model.patch_size)
         columns.append(_column("mean prediction", mean, recipe, per_side))
-    return sheet(columns, f"{described(recipe, per_side)}{normalised(recipe)}.")
+    return render_grid(columns, f"{described(recipe, per_side)}{normalised(recipe)}.")
 
 
 def reconstructed(method: Method, squares: torch.Tensor, seed: int) -> tuple[torch.Tensor, Reconstruction]:

@@ -9,10 +9,17 @@ from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
-from pipeline.data.patience import Patience
 from pipeline.errors import UserError
-from pipeline.recipe_file import RecipeFile
-from pipeline.sections import DataSection, EngineSection, GuardSection, OptimSection, Source, TrainSection
+from pipeline.recipe.loading import RecipeFile
+from pipeline.recipe.sections import (
+    DataSection,
+    EngineSection,
+    GuardSection,
+    OptimSection,
+    RetryPolicy,
+    Source,
+    TrainSection,
+)
 
 
 class TrainingRecipe(RecipeFile):
@@ -26,13 +33,13 @@ class TrainingRecipe(RecipeFile):
     train: TrainSection
 
     @model_validator(mode="after")
-    def _possible_training(self) -> "TrainingRecipe":
+    def _validate_training(self) -> "TrainingRecipe":
         if self.engine.micro_batch % self.data.crops_per_image:
             raise ValueError(
                 f"data.crops_per_image: {self.data.crops_per_image} does not divide engine.micro_batch, "
                 f"{self.engine.micro_batch}"
             )
-        read = Patience(self.data.timeout_s, self.data.retries).bound
+        read = RetryPolicy(self.data.timeout_s, self.data.retries).max_total_s
         if read >= 60 * self.engine.timeout_minutes:
             raise ValueError(
                 f"data.timeout_s, data.retries: a read may take {read:.0f} s before it has failed; "

@@ -10,10 +10,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.data.crops import resize_of
-from pipeline.method_options import Section
-from pipeline.recipe_file import load
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.recipe.loading import load
+from pipeline.recipe.sections import Section, resize_of
 
 
 class ClassifierSection(Section):
@@ -37,7 +36,7 @@ class ClassifierSection(Section):
 
 
 class EvaluationSection(Section):
-    """How a classifier is judged: pipeline/data/evaluation.py."""
+    """How a classifier is judged: pipeline/data/eval_loader.py."""
 
     every_epochs: float | None = Field(None, gt=0.0)
     """null: at the end alone, where it always is."""
@@ -49,7 +48,7 @@ class FinetuneRecipe(TrainingRecipe):
     """What is fine-tuned, on what, and how. `load_finetune_recipe` makes one."""
 
     COMMAND = "finetune"
-    OF_OTHERS = {"method": "pretrain"}  # noqa: RUF012 (not a field)
+    FOREIGN_SECTIONS = {"method": "pretrain"}  # noqa: RUF012 (not a field)
 
     weights: str | None = None
     """Where the encoder begins, as `evals.encoder.load_encoder` understands it; --weights sets it."""
@@ -57,7 +56,7 @@ class FinetuneRecipe(TrainingRecipe):
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
-    def _possible(self) -> "FinetuneRecipe":
+    def _validate(self) -> "FinetuneRecipe":
         size, resize, crops = self.data.image_size, self.evaluation.resize, self.data.crops_per_image
         if resize and resize < size:
             raise ValueError(f"evaluation.resize: {resize} px hold no square of data.image_size, {size}")

@@ -10,12 +10,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.errors import UserError
-from pipeline.method_options import Section
-from pipeline.recipe_file import RecipeFile, checked, overridden
-from pipeline.sections import DataSection, TrainSection
+from pipeline.recipe.loading import RecipeFile, parse_overrides, validate
+from pipeline.recipe.sections import DataSection, Section, TrainSection
 
 PROTOCOL = {
-    "data": {"global_batch": 16384, "crop_scale": [0.08, 1.0], "holdout": 0.01, "max_replaced": 0},
+    "data": {"global_batch": 16384, "crop_scale": [0.08, 1.0], "holdout": 0.01, "max_undecodable": 0},
     "train": {"epochs": 90, "log_every": 20, "checkpoint_every": 500},
 }
 
@@ -31,7 +30,7 @@ OF_RANDOM_CROPS = ("data.crop_scale", "data.crop_ratio", "data.flip")
 
 class ProbeSection(Section):
     weights: str
-    """What is judged, as pipeline/evals/representation.py understands it."""
+    """What is judged, as pipeline/evals/feature_extractor.py understands it."""
     digest: str | None = None
     """Of the weights; filled in."""
     pool: Literal["class_token", "mean"] = "class_token"
@@ -44,7 +43,7 @@ class ProbeSection(Section):
     """Pixels of the shorter side before the centre is cut out; null: as MAE, `resize_of`."""
 
     @model_validator(mode="after")
-    def _possible(self) -> "ProbeSection":
+    def _validate(self) -> "ProbeSection":
         if min(self.base_lrs) <= 0 or len(set(self.base_lrs)) < len(self.base_lrs):
             raise ValueError(f"probe.base_lrs: {list(self.base_lrs)} must be positive and different")
         return self
@@ -70,7 +69,7 @@ class ProbeRecipe(RecipeFile):
     train: TrainSection
 
     @model_validator(mode="after")
-    def _possible(self) -> "ProbeRecipe":
+    def _validate(self) -> "ProbeRecipe":
         if len(self.probe.base_lrs) > 1 and not self.data.holdout:
             raise ValueError(
                 "data.holdout: is 0, so there is nothing by which to choose from several probe.base_lrs; "
@@ -81,7 +80,7 @@ class ProbeRecipe(RecipeFile):
         for key, given in {
             "data.sources": self.data.sources,
             "data.trace": self.data.trace,
-            "data.max_replaced": self.data.max_replaced,
+            "data.max_undecodable": self.data.max_undecodable,
             "data.crops_per_image": self.data.crops_per_image > 1,
             "train.profile_steps": self.train.profile_steps,
             "train.ema_decay": self.train.ema_decay,
@@ -109,8 +108,8 @@ def load_probe_recipe(given: dict[str, dict], overrides: Sequence[str] = ()) -> 
     """PROTOCOL with the keys that are `given`, by section, and "a.b=c" overrides. UserError, one line."""
     sections = PROTOCOL.keys() | given.keys()
     tree = {name: {**PROTOCOL.get(name, {}), **given.get(name, {})} for name in sections}
-    recipe = checked(ProbeRecipe, tree, "linprobe", overrides)
-    for key in sorted(overridden(overrides)):
+    recipe = validate(ProbeRecipe, tree, "linprobe", overrides)
+    for key in sorted(parse_overrides(overrides)):
         if key in OF_THE_WEIGHTS:
             raise UserError(f"--set {key}: follows from --weights; {OF_THE_WEIGHTS[key]}")
         if key in {f"probe.{name}" for name in given.get("probe", {})}:

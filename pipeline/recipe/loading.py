@@ -5,6 +5,7 @@ Invariant: what cannot be read as the wanted kind of recipe is one `UserError` t
 
 import difflib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import UserError
-from pipeline.method_options import Section
+from pipeline.recipe.sections import Section
 
-SHIPPED = Path(__file__).parent / "recipes"
+logger = logging.getLogger(__name__)
+PRESETS = Path(__file__).parent / "presets"
 
 
 class RecipeFile(Section):
@@ -24,7 +26,7 @@ class RecipeFile(Section):
 
     COMMAND: ClassVar[str]
     """Of `python -m pipeline`, which takes this kind."""
-    OF_OTHERS: ClassVar[dict[str, str]] = {}
+    FOREIGN_SECTIONS: ClassVar[dict[str, str]] = {}
     """Sections that only other kinds have, and the command that takes these."""
 
     def to_yaml(self) -> str:
@@ -37,8 +39,8 @@ class RecipeFile(Section):
         return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
 
-AnyRecipe = TypeVar("AnyRecipe", bound=RecipeFile)
-AnySection = TypeVar("AnySection", bound=Section)
+AnyRecipe = TypeVar("AnyRecipe", max_total_s=RecipeFile)
+AnySection = TypeVar("AnySection", max_total_s=Section)
 
 
 def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
@@ -46,17 +48,17 @@ def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[st
 
     Raises UserError, one line: the file, the key's path, what is wrong.
     """
-    path = _find(name_or_path)
-    tree = tree_of(path)
-    for section in kind.OF_OTHERS.keys() & tree.keys():
+    path = _find_recipe(name_or_path)
+    tree = read_yaml(path)
+    for section in kind.FOREIGN_SECTIONS.keys() & tree.keys():
         raise UserError(
-            f"{path}: is a recipe for `{kind.OF_OTHERS[section]}`: it has a section {section}; "
+            f"{path}: is a recipe for `{kind.FOREIGN_SECTIONS[section]}`: it has a section {section}; "
             f"give one of `{kind.COMMAND}`"
         )
-    return checked(kind, tree, str(path), overrides)
+    return validate(kind, tree, str(path), overrides)
 
 
-def tree_of(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
     """What a recipe's file holds, not checked. UserError where that is no mapping of keys."""
     try:
         tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
@@ -69,12 +71,13 @@ def tree_of(path: Path) -> dict:
     return tree
 
 
-def checked(kind: type[AnySection], tree: dict, where: str, overrides: Sequence[str] = ()) -> AnySection:
+def validate(kind: type[AnySection], tree: dict, where: str, overrides: Sequence[str] = ()) -> AnySection:
     """The `kind` of section, or whole recipe, that a tree of keys is, overridden. UserError begins with
     `where`."""
     if overrides:
         _override(tree, overrides)
         where += " with --set " + " ".join(overrides)
+    _rename_deprecated(tree, where)
     _drop_removed(tree, where)
     try:
         # Python mode is strict about tuples and YAML has lists only, so validation goes through JSON's rules.
@@ -85,10 +88,10 @@ def checked(kind: type[AnySection], tree: dict, where: str, overrides: Sequence[
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def overridden(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """The keys, "a.b.c", that overrides name, and their values; a mapping stands for its keys. UserError
     where one is no override."""
     found = {}
@@ -132,13 +135,13 @@ _UniqueKeys.add_implicit_resolver(
 )
 
 
-def _find(name_or_path: str | Path) -> Path:
+def _find_recipe(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UserError(f"{path}: no such recipe file")
         return path
-    shipped = SHIPPED / f"{name_or_path}.yaml"
+    shipped = PRESETS / f"{name_or_path}.yaml"
     if not shipped.is_file():
         names = shipped_recipes()
         raise UserError(
@@ -148,12 +151,33 @@ def _find(name_or_path: str | Path) -> Path:
     return shipped
 
 
-RIVALS = {  # of each pair at most one is given: an override of one takes the other out
+RENAMED = {
+    "data.max_replaced": "data.max_undecodable",
+    "data.readers": "data.read_threads",
+    "data.threads": "data.decode_threads",
+    "data.window_shards": "data.shuffle_window_shards",
+    "guard.returns": "guard.max_rollbacks",
+    "guard.skips_in_a_row": "guard.max_consecutive_skips",
+}
+"""Deprecated keys, still accepted, and their new names."""
+MUTUALLY_EXCLUSIVE = {  # of each pair at most one is given: an override of one takes the other out
     ("train", "steps"): ("train", "epochs"),
     ("train", "epochs"): ("train", "steps"),
     ("optim", "warmup_steps"): ("optim", "warmup_epochs"),
     ("optim", "warmup_epochs"): ("optim", "warmup_steps"),
 }
+
+
+def _rename_deprecated(tree: dict, where: str) -> None:
+    """Move the values of deprecated keys to their new names, with a message for each."""
+    for old, new in RENAMED.items():
+        (section, old_key), new_key = old.split("."), new.split(".")[1]
+        keys = tree.get(section)
+        if isinstance(keys, dict) and old_key in keys:
+            if new_key in keys:
+                raise UserError(f"{where}: {old} is the old name of {new}; give only {new}")
+            keys[new_key] = keys.pop(old_key)
+            logger.warning(f"{where}: {old} is deprecated; use {new}")
 
 
 def _drop_removed(tree: dict, where: str) -> None:
@@ -167,7 +191,10 @@ def _drop_removed(tree: dict, where: str) -> None:
 
 
 def _override(tree: dict, overrides: Sequence[str]) -> None:
-    given = {tuple(key.split(".")): value for key, value in overridden(overrides).items()}
+    parsed = parse_overrides(overrides)
+    for old in parsed.keys() & RENAMED.keys():
+        logger.warning(f"--set {old}: is deprecated; use {RENAMED[old]}")
+    given = {tuple(RENAMED.get(key, key).split(".")): value for key, value in parsed.items()}
     for keys, value in given.items():
         section = tree
         for name in keys[:-1]:
@@ -175,7 +202,7 @@ def _override(tree: dict, overrides: Sequence[str]) -> None:
             if not isinstance(section, dict):
                 raise UserError(f"--set {'.'.join(keys)}: {name!r} is a value in this recipe, not a section")
         section[keys[-1]] = value
-        rival = RIVALS.get(keys)
+        rival = MUTUALLY_EXCLUSIVE.get(keys)
         if rival and rival not in given and isinstance(tree.get(rival[0]), dict):
             tree[rival[0]].pop(rival[1], None)
 

@@ -6,13 +6,11 @@ Invariant: the defaults are the paper's, and what no paper has is off. One defau
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from pipeline.recipe.sections import Section
 
 EASIEST_BETA = 9 / 16  # patches; where the threshold of Table 6 (b) starts to grow: Table 8's smallest beta
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class MaeOptions(Section):

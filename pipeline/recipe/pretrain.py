@@ -13,24 +13,24 @@ from pathlib import Path
 
 from pydantic import model_validator
 
-from pipeline.method_options import EASIEST_BETA, MethodSection
-from pipeline.recipe_file import load
-from pipeline.sections import EvalsSection, ModelSection
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.recipe.loading import load
+from pipeline.recipe.method_options import EASIEST_BETA, MethodSection
+from pipeline.recipe.sections import EvalsSection, ModelSection
 
 
 class Recipe(TrainingRecipe):
     """What is pre-trained, on what, and how. `load_recipe` makes one."""
 
     COMMAND = "pretrain"
-    OF_OTHERS = {"classifier": "finetune", "probe": "linprobe"}  # noqa: RUF012 (not a field)
+    FOREIGN_SECTIONS = {"classifier": "finetune", "probe": "linprobe"}  # noqa: RUF012 (not a field)
 
     method: MethodSection
     model: ModelSection
     evals: EvalsSection = EvalsSection()
 
     @model_validator(mode="after")
-    def _possible(self) -> "Recipe":
+    def _validate(self) -> "Recipe":
         size, patch = self.data.image_size, self.model.patch_size
         if size % patch:
             raise ValueError(f"data.image_size: {size} is not a multiple of model.patch_size, {patch}")
@@ -39,10 +39,10 @@ class Recipe(TrainingRecipe):
                 f"method.emae.num_parts: {self.method.emae.num_parts} does not divide the {self.num_patches} "
                 f"patches of a {size} px image (patch {patch})"
             )
-        self._possible_mask()
+        self._validate_mask()
         return self
 
-    def _possible_mask(self) -> None:
+    def _validate_mask(self) -> None:
         name, method = self.method.name, self.method
         efficient, lomar = method.efficient_mae, method.lomar
         if name == "lomar" and lomar.window_size > self.grid:
@@ -65,9 +65,9 @@ class Recipe(TrainingRecipe):
                 f"method.efficient_mae.scheduler: {efficient.scheduler} goes with efficient_mae alone"
             )
         if name == "efficient_mae" or (borrowed and name == "emae"):
-            self._possible_threshold()
+            self._validate_threshold()
 
-    def _possible_threshold(self) -> None:
+    def _validate_threshold(self) -> None:
         efficient, patch = self.method.efficient_mae, self.model.patch_size
         beta, in_pixels = efficient.beta, efficient.metric in ("p2dist", "nearest_patch")
         if efficient.scheduler in ("schedule", "normalize") and not in_pixels:

@@ -3,14 +3,52 @@
 Invariant: a section that exists is possible by itself; what holds between sections is the recipe's to check.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pydantic import Field, model_validator
-
-from pipeline.method_options import Section
-from pipeline.models.sizes import SIZES, Size
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SMALLEST_SHARE = 1e-6  # of a source in a mix: a block of the mix draws every source
+
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Size(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES = {
+    "vit_tiny": Size(192, 12, 3),
+    "vit_small": Size(384, 12, 6),
+    "vit_base": Size(768, 12, 12),
+    "vit_large": Size(1024, 24, 16),
+    "vit_huge": Size(1280, 32, 16),
+}
+
+
+class RetryPolicy(NamedTuple):
+    """timeout_s: seconds without a sign of life that end a try; retries: tries after the first; first_wait_s:
+    seconds before the second try, doubled before each further one."""
+
+    timeout_s: float
+    retries: int
+    first_wait_s: float = FIRST_WAIT
+
+    @property
+    def delays_s(self) -> list[float]:
+        """Seconds before each retry."""
+        return [min(LONGEST_WAIT, self.first_wait_s * 2**number) for number in range(self.retries)]
+
+    @property
+    def max_total_s(self) -> float:
+        """Seconds after which a store that never answers has failed."""
+        return self.timeout_s * (self.retries + 1) + sum(self.delays_s)
 
 
 class ModelSection(Section):
@@ -25,7 +63,7 @@ class ModelSection(Section):
     decoder_heads: int = Field(16, ge=1)
 
     @model_validator(mode="after")
-    def _possible(self) -> "ModelSection":
+    def _validate(self) -> "ModelSection":
         for name, width, heads in (
             ("", self.size.width, self.size.heads),
             ("decoder_", self.decoder_width, self.decoder_heads),
@@ -71,9 +109,9 @@ class DataSection(Section):
     flip: bool = True
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    window_shards: int = Field(16, ge=1)
+    shuffle_window_shards: int = Field(16, ge=1)
     """Samples mix freely inside windows of so many shards: more mixes better, fewer reads more locally."""
-    readers: int = Field(4, ge=1)
+    read_threads: int = Field(4, ge=1)
     """Threads a rank that read ahead."""
     read_ahead_mb: int = Field(256, ge=1)
     """Megabytes of images that a rank may hold between the storage and the decoder."""
@@ -85,20 +123,20 @@ class DataSection(Section):
     """A directory on the node's own disk that keeps whole shards; for sets behind a slow network."""
     cache_gb: float | None = Field(None, gt=0.0)
     """Gigabytes (10^9) that cache_dir may hold; the shards used least recently go first."""
-    threads: int | None = Field(None, ge=1)
+    decode_threads: int | None = Field(None, ge=1)
     """Decoding threads a rank; null: the machine's cores shared evenly by its ranks."""
     prefetch: int | None = Field(None, ge=1)
     """Batches decoded ahead; null: 2, on a GPU 3."""
     crops_per_image: int = Field(1, ge=1, le=256)
     """Crops of each image that follow each other in the stream, for one decode (repeated augmentation, Hoffer
     et al. 2020). The global batch, steps and epochs count crops."""
-    max_replaced: int = Field(100, ge=0)
+    max_undecodable: int = Field(100, ge=0)
     """Samples that a rank may find undecodable, and replace by their neighbours, before the run stops."""
     trace: bool = False
     """Write the samples of every step, and digests of their pixels, to samples/ in the run directory."""
 
     @model_validator(mode="after")
-    def _possible(self) -> "DataSection":
+    def _validate(self) -> "DataSection":
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -109,10 +147,10 @@ class DataSection(Section):
             raise ValueError("data.std: each of the three must be positive")
         if (self.cache_dir is None) != (self.cache_gb is None):
             raise ValueError("data.cache_dir, data.cache_gb: give both or neither")
-        self._possible_sources()
+        self._validate_sources()
         return self
 
-    def _possible_sources(self) -> None:
+    def _validate_sources(self) -> None:
         sources = self.sources or ()
         paths = [source.path for source in sources]
         weights = [source.weight for source in sources if source.weight is not None]
@@ -143,7 +181,7 @@ class EngineSection(Section):
     guard's return to one, may take six times as long. More than a read may take (data.timeout_s, retries)."""
 
     @model_validator(mode="after")
-    def _possible(self) -> "EngineSection":
+    def _validate(self) -> "EngineSection":
         if self.offload != "none" and self.zero_stage < 2:
             raise ValueError(
                 f"engine.offload: {self.offload} goes with engine.zero_stage 2 or 3, not {self.zero_stage}"
@@ -162,7 +200,7 @@ class OptimSection(Section):
     clip_grad: float | None = Field(None, gt=0.0)
 
     @model_validator(mode="after")
-    def _possible(self) -> "OptimSection":
+    def _validate(self) -> "OptimSection":
         if self.warmup_steps is not None and self.warmup_epochs is not None:
             raise ValueError("optim.warmup_steps, optim.warmup_epochs: give at most one of the two")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -177,14 +215,14 @@ class GuardSection(Section):
     """Losses of so many good steps say what a loss should be; until there are as many, no loss is a spike."""
     spike_z: float | None = Field(10.0, gt=0.0)
     """A loss so many robust standard deviations over their median is a spike; null: no loss is."""
-    skips_in_a_row: int = Field(8, ge=1)
+    max_consecutive_skips: int = Field(8, ge=1)
     """So many skipped steps in a row: the run goes back to an earlier checkpoint and on with other data."""
-    returns: int = Field(3, ge=0)
+    max_rollbacks: int = Field(3, ge=0)
     """So many returns without getting past the trouble: the run stops at the next."""
 
 
 class EvalsSection(Section):
-    """What is measured while a run trains: pipeline/evals/online.py."""
+    """What is measured while a run trains: pipeline/evals/online_knn.py."""
 
     knn_every: int | None = Field(None, ge=1)
     """Steps between two k-NN classifications of images of the labelled shard set; null: none."""
@@ -210,7 +248,7 @@ class TrainSection(Section):
     """First and last of the steps that torch.profiler traces on rank 0; null: none."""
 
     @model_validator(mode="after")
-    def _possible(self) -> "TrainSection":
+    def _validate(self) -> "TrainSection":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("train.steps, train.epochs: give one of the two")
         if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
@@ -218,3 +256,14 @@ class TrainSection(Section):
                 f"train.profile_steps: {list(self.profile_steps)} are no first and last step, counted from 1"
             )
         return self
+
+
+def crop_share(image_size: int) -> float:
+    """The evaluated square over the image's shorter side: 224/256 up to 224 px, all of it above, as in MAE's
+    build_transform."""
+    return 224 / 256 if image_size <= 224 else 1.0
+
+
+def resize_of(image_size: int) -> int:
+    """Pixels of the shorter side before the centre is cut out, for evaluation at `image_size`."""
+    return int(image_size / crop_share(image_size))

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.evals.canvas import columns_of
+from pipeline.pictures.canvas import columns_of
 from pipeline.report.history import History
 
 COLOURS = ("#1f5a92", "#c8553d", "#3a7d44", "#8a5a9e", "#b07d12", "#45808a")
@@ -212,7 +212,7 @@ def _mark_steps(axes: Axes, history: History, shade: str, alone: bool) -> None:
     line = FAINT if alone else shade
     for start in history.starts[1:]:
         axes.axvline(start.step, color=line, linestyle=(0, (1, 3)), linewidth=1.2, label="continued")
-    for event in history.returns:
+    for event in history.rollbacks:
         band = {"facecolor": TROUBLE, "alpha": 0.12, "linewidth": 0}
         axes.axvspan(event["step"], event["from_step"], **band, label="taken back by the guard")
     for reason, (marker, tone) in SKIPS.items():
@@ -239,7 +239,7 @@ def _climb(
     at, step = [], []
     moments = [(start.time, 0, start) for start in history.starts]
     moments += [(line["time"], 1, line) for line in history.lines]
-    moments += [(event["time"], 2, event) for event in history.returns if "time" in event]
+    moments += [(event["time"], 2, event) for event in history.rollbacks if "time" in event]
     for moment, kind, what in sorted(moments, key=lambda entry: entry[:2]):
         if kind == 0:
             if what.away is not None:

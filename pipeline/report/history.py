@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import yaml
 
-from pipeline.columns import NO_LOSS, read_lines
 from pipeline.errors import UserError
-from pipeline.recipe_file import flat, tree_of
+from pipeline.io.metrics_file import NO_LOSS, read_lines
+from pipeline.recipe.loading import flat, read_yaml
 
 METRICS = "metrics.jsonl"
 
@@ -57,7 +57,7 @@ class History:
     path: Path
     lines: list[dict]
     """Of metrics.jsonl, without events; at least one."""
-    returns: list[dict]
+    rollbacks: list[dict]
     """The guard's, in their order."""
     stop: dict | None
     """The guard's, where it gave up."""
@@ -89,7 +89,7 @@ class History:
     @property
     def skips(self) -> list[Skip]:
         """Skipped steps that are part of the history; those that a return took back are the return's."""
-        return [Skip(**skip) for line in self.lines for skip in line.get("skips", [])]
+        return [Skip(**skip) for line in self.lines for skip in line.get("skipped_steps", [])]
 
     @property
     def timed(self) -> bool:
@@ -110,7 +110,7 @@ def read_history(run: Path) -> History:
     try:
         starts = [_start(facts) for facts in json.loads((run / "environment.json").read_text())["starts"]]
         recipe_text = (run / "recipe.yaml").read_text()
-        tree_of(run / "recipe.yaml")
+        read_yaml(run / "recipe.yaml")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run}: cannot be read as a run directory: {error}") from None
     trained = [line for line in lines if "event" not in line]
@@ -120,7 +120,7 @@ def read_history(run: Path) -> History:
     return History(
         path=run,
         lines=trained,
-        returns=[event for event in events if event["event"] == "return"],
+        rollbacks=[event for event in events if event["event"] == "rollback"],
         stop=next((event for event in events if event["event"] == "stop"), None),
         starts=starts,
         recipe_text=recipe_text,

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline.errors import UserError
+from pipeline.io.atomic import atomic_write
 from pipeline.report.figures import (
     accuracy_figure,
     details_figure,
@@ -34,7 +35,6 @@ from pipeline.report.tables import (
     table,
     what_happened,
 )
-from pipeline.whole_file import write_whole
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -108,7 +108,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> Path:
         under=html.escape(_under(histories)),
         body="\n".join(body),
     )
-    write_whole(out, page)
+    atomic_write(out, page)
     return out
 
 
@@ -154,7 +154,7 @@ def _facts(history: History) -> dict[str, str]:
         "memory, the most": f"{max(history.column('memory')[1]):.1f} GiB",
         "interruptions": f"{len(history.starts) - 1}",
         "steps skipped": f"{sum(line['skipped'] for line in history.lines)}",
-        "returns of the guard": f"{len(history.returns)}",
+        "returns of the guard": f"{len(history.rollbacks)}",
     }
     if history.timed:
         facts["from start to last line"] = duration(last["time"] - history.starts[0].time)

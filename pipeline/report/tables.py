@@ -18,7 +18,7 @@ def what_happened(histories: list[History]) -> str:
     parts = []
     for history in histories:
         rows = [(start.time, "", _start_row(start, history)) for start in history.starts]
-        for event in [*history.returns, *([history.stop] if history.stop else [])]:
+        for event in [*history.rollbacks, *([history.stop] if history.stop else [])]:
             rows.append((event.get("time") or 0.0, " class='trouble'", _event_row(event)))
         rows.sort(key=lambda row: row[0])
         lines = "".join(
@@ -52,7 +52,7 @@ def _event_row(event: dict) -> list[str]:
     when = _clock(event["time"]) if "time" in event else ""
     if event["event"] == "stop":
         return [when, f"{event['step']:,}", f"the guard stopped the run: {event['reason']}", "", "", "", ""]
-    first, last = event["trouble"]
+    first, last = event["bad_span"]
     what = (
         f"the guard went back from step {event['from_step']}: steps {first} to {last} were skipped in a row, "
         f"{event['reason']}; on behind {event['skipped_samples']:,} samples"

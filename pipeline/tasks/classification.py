@@ -15,22 +15,28 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.data.evaluation import EvaluationLoader
+from pipeline.data.eval_loader import EvalLoader
 from pipeline.data.reader import ShardReader
+from pipeline.distributed.collectives import (
+    all_gather_object,
+    broadcast_object,
+    iterate_in_lockstep,
+    raise_on_all_ranks,
+)
+from pipeline.distributed.launch import DistInfo
 from pipeline.errors import UserError
-from pipeline.evals.accuracy import RESULT, Accuracy, hits, top_1_and_5
-from pipeline.evals.encoder import ImageEncoder, load_encoder
-from pipeline.evals.labelled import check_bytes, check_labelled
-from pipeline.evals.representation import digest
-from pipeline.finetune.begun import Begun, begin
-from pipeline.finetune.classifier import Classifier
-from pipeline.finetune.recipe import FinetuneRecipe
-from pipeline.models.sizes import SIZES
+from pipeline.evals.accuracy import RESULT, Accuracy, count_topk_correct, topk_accuracies
+from pipeline.evals.datasets import check_labelled, verify_checksums
+from pipeline.evals.feature_extractor import digest
+from pipeline.io.atomic import read_json, write_json
+from pipeline.recipe.finetune import FinetuneRecipe
+from pipeline.recipe.sections import SIZES
+from pipeline.tasks.classifier import Classifier
+from pipeline.tasks.run_metadata import InitialWeights, load_or_create
 from pipeline.train import checkpoint
-from pipeline.train.distributed import World, agreed, equally_many, from_rank_0, gathered
-from pipeline.train.loop import train
 from pipeline.train.task import Task
-from pipeline.whole_file import read_json, write_json
+from pipeline.train.trainer import train
+from pipeline.weights.encoder import ImageEncoder, load_encoder
 
 
 def finetune(
@@ -60,7 +66,7 @@ class Finetuning(Task):
         encoder = load_encoder(self.recipe.weights, self.recipe.data.image_size)
         _check_encoder(encoder, self.recipe)
         self._name, self._classes = encoder.name, len(reader.manifest.classes)
-        self._found = Begun(
+        self._found = InitialWeights(
             encoder=encoder.name,
             digest=digest(encoder.vit),
             heads=encoder.heads,
@@ -74,29 +80,27 @@ class Finetuning(Task):
     def forward_flops(self) -> int:
         return self._flops
 
-    def begin(self, run: Path, reader: ShardReader, learner: Classifier, world: World) -> None:
-        self._run, self._world = run, world
-        check_bytes(world, val=self._val)
-        begun = from_rank_0(agreed(self._begun if world.rank == 0 else lambda: None))
+    def load_or_create(self, run: Path, reader: ShardReader, module: Classifier, dist_info: DistInfo) -> None:
+        self._run, self._world = run, dist_info
+        verify_checksums(dist_info, val=self._val)
+        begun = broadcast_object(raise_on_all_ranks(self._begun if dist_info.rank == 0 else lambda: None))
         self._name, self._digest = begun.encoder, begun.digest
         recipe = self.recipe
-        threads = recipe.data.threads or world.cores
-        place = world.device, world.rank, world.size, threads
-        self._loader = EvaluationLoader(
-            self._val, recipe.data, recipe.engine.micro_batch, *place, recipe.resize
-        )
+        threads = recipe.data.decode_threads or dist_info.num_cpus
+        place = dist_info.device, dist_info.rank, dist_info.world_size, threads
+        self._loader = EvalLoader(self._val, recipe.data, recipe.engine.micro_batch, *place, recipe.resize)
 
-    def _begun(self) -> Begun:
+    def _begun(self) -> InitialWeights:
         """What the run began with. UserError where it was measured on another set, or where nothing is saved
         yet and weights or classes are others by now; what is saved holds its own."""
         run, found = self._run, self._found
-        begun = begin(run, found)
+        begun = load_or_create(run, found)
         if _measured_on(run) not in (None, self._val.fingerprint):
             raise UserError(
                 f"--val {self._place}: is another set than {run} was measured on; figures of two sets are no "
                 "curve: give that one, or a new --run"
             )
-        if checkpoint.steps_of(run / "checkpoints"):
+        if checkpoint.checkpoint_steps(run / "checkpoints"):
             return begun
         if begun.digest != found.digest:
             raise UserError(
@@ -118,8 +122,8 @@ class Finetuning(Task):
         done, before = (at * batch / num_samples // every for at in (step, step - 1))
         return done > before
 
-    def evaluate(self, step: int, alive: Callable[[], None]) -> dict:
-        found = self._measured(alive)
+    def evaluate(self, step: int, heartbeat: Callable[[], None]) -> dict:
+        found = self._measured(heartbeat)
         result = {
             "step": step,
             "weights": self.recipe.weights,
@@ -134,25 +138,25 @@ class Finetuning(Task):
             },
             **{name: accuracy.as_json() for name, accuracy in found.items()},
         }
-        agreed(lambda: write_json(self._run / RESULT, result) if self._world.rank == 0 else None)
+        raise_on_all_ranks(lambda: write_json(self._run / RESULT, result) if self._world.rank == 0 else None)
         figures = {}
         for name, accuracy in found.items():
             low, high = accuracy.interval
             figures |= {name: accuracy.share, f"{name}_low": low, f"{name}_high": high}
         return figures
 
-    def _measured(self, alive: Callable[[], None]) -> dict[str, Accuracy]:
+    def _measured(self, heartbeat: Callable[[], None]) -> dict[str, Accuracy]:
         size, device, counts = self.recipe.data.image_size, self._world.device, [0, 0, 0]
-        for batch in equally_many(self._loader):
+        for batch in iterate_in_lockstep(self._loader):
             if batch is None:
                 self._classifier.scores(torch.zeros(1, 3, size, size, device=device))
             else:
                 scores = self._classifier.scores(batch.images)
-                found = *hits(scores, batch.labels), len(scores)
+                found = *count_topk_correct(scores, batch.labels), len(scores)
                 counts = [sum(pair) for pair in zip(counts, found, strict=True)]
-            alive()
-        totals = [sum(column) for column in zip(*gathered(counts), strict=True)]
-        return top_1_and_5(*totals, self._classes)
+            heartbeat()
+        totals = [sum(column) for column in zip(*all_gather_object(counts), strict=True)]
+        return topk_accuracies(*totals, self._classes)
 
 
 def _measured_on(run: Path) -> str | None:

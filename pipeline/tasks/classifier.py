@@ -13,10 +13,10 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.augment import erasing, mixing, rand_augment
-from pipeline.finetune.recipe import FinetuneRecipe
-from pipeline.learner import Learner
+from pipeline.data.augment import mixup, rand_augment, random_erasing
 from pipeline.models.block import LAYER_NORM_EPS
+from pipeline.models.module import TrainableModule
+from pipeline.recipe.finetune import FinetuneRecipe
 
 HEAD_STD = 2e-5
 
@@ -42,7 +42,7 @@ class Skip(nn.Module):
         return branch if self.keep is None else branch * self.keep.to(branch.dtype)
 
 
-class Classifier(Learner):
+class Classifier(TrainableModule):
     """Classes from images. `vit` is changed: it gets a head, and its own norm becomes the head's."""
 
     def __init__(self, vit: VisionTransformer, num_classes: int, recipe: FinetuneRecipe) -> None:
@@ -60,7 +60,7 @@ class Classifier(Learner):
         vit.set_grad_checkpointing(recipe.engine.activation_checkpointing)
         self.vit = vit
         self.skips = [module for block in vit.blocks for module in (block.drop_path1, block.drop_path2)]
-        self._parts = [rand_augment.NUMBERS, erasing.NUMBERS, mixing.NUMBERS, len(self.skips)]
+        self._parts = [rand_augment.NOISE_DIM, random_erasing.NOISE_DIM, mixup.NOISE_DIM, len(self.skips)]
         self.noise_size = sum(self._parts)
         # No buffer, which an engine in 16 bits would round.
         self._mean_std = torch.tensor([recipe.data.mean, recipe.data.std])[:, :, None, None]
@@ -73,7 +73,7 @@ class Classifier(Learner):
             targets = F.one_hot(labels, self.num_classes) * (1 - smooth) + smooth / self.num_classes
             if self.mixes:
                 alphas = self.options.mixup, self.options.cutmix
-                images, targets = mixing.mix(images, targets, of_mixing, *alphas, self.crops)
+                images, targets = mixup.mixup_cutmix(images, targets, of_mixing, *alphas, self.crops)
         for skip, numbers in zip(self.skips, of_skips.unbind(1), strict=True):
             skip.draw(numbers)
         loss = -(targets * self._logits(images).log_softmax(dim=1)).sum(dim=1).mean()
@@ -106,4 +106,4 @@ class Classifier(Learner):
             strength = options.rand_augment, options.rand_augment_deviation
             levels = rand_augment.rand_augment(levels, of_augment, *strength, (mean * 255).round())
             images = (levels / 255 - mean) / std
-        return erasing.erase(images, of_erasing, options.erasing)
+        return random_erasing.erase(images, of_erasing, options.erasing)

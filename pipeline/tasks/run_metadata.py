@@ -8,14 +8,14 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from pipeline.errors import UserError
-from pipeline.method_options import Section
-from pipeline.recipe_file import checked
-from pipeline.whole_file import read_json, write_json
+from pipeline.io.atomic import read_json, write_json
+from pipeline.recipe.loading import validate
+from pipeline.recipe.sections import Section
 
-BEGUN = "weights.json"
+WEIGHTS_JSON = "weights.json"
 
 
-class Begun(Section):
+class InitialWeights(Section):
     encoder: str
     """In words."""
     digest: str
@@ -28,33 +28,33 @@ class Begun(Section):
     """For people, class by class, or empty."""
 
     @model_validator(mode="after")
-    def _of_all_classes(self) -> "Begun":
+    def _of_all_classes(self) -> "InitialWeights":
         if self.class_names and len(self.class_names) != len(self.classes):
             raise ValueError(f"class_names: {len(self.class_names)} names of {len(self.classes)} classes")
         return self
 
 
-def begin(run: Path, found: Begun) -> Begun:
+def load_or_create(run: Path, found: InitialWeights) -> InitialWeights:
     """What the run began with: `found`, where it begins now. UserError as `read_begun`."""
-    path = run / BEGUN
+    path = run / WEIGHTS_JSON
     tree = _tree(path) if path.exists() else {}
     whole = {**found.model_dump(mode="json"), **tree}
-    begun = checked(Begun, whole, str(path))
+    begun = validate(InitialWeights, whole, str(path))
     if whole != tree:
         write_json(path, whole)
     return begun
 
 
-def read_begun(run: Path) -> Begun:
+def load_initial_weights(run: Path) -> InitialWeights:
     """UserError where the run does not say, or it cannot be read."""
-    path = run / BEGUN
+    path = run / WEIGHTS_JSON
     tree = _tree(path)
     if missing := [key for key in ("heads", "classes", "class_names") if key not in tree]:
         raise UserError(
             f"{path}: says nothing of {', '.join(missing)}: the run was begun by an earlier version; start "
             "the same `finetune` command once more, which adds that and trains nothing again"
         )
-    return checked(Begun, tree, str(path))
+    return validate(InitialWeights, tree, str(path))
 
 
 def _tree(path: Path) -> dict:

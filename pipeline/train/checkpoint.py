@@ -20,6 +20,7 @@ later is found out before anything is read from it.
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,12 +29,20 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from pipeline.errors import AgreedError, UserError
-from pipeline.sections import TrainSection
+from pipeline.distributed.collectives import (
+    all_gather_object,
+    broadcast_object,
+    raise_on_all_ranks,
+    storage_error,
+)
+from pipeline.distributed.launch import DistInfo
+from pipeline.errors import AllRanksError, UserError
+from pipeline.io.atomic import atomic_write
+from pipeline.recipe.sections import TrainSection
 from pipeline.train import engine
-from pipeline.train.average import Average
-from pipeline.train.distributed import World, agreed, from_rank_0, gathered, of_storage, say
-from pipeline.whole_file import write_whole
+from pipeline.train.ema import ModelEma
+
+logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 SCHEDULED = "scheduled"
@@ -45,19 +54,19 @@ DAMAGED = ".damaged"
 
 def save(
     model: engine.Engine,
-    average: Average | None,
+    model_ema: ModelEma | None,
     directory: Path,
     step: int,
     state: dict,
     retention: TrainSection,
-    world: World,
+    dist_info: DistInfo,
 ) -> None:
     """Write, check and publish the checkpoint of `step`; every rank calls it. `state` goes to state.json.
 
     UserError on every rank where the disk of one says no; what was written is removed, the checkpoints before
     stay.
     """
-    partial = directory / (name_of(step) + PARTIAL)
+    partial = directory / (checkpoint_name(step) + PARTIAL)
 
     def together(what: Callable[[], object]) -> list:
         """Every rank's result of what needs no other rank."""
@@ -65,30 +74,34 @@ def save(
             done, failure = what(), None
         except (OSError, SafetensorError) as error:
             done, failure = None, str(error)
-        results = gathered((done, failure))
+        results = all_gather_object((done, failure))
         failures = [text for _, text in results if text]
         if not failures:
             return [result for result, _ in results]
-        if world.rank == 0:
+        if dist_info.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise AgreedError(
+        raise AllRanksError(
             f"{directory}: the checkpoint of step {step} cannot be written: {failures[0]}"
             f"{_free(directory.parent)}. {_before(directory)}: {_remedy(failures[0])} and start again"
         )
 
-    alone = world.rank == 0
+    alone = dist_info.rank == 0
     together(lambda: partial.mkdir(parents=True, exist_ok=True))
-    together(lambda: engine.save(model, average, partial))
+    together(lambda: engine.save(model, model_ema, partial))
     files = together(
-        lambda: engine.complete(model, average, partial) or files_of(partial) if alone else None
+        lambda: (
+            engine.consolidate_fp32_weights(model, model_ema, partial) or list_files(partial)
+            if alone
+            else None
+        )
     )[0]
-    described = together(lambda: describe(partial, files[world.rank :: world.size]))
+    described = together(lambda: fsync_and_hash(partial, files[dist_info.rank :: dist_info.world_size]))
     listed = {name: entry for part in described for name, entry in part.items()}
     whole = {"step": step, **state, "files": listed}
     together(lambda: publish(directory, step, whole, retention) if alone else None)
 
 
-def newest_whole(
+def latest_valid_checkpoint(
     directory: Path, rank: int = 0, world_size: int = 1, at_most: int | None = None
 ) -> Path | None:
     """The newest checkpoint without a fault, None if there is none at all; every rank calls it.
@@ -96,47 +109,51 @@ def newest_whole(
     at_most: later steps are not looked at. A damaged checkpoint is passed over with a warning. UserError
     where all are damaged, or gone: training from the beginning would overwrite what could perhaps be saved.
     """
-    steps, named = from_rank_0(agreed(lambda: _there(directory) if rank == 0 else None))
+    steps, named = broadcast_object(
+        raise_on_all_ranks(lambda: _list_checkpoints(directory) if rank == 0 else None)
+    )
 
     def found(checkpoint: Path) -> list[str]:
         mine = _faults(checkpoint, lambda files: files[rank::world_size])
-        return [fault for part in gathered(mine) for fault in part]
+        return [fault for part in all_gather_object(mine) for fault in part]
 
-    return _newest(directory, [step for step in steps if at_most is None or step <= at_most], named, found)
+    return _latest_valid(
+        directory, [step for step in steps if at_most is None or step <= at_most], named, found
+    )
 
 
-def newest_with(directory: Path, file: str) -> Path | None:
+def latest_checkpoint_with(directory: Path, file: str) -> Path | None:
     """As `newest_whole`, for who reads this one file only and asks no other rank."""
     try:
-        return _newest(
-            directory, *_there(directory), lambda checkpoint: _faults(checkpoint, lambda _: [file])
+        return _latest_valid(
+            directory, *_list_checkpoints(directory), lambda checkpoint: _faults(checkpoint, lambda _: [file])
         )
-    except AgreedError as error:  # with nobody
+    except AllRanksError as error:  # with nobody
         raise UserError(str(error)) from None
     except OSError as error:
-        raise of_storage(error) from None
+        raise storage_error(error) from None
 
 
-def _there(directory: Path) -> tuple[list[int], bool]:
+def _list_checkpoints(directory: Path) -> tuple[list[int], bool]:
     """Steps that have a checkpoint, oldest first; and whether `latest` says that there is one."""
-    return steps_of(directory), (directory / LATEST).exists()
+    return checkpoint_steps(directory), (directory / LATEST).exists()
 
 
-def _newest(
+def _latest_valid(
     directory: Path, steps: list[int], named: bool, faults_of: Callable[[Path], list[str]]
 ) -> Path | None:
     latest = directory / LATEST
     if named and not steps:
-        raise AgreedError(
+        raise AllRanksError(
             f"{latest}: names a checkpoint, and there is none; put it back, or remove {latest} to begin anew"
         )
     for step in reversed(steps):
-        checkpoint = directory / name_of(step)
+        checkpoint = directory / checkpoint_name(step)
         if not (found := faults_of(checkpoint)):
             return checkpoint
-        say(f"warning: {checkpoint.name} is damaged ({found[0]}); trying the one before")
+        logger.info(f"warning: {checkpoint.name} is damaged ({found[0]}); trying the one before")
     if steps:
-        raise AgreedError(
+        raise AllRanksError(
             f"{directory}: every checkpoint is damaged; mend one, or remove them all to begin anew"
         )
     return None
@@ -145,16 +162,16 @@ def _newest(
 def _faults(checkpoint: Path, share: Callable[[list[str]], list[str]]) -> list[str]:
     """`faults` of some of a checkpoint's files, or why they cannot be told."""
     try:
-        return faults(checkpoint, share(sorted(read_state(checkpoint)["files"])))
+        return verify_files(checkpoint, share(sorted(read_state(checkpoint)["files"])))
     except (ValueError, OSError) as error:
         return [str(error)]
 
 
-def name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def steps_of(directory: Path) -> list[int]:
+def checkpoint_steps(directory: Path) -> list[int]:
     """Steps that have a checkpoint of the final name, oldest first. OSError where the directory is there and
     cannot be read."""
     try:
@@ -164,13 +181,13 @@ def steps_of(directory: Path) -> list[int]:
     return sorted(int(match[1]) for match in map(NAME.fullmatch, names) if match)
 
 
-def files_of(checkpoint: Path) -> list[str]:
+def list_files(checkpoint: Path) -> list[str]:
     """Paths inside a checkpoint that its state.json lists, sorted."""
     paths = (p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file())
     return sorted(path for path in paths if path != STATE)
 
 
-def describe(checkpoint: Path, files: list[str]) -> dict[str, dict]:
+def fsync_and_hash(checkpoint: Path, files: list[str]) -> dict[str, dict]:
     """Force files to the disk and return {path: {"bytes", "sha256"}}."""
     described = {}
     for name in files:
@@ -187,23 +204,23 @@ def publish(directory: Path, step: int, state: dict, retention: TrainSection) ->
     `state` goes into state.json and must hold "files", as `describe` gives them for every file. Added is
     whether the checkpoint is one of the schedule's.
     """
-    partial, final = directory / (name_of(step) + PARTIAL), directory / name_of(step)
+    partial, final = directory / (checkpoint_name(step) + PARTIAL), directory / checkpoint_name(step)
     write_state(partial, {**state, SCHEDULED: step % retention.checkpoint_every == 0})
     _sync_directory(partial)
     if final.exists():  # a damaged one that the run went behind
         _remove(final)
     partial.rename(final)
     _sync_directory(directory)
-    write_whole(directory / LATEST, final.name)
+    atomic_write(directory / LATEST, final.name)
     skipped = (state.get("guard") or {}).get("row")
     first = skipped[0] if skipped else None
-    scheduled = scheduled_of(directory, retention.checkpoint_every)
-    for old in superfluous(steps_of(directory), scheduled, retention, first):
-        _remove(directory / name_of(old))
+    scheduled = scheduled_steps(directory, retention.checkpoint_every)
+    for old in checkpoints_to_delete(checkpoint_steps(directory), scheduled, retention, first):
+        _remove(directory / checkpoint_name(old))
     return final
 
 
-def scheduled_of(directory: Path, every: int) -> list[int]:
+def scheduled_steps(directory: Path, every: int) -> list[int]:
     """Steps of the checkpoints that the schedule made, whatever it was at the time, oldest first.
 
     every: the schedule now, by which those are judged that do not say.
@@ -211,14 +228,14 @@ def scheduled_of(directory: Path, every: int) -> list[int]:
 
     def is_scheduled(step: int) -> bool:
         try:
-            return read_state(directory / name_of(step))[SCHEDULED]
+            return read_state(directory / checkpoint_name(step))[SCHEDULED]
         except (ValueError, KeyError):  # damaged, or of an earlier version
             return step % every == 0
 
-    return [step for step in steps_of(directory) if is_scheduled(step)]
+    return [step for step in checkpoint_steps(directory) if is_scheduled(step)]
 
 
-def superfluous(
+def checkpoints_to_delete(
     steps: list[int], scheduled: list[int], retention: TrainSection, first_skipped: int | None
 ) -> list[int]:
     """Which checkpoints need not be kept, of those there are; `scheduled` are among them; all oldest first.
@@ -235,28 +252,28 @@ def superfluous(
     return others[: max(0, len(steps) - retention.keep_checkpoints)]
 
 
-def abandon(directory: Path, step: int) -> None:
+def delete_after(directory: Path, step: int) -> None:
     """Remove the checkpoints after `step`: the run goes another way from there."""
-    for newer in steps_of(directory):
+    for newer in checkpoint_steps(directory):
         if newer > step:
-            _remove(directory / name_of(newer))
-    write_whole(directory / LATEST, name_of(step))
+            _remove(directory / checkpoint_name(newer))
+    atomic_write(directory / LATEST, checkpoint_name(step))
 
 
-def amend(checkpoint: Path, state: dict) -> None:
+def update_state(checkpoint: Path, state: dict) -> None:
     """Replace keys of a checkpoint's state.json."""
     write_state(checkpoint, {**read_state(checkpoint), **state})
 
 
-def sweep(directory: Path, step: int) -> None:
+def remove_partial(directory: Path, step: int) -> None:
     """Remove what a killed run left half-written; put aside what is newer than `step`, being damaged."""
     for path in directory.glob(f"*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
-    for newer in steps_of(directory):
+    for newer in checkpoint_steps(directory):
         if newer > step:
-            aside = directory / (name_of(newer) + DAMAGED)
+            aside = directory / (checkpoint_name(newer) + DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
-            (directory / name_of(newer)).rename(aside)
+            (directory / checkpoint_name(newer)).rename(aside)
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -274,10 +291,10 @@ def read_state(checkpoint: Path) -> dict:
 
 def write_state(checkpoint: Path, state: dict) -> None:
     """Write state.json, with a checksum of its own."""
-    write_whole(checkpoint / STATE, json.dumps({**state, "checksum": _checksum(state)}, indent=1))
+    atomic_write(checkpoint / STATE, json.dumps({**state, "checksum": _checksum(state)}, indent=1))
 
 
-def faults(checkpoint: Path, files: list[str]) -> list[str]:
+def verify_files(checkpoint: Path, files: list[str]) -> list[str]:
     """What is wrong with files of a checkpoint, a line each; empty where all are as state.json says."""
     listed = read_state(checkpoint)["files"]
     found = []
@@ -287,7 +304,7 @@ def faults(checkpoint: Path, files: list[str]) -> list[str]:
             found.append(f"{path}: missing")
         elif path.stat().st_size != listed[name]["bytes"]:
             found.append(f"{path}: {path.stat().st_size} bytes instead of {listed[name]['bytes']}")
-        elif describe(checkpoint, [name])[name]["sha256"] != listed[name]["sha256"]:
+        elif fsync_and_hash(checkpoint, [name])[name]["sha256"] != listed[name]["sha256"]:
             found.append(f"{path}: its checksum does not match {STATE}")
     return found
 
@@ -311,7 +328,7 @@ def _remedy(failure: str) -> str:
 
 def _before(directory: Path) -> str:
     try:
-        return "The one before is whole" if steps_of(directory) else "There is none before it"
+        return "The one before is whole" if checkpoint_steps(directory) else "There is none before it"
     except OSError:  # the storage answers no more
         return "Those before were not touched"
 

@@ -20,13 +20,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from pipeline.errors import Diverged, StoppedEarly, UserError
-from pipeline.learner import Learner
-from pipeline.tensor_file import save_tensors
-from pipeline.train import elastic
-from pipeline.train.average import Average
+from pipeline.io.tensors import save_tensors
+from pipeline.models.learner import TrainableModule
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.train import sharded_state
+from pipeline.train.ema import ModelEma
 from pipeline.train.engine_config import ADAM_EPS
-from pipeline.train.watchdog import SLOW
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.train.watchdog import EXTENDED_FACTOR
 
 with redirect_stdout(sys.stderr):  # what it logs, now and later: stdout is for results
     import deepspeed
@@ -47,11 +47,11 @@ deepspeed.ops.__compatible_ops__ = {}
 
 Engine = deepspeed.DeepSpeedEngine
 WEIGHTS, WEIGHTS_EMA = "weights.safetensors", "weights_ema.safetensors"
-NUMBERS = "engine.json"
-LONG = 30.0  # seconds that the ranks may take to find each other without a word
+ENGINE_STATE = "engine.json"
+SLOW_CONNECT_S = 30.0  # seconds that the ranks may take to find each other without a word
 
 
-def connect(timeout_minutes: float, watched: bool = True) -> None:
+def init_distributed(timeout_minutes: float, watched: bool = True) -> None:
     """Join the other ranks. `distributed.find_world` has prepared the environment. StoppedEarly where they
     cannot meet.
 
@@ -59,8 +59,10 @@ def connect(timeout_minutes: float, watched: bool = True) -> None:
     the watchdog is to end a rank, and say where it hung.
     """
     logger.setLevel(logging.WARNING)
-    timeout = timedelta(minutes=max(10.0, 2 * SLOW * timeout_minutes) if watched else timeout_minutes)
-    waiting = threading.Timer(LONG, _say_connecting)
+    timeout = timedelta(
+        minutes=max(10.0, 2 * EXTENDED_FACTOR * timeout_minutes) if watched else timeout_minutes
+    )
+    waiting = threading.Timer(SLOW_CONNECT_S, _warn_connecting)
     waiting.daemon = True
     waiting.start()
     try:
@@ -90,7 +92,9 @@ def check_config(config: dict) -> None:
     raise UserError(f"--deepspeed_config: DeepSpeed does not take a value in it: {wrong}")
 
 
-def build_engine(recipe: TrainingRecipe, learner: Learner, config: dict, device: torch.device) -> Engine:
+def build_engine(
+    recipe: TrainingRecipe, learner: TrainableModule, config: dict, device: torch.device
+) -> Engine:
     """Wrap the learner. config: of `engine_config`."""
     engine, *_ = deepspeed.initialize(
         model=learner.to(device),
@@ -103,13 +107,13 @@ def build_engine(recipe: TrainingRecipe, learner: Learner, config: dict, device:
     return engine
 
 
-def _say_connecting() -> None:
+def _warn_connecting() -> None:
     if os.environ["RANK"] == "0":
         where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
         print(f"still connecting at {where}: not all ranks have come", file=sys.stderr, flush=True)
 
 
-def _optimizer(recipe: TrainingRecipe, learner: Learner) -> torch.optim.AdamW:
+def _optimizer(recipe: TrainingRecipe, learner: TrainableModule) -> torch.optim.AdamW:
     """On the learner's parameter groups."""
     groups = learner.parameter_groups(recipe.optim.weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas, eps=ADAM_EPS, fused=True)
@@ -120,12 +124,12 @@ def set_learning_rate(engine: Engine, rate: float) -> None:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
-def at_boundary(engine: Engine) -> bool:
+def is_gradient_accumulation_boundary(engine: Engine) -> bool:
     """Whether the micro batch at work is a global batch's last."""
     return engine.is_gradient_accumulation_boundary()
 
 
-def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]) -> float | torch.Tensor:
+def step(engine: Engine, should_skip: Callable[[float | torch.Tensor], torch.Tensor]) -> float | torch.Tensor:
     """Count a micro batch; after a global batch's last, update the weights. Returns the gradient's norm, 0.0
     before the last.
 
@@ -135,7 +139,7 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
     DeepSpeed leaves a step out, too, where the gradient is not finite, and then says that its norm is
     infinite.
     """
-    if not at_boundary(engine):
+    if not is_gradient_accumulation_boundary(engine):
         engine.step()
         return 0.0
     norm = None
@@ -144,10 +148,10 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
         norm = nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
 
     def judged() -> torch.Tensor:
-        return verdict(engine.optimizer._global_grad_norm if norm is None else norm)
+        return should_skip(engine.optimizer._global_grad_norm if norm is None else norm)
 
     try:
-        with _asking(engine.basic_optimizer, judged):
+        with skip_step_if(engine.basic_optimizer, judged):
             engine.step()
     except Exception as error:
         if "loss scale already at minimum" in str(error):
@@ -163,13 +167,13 @@ def step(engine: Engine, verdict: Callable[[float | torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def _asking(optimizer: torch.optim.AdamW, verdict: Callable[[], torch.Tensor]) -> Iterator[None]:
+def skip_step_if(optimizer: torch.optim.AdamW, should_skip: Callable[[], torch.Tensor]) -> Iterator[None]:
     """Let the optimiser leave its steps out where the verdict is 1.0: it reads found_inf where its parameters
     are."""
 
     def ask(*_: object) -> None:
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
-        optimizer.found_inf = verdict().to(device)  # torch's own copy to a CPU would not wait for it
+        optimizer.found_inf = should_skip().to(device)  # torch's own copy to a CPU would not wait for it
 
     asking = optimizer.register_step_pre_hook(ask)
     try:
@@ -178,32 +182,34 @@ def _asking(optimizer: torch.optim.AdamW, verdict: Callable[[], torch.Tensor]) -
         asking.remove()
 
 
-def save(engine: Engine, average: Average | None, path: Path) -> None:
+def save(engine: Engine, model_ema: ModelEma | None, path: Path) -> None:
     """Write this rank's part of weights and optimiser state into the folder `path`; every rank calls it."""
-    elastic.save(engine, path / _part(dist.get_rank()), average.tensors if average else [])
+    sharded_state.save(engine, path / _rank_file(dist.get_rank()), model_ema.tensors if model_ema else [])
 
 
-def complete(engine: Engine, average: Average | None, path: Path) -> None:
+def consolidate_fp32_weights(engine: Engine, model_ema: ModelEma | None, path: Path) -> None:
     """Add what one rank alone writes, when all have saved: the numbers, and the weights in fp32."""
     writers = dist.get_world_size() if engine.zero_optimization_stage() else 1
-    numbers = {**elastic.numbers(engine), "writers": writers}
-    (path / NUMBERS).write_text(json.dumps(numbers, indent=1))
-    saved = elastic.Saved([path / _part(writer) for writer in range(writers)])
+    numbers = {**sharded_state.scalar_state(engine), "writers": writers}
+    (path / ENGINE_STATE).write_text(json.dumps(numbers, indent=1))
+    saved = sharded_state.SavedState([path / _rank_file(writer) for writer in range(writers)])
     shapes = {key: getattr(p, "ds_shape", p.shape) for key, p in engine.module.named_parameters()}
-    files = {WEIGHTS: elastic.WEIGHT} | ({WEIGHTS_EMA: elastic.AVERAGE} if average else {})
+    files = {WEIGHTS: sharded_state.WEIGHT} | ({WEIGHTS_EMA: sharded_state.EMA} if model_ema else {})
     for file, kind in files.items():
-        save_tensors({key: saved.whole(key, kind).view(shape) for key, shape in shapes.items()}, path / file)
+        save_tensors(
+            {key: saved.read_all(key, kind).view(shape) for key, shape in shapes.items()}, path / file
+        )
 
 
-def load(engine: Engine, average: Average | None, directory: Path, name: str) -> None:
+def load(engine: Engine, model_ema: ModelEma | None, directory: Path, name: str) -> None:
     """Read what was saved by whatever number of ranks, at whatever ZeRO stage, with whatever micro batch.
 
     Every rank must call it.
     """
     path = directory / name
-    numbers = json.loads((path / NUMBERS).read_text())
-    parts = [path / _part(writer) for writer in range(numbers["writers"])]
-    elastic.load(engine, parts, numbers, average.tensors if average else [])
+    numbers = json.loads((path / ENGINE_STATE).read_text())
+    parts = [path / _rank_file(writer) for writer in range(numbers["writers"])]
+    sharded_state.load(engine, parts, numbers, model_ema.tensors if model_ema else [])
 
 
 def check_precision(recipe: TrainingRecipe) -> None:
@@ -215,5 +221,5 @@ def check_precision(recipe: TrainingRecipe) -> None:
         raise UserError(f"engine.precision: this {accelerator.device_name()} can't compute in {precision}")
 
 
-def _part(rank: int) -> str:
+def _rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"

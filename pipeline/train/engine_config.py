@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.recipe_file import flat, overridden
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.recipe.loading import flat, parse_overrides
 
 ADAM_EPS = 1e-8
 ENGINE_KEYS = {  # what a file may set beside what the recipe decides; "a.*": all of section a
@@ -112,7 +112,7 @@ def engine_overrides(path: Path, given: Sequence[str]) -> list[str]:
                 f"{path}: zero_optimization.offload_optimizer.device: cpu or none, not {device!r}"
             )
     found = [f"{key}={value}" for key, value in values.items()]
-    said, meant = overridden(given), overridden(found)
+    said, meant = parse_overrides(given), parse_overrides(found)
     for key in meant.keys() & said.keys():
         if said[key] != meant[key]:
             raise UserError(f"--set {key}={said[key]}: {path} says {meant[key]}; leave one of them out")

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.distributed.collectives import all_reduce_mean
 from pipeline.errors import Diverged
-from pipeline.sections import GuardSection
-from pipeline.train.distributed import all_ranks_mean
+from pipeline.recipe.sections import GuardSection
 
 REASONS = (
     None,
@@ -27,13 +27,13 @@ REASONS = (
     "an overflow in fp16; the loss scale goes down",
 )
 LOSS, GRADIENT, SPIKE, OVERFLOW = range(1, 5)
-LEAST_SCALE = 0.01
+MIN_SPREAD = 0.01
 """Of the median loss: losses that hardly vary don't make a spike of a hundredth more."""
-OVERFLOWS = 40
+MAX_OVERFLOWS = 40
 """In a row, before they count as trouble. DeepSpeed needs half as many from its first loss scale to 1."""
 
 
-class Skip(NamedTuple):
+class SkippedStep(NamedTuple):
     """A skipped step."""
 
     step: int
@@ -43,7 +43,7 @@ class Skip(NamedTuple):
     """None where it is not finite."""
     grad_norm: float | None
 
-    def sentence(self) -> str:
+    def message(self) -> str:
         numbers = ", ".join(
             f"{name} {'not finite' if value is None else f'{value:.4g}'}"
             for name, value in {"loss": self.loss, "gradient norm": self.grad_norm}.items()
@@ -51,7 +51,7 @@ class Skip(NamedTuple):
         return f"step {self.step} is skipped: {self.reason} ({numbers})"
 
 
-class Trouble(NamedTuple):
+class BadSpan(NamedTuple):
     """Steps skipped in a row, more than the recipe allows."""
 
     first: int
@@ -71,9 +71,9 @@ class Guard:
         self.options, self.fp16 = options, precision == "fp16"
         self.offset: int = state["offset"]
         """Stream positions skipped so far."""
-        self.returns: list[dict] = list(state["returns"])
+        self.rollbacks: list[dict] = list(state["returns"])
         """Every return of the run, as metrics.jsonl has it."""
-        self.skips = [Skip(*skip) for skip in state["skips"]]
+        self.skips = [SkippedStep(*skip) for skip in state["skips"]]
         """Those since the last logged line."""
         self._row: list[int] = list(state["row"])
         self._overflows: int = state["overflows"]
@@ -83,11 +83,11 @@ class Guard:
         self._loss = torch.zeros((), device=device)
         self._unread: list[tuple[int, torch.Tensor, torch.cuda.Event | None]] = []
 
-    def hear(self, loss: torch.Tensor) -> None:
+    def observe_loss(self, loss: torch.Tensor) -> None:
         """Take the step's loss, this rank's mean: 0-d. Every rank calls it, before the optimiser's step."""
-        self._loss = all_ranks_mean(loss.detach().float().clone())
+        self._loss = all_reduce_mean(loss.detach().float().clone())
 
-    def verdict(self, norm: float | torch.Tensor) -> torch.Tensor:
+    def should_skip(self, norm: float | torch.Tensor) -> torch.Tensor:
         """1.0 where the step must be skipped, else 0.0: 0-d, on the device. norm: of the whole gradient."""
         return (self._judge(norm) > 0).float()
 
@@ -105,7 +105,7 @@ class Guard:
         self._unread.append((step, record, seen))
         return (judged > 0).float()
 
-    def read(self, step: int) -> Trouble | None:
+    def read(self, step: int) -> BadSpan | None:
         """Hear of the steps up to `step`, the newest but one costs no waiting. Trouble: more in a row than
         allowed."""
         while self._unread and self._unread[0][0] <= step:
@@ -113,42 +113,48 @@ class Guard:
             if seen:
                 seen.synchronize()
             code, loss, norm = record.tolist()
-            if trouble := self._count(at, int(code), loss, norm):
+            if bad_span := self._count(at, int(code), loss, norm):
                 self._unread.clear()  # what came after is taken back
-                return trouble
+                return bad_span
         return None
 
-    def way_back(self, trouble: Trouble, saved: list[int]) -> tuple[int, int]:
+    def rollback_target(self, bad_span: BadSpan, saved: list[int]) -> tuple[int, int]:
         """Which checkpoint before the trouble to go back to, and how many returns in a row there were.
 
         saved: their steps, oldest first. The newest, or as many before it as returns did not get the run past
         their trouble to another checkpoint. Raises Diverged where there is none, or returns have been enough.
         """
-        last = self.returns[-1] if self.returns else None
+        last = self.rollbacks[-1] if self.rollbacks else None
         in_a_row = last["in_a_row"] if last and saved and saved[-1] <= last["from_step"] else 0
         if not saved:
-            raise Diverged(_farewell(trouble, "there is no checkpoint from before that to go back to"))
-        if in_a_row >= self.options.returns:
-            raise Diverged(_farewell(trouble, f"the run has gone back {in_a_row} times in a row already"))
+            raise Diverged(
+                _divergence_message(bad_span, "there is no checkpoint from before that to go back to")
+            )
+        if in_a_row >= self.options.max_rollbacks:
+            raise Diverged(
+                _divergence_message(bad_span, f"the run has gone back {in_a_row} times in a row already")
+            )
         return saved[max(0, len(saved) - 1 - in_a_row)], in_a_row
 
-    def go_back(self, trouble: Trouble, step: int, in_a_row: int, state: dict, global_batch: int) -> dict:
+    def state_after_rollback(
+        self, bad_span: BadSpan, step: int, in_a_row: int, state: dict, global_batch: int
+    ) -> dict:
         """The state to continue with, from the checkpoint of `step`, where the guard's state was `state`.
 
         The stream goes on behind the trouble's last sample.
         """
-        skipped = (trouble.last - step) * global_batch
+        skipped = (bad_span.last - step) * global_batch
         event = {
             "step": step,
-            "event": "return",
+            "event": "rollback",
             "time": round(time.time(), 3),
-            "from_step": trouble.last,
-            "trouble": [trouble.first, trouble.last],
-            "reason": trouble.reason,
+            "from_step": bad_span.last,
+            "bad_span": [bad_span.first, bad_span.last],
+            "reason": bad_span.reason,
             "skipped_samples": skipped,
             "in_a_row": in_a_row + 1,
         }
-        return {**state, "offset": self.offset + skipped, "returns": [*self.returns, event]}
+        return {**state, "offset": self.offset + skipped, "returns": [*self.rollbacks, event]}
 
     def state(self) -> dict:
         """For the checkpoint; waits for the device."""
@@ -159,7 +165,7 @@ class Guard:
             "overflows": self._overflows,
             "skips": self.skips,
             "offset": self.offset,
-            "returns": self.returns,
+            "returns": self.rollbacks,
         }
 
     def _judge(self, norm: float | torch.Tensor) -> torch.Tensor:
@@ -168,7 +174,7 @@ class Guard:
         if self.options.spike_z is not None:
             median = self._losses.median()
             spread = 1.4826 * (self._losses - median).abs().median()
-            spread = torch.maximum(spread, LEAST_SCALE * median.abs())
+            spread = torch.maximum(spread, MIN_SPREAD * median.abs())
             code = torch.where(loss - median > self.options.spike_z * spread, SPIKE, code)
         broken = ~torch.isfinite(norm) | (norm < 0)  # DeepSpeed marks some that are not finite by -1
         code = torch.where(broken, OVERFLOW if self.fp16 else GRADIENT, code)
@@ -177,22 +183,22 @@ class Guard:
     def _as_tensor(self, norm: float | torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(norm, dtype=torch.float32, device=self._loss.device)
 
-    def _count(self, step: int, code: int, loss: float, norm: float) -> Trouble | None:
+    def _count(self, step: int, code: int, loss: float, norm: float) -> BadSpan | None:
         self._overflows = self._overflows + 1 if code == OVERFLOW else 0
         if not code:
             self._row = []
             return None
-        self.skips.append(Skip(step, REASONS[code], _finite(loss), _finite(norm)))
-        if code != OVERFLOW or self._overflows > OVERFLOWS:
+        self.skips.append(SkippedStep(step, REASONS[code], _finite(loss), _finite(norm)))
+        if code != OVERFLOW or self._overflows > MAX_OVERFLOWS:
             self._row.append(step)
-        if len(self._row) < self.options.skips_in_a_row:
+        if len(self._row) < self.options.max_consecutive_skips:
             return None
-        return Trouble(self._row[0], step, REASONS[code])
+        return BadSpan(self._row[0], step, REASONS[code])
 
 
-def _farewell(trouble: Trouble, why: str) -> str:
+def _divergence_message(bad_span: BadSpan, why: str) -> str:
     return (
-        f"steps {trouble.first} to {trouble.last} cannot be trained ({trouble.reason}), and {why}. Look at "
+        f"steps {bad_span.first} to {bad_span.last} cannot be trained ({bad_span.reason}), and {why}. Look at "
         "the learning rate (optim.base_lr, optim.warmup_epochs, optim.clip_grad), at engine.precision (bf16 "
         "or fp32, not fp16) in a new --run, and at those steps' images, in this one's offending-samples.txt"
     )

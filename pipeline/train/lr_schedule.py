@@ -14,7 +14,7 @@ def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float,
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def warning(total_steps: int, warmup_steps: float) -> str | None:
+def warmup_warning(total_steps: int, warmup_steps: float) -> str | None:
     """What to say of a run that ends before its rate has risen."""
     if warmup_steps < total_steps:
         return None

@@ -23,16 +23,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import AgreedError, StoppedEarly, Unanswered, UserError
-from pipeline.train.distributed import gathered, of_storage
-from pipeline.train.watchdog import SLOW
+from pipeline.distributed.collectives import all_gather_object, storage_error
+from pipeline.errors import AllRanksError, StoppedEarly, StorageTimeout, UserError
+from pipeline.train.watchdog import EXTENDED_FACTOR
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_GONE = 128
 """Stands among the signal numbers for a launcher that died and left its ranks behind."""
-FAILED = 256
+DATA_ERROR = 256
 """More than any signal: some rank could not read its data."""
-UNWRITTEN = 512
+WRITE_ERROR = 512
 """Some rank could not write its own files. What was trained since the last checkpoint is trained again."""
 POLL = 1.0  # seconds between two looks at the launcher
 SAME = 1.0
@@ -43,25 +43,25 @@ class Failure(NamedTuple):
     """What made a rank stop."""
 
     text: str
-    passing: bool
+    transient: bool
     """Whether the next start may go on though nobody mended anything."""
 
 
-def failure_of(error: Exception, rank: int) -> Failure:
+def describe_failure(error: Exception, rank: int) -> Failure:
     """Of what is no UserError nobody knows what to mend."""
     known = isinstance(error, UserError)
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    return Failure(f"rank {rank}: {text}", not known or isinstance(error, Unanswered))
+    return Failure(f"rank {rank}: {text}", not known or isinstance(error, StorageTimeout))
 
 
-def outcome(failures: Sequence[Failure], step: int) -> AgreedError | StoppedEarly:
+def exit_error(failures: Sequence[Failure], step: int) -> AllRanksError | StoppedEarly:
     """How a run ends that is saved at `step`, by what its ranks met: to be mended where one of it must be."""
-    first = min(failures, key=lambda failure: failure.passing)
+    first = min(failures, key=lambda failure: failure.transient)
     text = f"{first.text}. {f'Everything is saved at step {step}' if step else 'Nothing was trained yet'}"
-    return StoppedEarly(f"{text}; the same command continues") if first.passing else AgreedError(text)
+    return StoppedEarly(f"{text}; the same command continues") if first.transient else AllRanksError(text)
 
 
-class Stopping:
+class PreemptionHandler:
     """Hears what this rank is told, and agrees with the others on it. One a process, made before the run's
     heavy work begins; `connect` follows when the ranks are connected."""
 
@@ -84,7 +84,7 @@ class Stopping:
     def connect(self, timeout_minutes: float) -> None:
         """Every rank calls it, after they have joined. It waits longer than the watchdog's time-out."""
         self._group = dist.new_group(
-            backend="gloo", timeout=timedelta(minutes=10 + 2 * SLOW * timeout_minutes)
+            backend="gloo", timeout=timedelta(minutes=10 + 2 * EXTENDED_FACTOR * timeout_minutes)
         )
 
     def check(self) -> None:
@@ -92,7 +92,7 @@ class Stopping:
         there are steps and anything to save."""
         if self._heard:
             raise StoppedEarly(
-                f"stopped early by {_name(self._heard)}, before this start's first step; the same command "
+                f"stopped early by {_signal_name(self._heard)}, before this start's first step; the same command "
                 "continues"
             )
 
@@ -103,8 +103,8 @@ class Stopping:
         try:
             batch = loader.next()
         except Exception as error:  # all ranks stop for it, and this one raises it in `raise_reason`
-            self._failure = of_storage(error) if isinstance(error, OSError) else error
-            self._heard = max(self._heard, FAILED)
+            self._failure = storage_error(error) if isinstance(error, OSError) else error
+            self._heard = max(self._heard, DATA_ERROR)
         self._agree(self._heard)
         return None if self.reason else batch
 
@@ -115,14 +115,14 @@ class Stopping:
         try:
             yield
         except OSError as error:
-            if self._heard != UNWRITTEN:
-                self._failure = of_storage(error)
-            self._heard = UNWRITTEN
+            if self._heard != WRITE_ERROR:
+                self._failure = storage_error(error)
+            self._heard = WRITE_ERROR
 
-    def settle(self) -> bool:
+    def sync_write_errors(self) -> bool:
         """Whether every rank's writing went well; else all stop. Every rank calls it."""
-        self._agree(self._heard if self._heard == UNWRITTEN else self.reason)
-        return self.reason != UNWRITTEN
+        self._agree(self._heard if self._heard == WRITE_ERROR else self.reason)
+        return self.reason != WRITE_ERROR
 
     def _agree(self, heard: int) -> None:
         said = torch.tensor(heard)
@@ -132,14 +132,14 @@ class Stopping:
     def raise_reason(self, step: int) -> None:
         """Nothing where the run went to its end. Else `StoppedEarly`, or the error of a rank whose data or
         storage somebody must mend. Every rank calls it, when everything is saved."""
-        if self.reason >= FAILED:
+        if self.reason >= DATA_ERROR:
             if self._failure and not isinstance(self._failure, UserError):
                 traceback.print_exception(self._failure)
-            failures = gathered(self._failure and failure_of(self._failure, dist.get_rank()))
-            raise outcome([failure for failure in failures if failure], step)
+            failures = all_gather_object(self._failure and describe_failure(self._failure, dist.get_rank()))
+            raise exit_error([failure for failure in failures if failure], step)
         if self.reason:
             raise StoppedEarly(
-                f"stopped early by {_name(self.reason)}, everything is saved at step {step}; "
+                f"stopped early by {_signal_name(self.reason)}, everything is saved at step {step}; "
                 "the same command continues"
             )
 
@@ -151,11 +151,11 @@ class Stopping:
             if number == self._first and time.monotonic() - self._heard_at < SAME:
                 continue
             if self._first:
-                _say(f"{_name(number)} again: stopping at once; the last checkpoint is whole")
+                _say(f"{_signal_name(number)} again: stopping at once; the last checkpoint is whole")
                 os._exit(128 + number)
             self._first, self._heard_at = number, time.monotonic()
             self._heard = max(self._heard, number)
-            _say(f"{_name(number)}: saving and stopping after this step; once more stops at once")
+            _say(f"{_signal_name(number)}: saving and stopping after this step; once more stops at once")
 
     def _watch_launcher(self, depth: int) -> None:
         before, sleep = _ancestors(depth), threading.Event()
@@ -183,7 +183,7 @@ def _ancestors(depth: int) -> list[int]:
     return found
 
 
-def _name(number: int) -> str:
+def _signal_name(number: int) -> str:
     return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
 
 

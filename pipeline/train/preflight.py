@@ -17,23 +17,21 @@ import torch.distributed as dist
 
 from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
-from pipeline.errors import AgreedError, StoppedEarly, Unanswered, UserError
-from pipeline.plan import checkpoint_bytes
-from pipeline.train import checkpoint, engine, run_directory
-from pipeline.train.distributed import (
-    World,
-    agreed,
-    find_world,
-    from_rank_0,
-    gathered,
-    leaving_together,
-    node_name,
-    of_storage,
+from pipeline.distributed.collectives import (
+    all_gather_object,
+    broadcast_object,
+    destroy_process_group_on_exit,
+    raise_on_all_ranks,
+    storage_error,
 )
+from pipeline.distributed.hardware import device_name
+from pipeline.distributed.launch import DistInfo, init_dist_env, node_name
+from pipeline.errors import AllRanksError, StoppedEarly, StorageTimeout, UserError
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.train import checkpoint, engine, run_directory
 from pipeline.train.engine_config import engine_config
-from pipeline.train.hardware import device_name
+from pipeline.train.sharded_state import checkpoint_bytes
 from pipeline.train.task import Task
-from pipeline.training_recipe import TrainingRecipe
 
 DECODED = 64
 """Images that a node decodes, at least."""
@@ -64,22 +62,24 @@ def preflight(
     is only storage that does not answer a run with checkpoints.
     """
     began = time.monotonic()
-    world = find_world()
-    mine = look(make_task, data, run, deepspeed_config, world)
-    engine.connect(TIMEOUT_MINUTES, watched=False)
-    with leaving_together():
-        everyone = gathered(mine)
-        begun = from_rank_0(agreed(lambda: bool(checkpoint.steps_of(run / "checkpoints"))))
+    dist_info = init_dist_env()
+    mine = look(make_task, data, run, deepspeed_config, dist_info)
+    engine.init_distributed(TIMEOUT_MINUTES, watched=False)
+    with destroy_process_group_on_exit():
+        everyone = all_gather_object(mine)
+        begun = broadcast_object(
+            raise_on_all_ranks(lambda: bool(checkpoint.checkpoint_steps(run / "checkpoints")))
+        )
         if any(rank.faults for rank in everyone):
             raise complaint(everyone, begun)
         _complain([(rank.node, _difference(rank, everyone[0])) for rank in everyone])
-        reduced = _all_reduce(world)
+        reduced = _all_reduce(dist_info)
         fault = "" if reduced else "the all-reduce gave a wrong sum; test this node's network"
-        _complain(gathered((mine.node, fault)))
+        _complain(all_gather_object((mine.node, fault)))
     first = everyone[0]
     nodes = list(dict.fromkeys(rank.node for rank in everyone))
     lines = {
-        "ranks": f"{world.size} on {', '.join(nodes)}; {', '.join({r.device: 0 for r in everyone})}",
+        "ranks": f"{dist_info.world_size} on {', '.join(nodes)}; {', '.join({r.device: 0 for r in everyone})}",
         **{name: first.texts[name] for name in ("batch", "precision", "data", "run")},
         "decode": ", ".join(f"{r.node} {r.texts['decode']}" for r in everyone if "decode" in r.texts),
         "network": reduced,
@@ -94,15 +94,15 @@ def look(
     data: Sequence[str],
     run: Path,
     deepspeed_config: Path | None,
-    world: World,
+    dist_info: DistInfo,
 ) -> Findings:
     """What this rank finds by itself. A node's first rank decodes where nothing is in the way."""
-    found = Findings(node_name(), device_name(world.device), run_directory.versions(), {}, [])
+    found = Findings(node_name(), device_name(dist_info.device), run_directory.versions(), {}, [])
     with _noting(found.faults):
         task = make_task()
         recipe = task.recipe
         checks = {
-            "batch": lambda: _batch(recipe, world, deepspeed_config),
+            "batch": lambda: _batch(recipe, dist_info, deepspeed_config),
             "precision": lambda: engine.check_precision(recipe) or recipe.engine.precision,
             "data": lambda: _data(recipe, data),
             "run": lambda: _run(task, data, run),
@@ -110,8 +110,8 @@ def look(
         for name, check in checks.items():
             with _noting(found.faults):
                 found.texts[name] = check()
-        if world.local_rank == 0 and not found.faults:
-            found.texts["decode"] = _decode(recipe, data, world)
+        if dist_info.local_rank == 0 and not found.faults:
+            found.texts["decode"] = _decode(recipe, data, dist_info)
     return found
 
 
@@ -120,22 +120,22 @@ def _noting(faults: list[UserError]) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        fault = of_storage(error) if isinstance(error, OSError) else error
+        fault = storage_error(error) if isinstance(error, OSError) else error
         if str(fault) not in map(str, faults):
             faults.append(fault)
 
 
-def complaint(everyone: Sequence[Findings], begun: bool) -> AgreedError | StoppedEarly:
+def complaint(everyone: Sequence[Findings], begun: bool) -> AllRanksError | StoppedEarly:
     """Of what the ranks found to be in the way. begun: whether the run has checkpoints."""
     faults = [(rank.node, fault) for rank in everyone for fault in rank.faults]
-    waits = begun and all(isinstance(fault, Unanswered) for _, fault in faults)
+    waits = begun and all(isinstance(fault, StorageTimeout) for _, fault in faults)
     text = _with_nodes([(node, str(fault)) for node, fault in faults])
-    return StoppedEarly(text) if waits else AgreedError(text)
+    return StoppedEarly(text) if waits else AllRanksError(text)
 
 
 def _complain(found: list[tuple[str, str]]) -> None:
     if text := _with_nodes(found):
-        raise AgreedError(text)
+        raise AllRanksError(text)
 
 
 def _with_nodes(found: list[tuple[str, str]]) -> str:
@@ -159,10 +159,10 @@ def _difference(rank: Findings, first: Findings) -> str:
     )
 
 
-def _batch(recipe: TrainingRecipe, world: World, deepspeed_config: Path | None) -> str:
-    accumulation = recipe.accumulation(world.size)
-    engine_config(recipe, world.size, deepspeed_config)
-    return f"{recipe.data.global_batch} = {world.size} ranks x {accumulation} x {recipe.engine.micro_batch}"
+def _batch(recipe: TrainingRecipe, dist_info: DistInfo, deepspeed_config: Path | None) -> str:
+    accumulation = recipe.accumulation(dist_info.world_size)
+    engine_config(recipe, dist_info.world_size, deepspeed_config)
+    return f"{recipe.data.global_batch} = {dist_info.world_size} ranks x {accumulation} x {recipe.engine.micro_batch}"
 
 
 def _data(recipe: TrainingRecipe, data: Sequence[str]) -> str:
@@ -182,7 +182,7 @@ def _run(task: Task, data: Sequence[str], run: Path) -> str:
         place = place.parent
     if not os.access(place, os.W_OK):
         raise UserError(f"--run {run}: {place} cannot be written; give another directory")
-    steps = checkpoint.steps_of(run / "checkpoints")
+    steps = checkpoint.checkpoint_steps(run / "checkpoints")
     each = checkpoint_bytes(recipe, parameters)
     needed = each * max(1, recipe.train.keep_checkpoints + 1 - len(steps))
     free = shutil.disk_usage(place).free
@@ -196,17 +196,19 @@ def _run(task: Task, data: Sequence[str], run: Path) -> str:
     return f"{at}, {needed / 1e9:.1f} GB needed, {free / 1e9:,.0f} GB free"
 
 
-def _decode(recipe: TrainingRecipe, data: Sequence[str], world: World) -> str:
+def _decode(recipe: TrainingRecipe, data: Sequence[str], dist_info: DistInfo) -> str:
     reader = ShardReader(recipe.sources(data), recipe.data)
-    threads = recipe.data.threads or world.cores
-    loader = Loader(reader, recipe, 1, world.device, world.rank, world.size, threads=threads)
+    threads = recipe.data.decode_threads or dist_info.num_cpus
+    loader = Loader(
+        reader, recipe, 1, dist_info.device, dist_info.rank, dist_info.world_size, threads=threads
+    )
     try:
         loader.next()  # starts the decoder
         batches = -(-DECODED // recipe.engine.micro_batch)
         began = time.perf_counter()
         for _ in range(batches):
             loader.next()
-        if world.device.type == "cuda":
+        if dist_info.device.type == "cuda":
             torch.cuda.synchronize()
         took = time.perf_counter() - began
     finally:
@@ -214,20 +216,22 @@ def _decode(recipe: TrainingRecipe, data: Sequence[str], world: World) -> str:
     return f"{batches * recipe.engine.micro_batch / took:,.0f} images/s ({threads} threads, one rank)"
 
 
-def _all_reduce(world: World) -> str:
+def _all_reduce(dist_info: DistInfo) -> str:
     """The bandwidth, or an empty string where the sum is wrong."""
-    if world.size == 1:
+    if dist_info.world_size == 1:
         return "one rank, none needed"
-    numbers = torch.empty(REDUCED // 4, device=world.device)
+    numbers = torch.empty(REDUCED // 4, device=dist_info.device)
     seconds = []
     for _ in range(ROUNDS):
-        numbers.fill_(world.rank + 1)
+        numbers.fill_(dist_info.rank + 1)
         began = time.perf_counter()
         dist.all_reduce(numbers)
-        right = bool((numbers == world.size * (world.size + 1) / 2).all())  # waits for the device
+        right = bool(
+            (numbers == dist_info.world_size * (dist_info.world_size + 1) / 2).all()
+        )  # waits for the device
         seconds.append(time.perf_counter() - began)
     took = sorted(seconds)[ROUNDS // 2]
-    sent = 2 * (world.size - 1) / world.size * REDUCED
+    sent = 2 * (dist_info.world_size - 1) / dist_info.world_size * REDUCED
     text = (
         f"all-reduce of {REDUCED / 2**20:.0f} MiB in {1e3 * took:.1f} ms, {sent / took / 1e9:.2f} GB/s a rank"
     )

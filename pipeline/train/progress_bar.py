@@ -6,7 +6,7 @@ import time
 from tqdm import tqdm
 
 
-class Progress:
+class ProgressBar:
     """Steps done of those to do, with loss, images/s, data wait and the time that is left."""
 
     INTERVAL = 10.0

@@ -11,47 +11,58 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.data.loader import Loader
+from pipeline.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks
+from pipeline.distributed.launch import DistInfo
 from pipeline.train import checkpoint
-from pipeline.train.distributed import World, agreed, from_rank_0, gathered
-from pipeline.train.guard import Guard, Trouble
+from pipeline.train.guard import BadSpan, Guard
 
 SAMPLES = "offending-samples.txt"
 
 
-def retreat(run: Path, trouble: Trouble, guard: Guard, global_batch: int, every: int, world: World) -> Path:
+def rollback(
+    run: Path, bad_span: BadSpan, guard: Guard, global_batch: int, every: int, dist_info: DistInfo
+) -> Path:
     """The checkpoint to continue from, amended; every rank calls it. Raises Diverged where there is none."""
     checkpoints = run / "checkpoints"
     # Those that a signal made don't count: where to go back must not depend on interruptions.
-    scheduled = agreed(lambda: checkpoint.scheduled_of(checkpoints, every) if world.rank == 0 else None)
-    saved = [step for step in from_rank_0(scheduled) if step < trouble.first]
-    back, in_a_row = guard.way_back(trouble, saved)
-    if world.rank == 0:
+    scheduled = raise_on_all_ranks(
+        lambda: checkpoint.scheduled_steps(checkpoints, every) if dist_info.rank == 0 else None
+    )
+    saved = [step for step in broadcast_object(scheduled) if step < bad_span.first]
+    back, in_a_row = guard.rollback_target(bad_span, saved)
+    if dist_info.rank == 0:
         print(
-            f"steps {trouble.first} to {trouble.last} were skipped, too many in a row: back to step {back}, "
-            f"and on with the data after step {trouble.last}",
+            f"steps {bad_span.first} to {bad_span.last} were skipped, too many in a row: back to step {back}, "
+            f"and on with the data after step {bad_span.last}",
             file=sys.stderr,
         )
-    found = checkpoint.newest_whole(checkpoints, world.rank, world.size, at_most=back)
+    found = checkpoint.latest_valid_checkpoint(
+        checkpoints, dist_info.rank, dist_info.world_size, at_most=back
+    )
     state = checkpoint.read_state(found)
-    agreed(lambda: checkpoint.abandon(checkpoints, state["step"]) if world.rank == 0 else None)
-    gathered("read")
-    changed = guard.go_back(trouble, state["step"], in_a_row, state["guard"], global_batch)
-    agreed(lambda: checkpoint.amend(found, {"guard": changed}) if world.rank == 0 else None)
+    raise_on_all_ranks(
+        lambda: checkpoint.delete_after(checkpoints, state["step"]) if dist_info.rank == 0 else None
+    )
+    all_gather_object("read")
+    changed = guard.state_after_rollback(bad_span, state["step"], in_a_row, state["guard"], global_batch)
+    raise_on_all_ranks(
+        lambda: checkpoint.update_state(found, {"guard": changed}) if dist_info.rank == 0 else None
+    )
     return found
 
 
-def write_samples(
-    run: Path, trouble: Trouble, loader: Loader, offset: int, global_batch: int, world: World
+def write_offending_samples(
+    run: Path, bad_span: BadSpan, loader: Loader, offset: int, global_batch: int, dist_info: DistInfo
 ) -> None:
     """Append the keys of the trouble's samples to offending-samples.txt: "<step> <sample key>" a line. Every
     rank calls it."""
 
     def write() -> None:
         with open(run / SAMPLES, "a") as file:
-            for step in range(trouble.first, trouble.last + 1):
+            for step in range(bad_span.first, bad_span.last + 1):
                 positions = offset + (step - 1) * global_batch + np.arange(global_batch)
                 images = np.unique(positions // loader.recipe.data.crops_per_image)
                 keys = loader.keys(loader.stream.locate(images))
                 file.write("".join(f"{step} {key}\n" for key in keys))
 
-    agreed(lambda: write() if world.rank == 0 else None)
+    raise_on_all_ranks(lambda: write() if dist_info.rank == 0 else None)

@@ -17,9 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.recipe_file import load
-from pipeline.training_recipe import TrainingRecipe
-from pipeline.whole_file import write_json, write_whole
+from pipeline.io.atomic import atomic_write, write_json
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.recipe.loading import load
 
 PACKAGES = ("shardmae", "torch", "deepspeed", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy")
 FREE = {  # keys that may change when a run is continued: they say how it is done, not what is trained
@@ -30,15 +30,15 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "engine.offload",
     "engine.timeout_minutes",
     "data.sources",  # their content and weights are checked against the checkpoint
-    "data.readers",
+    "data.read_threads",
     "data.read_ahead_mb",
     "data.timeout_s",
     "data.retries",
     "data.cache_dir",
     "data.cache_gb",
-    "data.threads",
+    "data.decode_threads",
     "data.prefetch",
-    "data.max_replaced",
+    "data.max_undecodable",
     "data.trace",
     "evaluation.every_epochs",
     "train.steps",
@@ -53,10 +53,10 @@ FREE = {  # keys that may change when a run is continued: they say how it is don
     "train.profile_steps",
     "guard.window",
     "guard.spike_z",
-    "guard.skips_in_a_row",
-    "guard.returns",
+    "guard.max_consecutive_skips",
+    "guard.max_rollbacks",
 }
-LOCK_PATIENCE = 60.0  # seconds: a killed predecessor may still be dying
+LOCK_TIMEOUT_S = 60.0  # seconds: a killed predecessor may still be dying
 
 
 def check(run: Path, recipe: TrainingRecipe) -> None:
@@ -67,15 +67,15 @@ def check(run: Path, recipe: TrainingRecipe) -> None:
         raise UserError(
             f"--run {run}: is a file; give a directory that is new, or that holds a run to continue"
         )
-    begun = run / "recipe.yaml"
-    if not begun.exists():
+    lock_run_dir = run / "recipe.yaml"
+    if not lock_run_dir.exists():
         if {path.name for path in run.iterdir()} - {"lock", "recipe.yaml.new"}:
             raise UserError(
                 f"--run {run}: holds something that is no run (no recipe.yaml); give a new directory"
             )
         return
     try:
-        before = load(type(recipe), begun)
+        before = load(type(recipe), lock_run_dir)
     except UserError as error:
         raise UserError(
             f"--run {run}: was begun by another command or version ({error}); give a new directory"
@@ -97,29 +97,29 @@ def check_continuation(checkpoint: Path, state: dict, identity: dict) -> None:
 
 
 @contextmanager
-def begun(run: Path, recipe: TrainingRecipe, patience_s: float = LOCK_PATIENCE) -> Iterator[None]:
+def lock_run_dir(run: Path, recipe: TrainingRecipe, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
     """Hold the directory, and write there at once what it is, so that a run killed from here on continues.
 
     UserError as `check`, and where another run is still at work there after `patience_s` seconds.
     """
-    descriptor = _lock(run, patience_s)
+    descriptor = _lock(run, timeout_s)
     try:
         check(run, recipe)  # again: the lock's last holder may have begun another recipe
         if not (run / "recipe.yaml").exists():
-            write_whole(run / "recipe.yaml", recipe.to_yaml())
+            atomic_write(run / "recipe.yaml", recipe.to_yaml())
         yield
     finally:
         os.close(descriptor)
 
 
-def _lock(run: Path, patience_s: float) -> int:
+def _lock(run: Path, timeout_s: float) -> int:
     """The lock's file descriptor; it is held until that is closed."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise UserError(f"--run {run}: cannot be written: {error.strerror}; give another directory") from None
-    deadline, told = time.monotonic() + patience_s, False
+    deadline, told = time.monotonic() + timeout_s, False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +127,7 @@ def _lock(run: Path, patience_s: float) -> int:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             if time.monotonic() < deadline:
                 if not told:
-                    print(f"{run}: held by {holder}; waiting up to {patience_s:.0f} s", file=sys.stderr)
+                    print(f"{run}: held by {holder}; waiting up to {timeout_s:.0f} s", file=sys.stderr)
                 told = True
                 time.sleep(0.5)
                 continue
@@ -152,7 +152,7 @@ def describe(run: Path, recipe: TrainingRecipe, data: list[dict], **start: objec
     data: what the shard sets are. start: step, world_size, device, deepspeed: its configuration, and before:
     the last logged step and its time of the run so far, which may have got further than `step`.
     """
-    write_whole(run / "recipe.yaml", recipe.to_yaml())
+    atomic_write(run / "recipe.yaml", recipe.to_yaml())
     path = run / "environment.json"
     try:
         starts = json.loads(path.read_text())["starts"]

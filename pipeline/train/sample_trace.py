@@ -13,21 +13,21 @@ from pathlib import Path
 
 import torch
 
-from pipeline.whole_file import write_whole
+from pipeline.io.atomic import atomic_write
 
 LINE = re.compile(r"(\d+) .+\n")
 
 
-def take_back(run: Path, step: int) -> None:
+def truncate_after(run: Path, step: int) -> None:
     """Remove what any rank wrote from `step` on, also those that are gone; rank 0 calls it, before the others
     open their files."""
     for path in (run / "samples").glob("*rank-*.txt"):
         lines = path.read_text(errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if (found := LINE.fullmatch(line)) and int(found[1]) < step]
-        write_whole(path, "".join(kept))
+        atomic_write(path, "".join(kept))
 
 
-class Trace:
+class SampleTrace:
     """Appends one rank's samples."""
 
     def __init__(self, run: Path, rank: int):

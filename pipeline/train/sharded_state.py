@@ -28,14 +28,15 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 
-from pipeline.errors import AgreedError, some
-from pipeline.tensor_file import save_tensors
+from pipeline.errors import AllRanksError, join_names
+from pipeline.io.tensors import save_tensors
+from pipeline.recipe import Recipe
 
-WEIGHT, AVERAGE = "fp32", "ema"
+WEIGHT, EMA = "fp32", "ema"
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class Piece(NamedTuple):
+class ParamFragment(NamedTuple):
     """`numel` elements of the flattened parameter `name` from `start` on, at `offset` in a flat tensor."""
 
     name: str
@@ -44,49 +45,53 @@ class Piece(NamedTuple):
     offset: int
 
 
-class Flat(NamedTuple):
+class FlatPartition(NamedTuple):
     """A tensor that the base optimiser updates, and where its elements belong."""
 
     tensor: torch.Tensor
     """fp32, the weights themselves; the optimiser's state is kept under it."""
     names: list[str]
     """The parameters of its group, whether or not this rank has a piece of them."""
-    pieces: list[Piece]
+    fragments: list[ParamFragment]
 
 
-def flats(model) -> Iterator[Flat]:
+def iter_flat_partitions(model) -> Iterator[FlatPartition]:
     """What this rank holds of a DeepSpeed engine's trained weights."""
     optimizer, stage = model.optimizer, model.zero_optimization_stage()
     name_of = {id(parameter): name for name, parameter in model.module.named_parameters()}
     if stage == 3:
-        tensors, groups, pieces = (
+        tensors, groups, fragments = (
             optimizer.fp32_partitioned_groups_flat,
             optimizer.fp16_groups,
-            _shares_of_each,
+            _fragments_of_param_partitions,
         )
     elif hasattr(optimizer, "bf16_groups"):
-        tensors, groups, pieces = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, _share_of_group
+        tensors, groups, fragments = (
+            optimizer.fp32_groups_flat_partition,
+            optimizer.bf16_groups,
+            _fragments_of_group_partition,
+        )
     elif stage:
-        tensors, groups, pieces = (
+        tensors, groups, fragments = (
             optimizer.single_partition_of_fp32_groups,
             optimizer.bit16_groups,
-            _share_of_group,
+            _fragments_of_group_partition,
         )
     elif hasattr(optimizer, "fp32_groups_flat"):
-        tensors, groups, pieces = optimizer.fp32_groups_flat, optimizer.fp16_groups, _one_after_another
+        tensors, groups, fragments = optimizer.fp32_groups_flat, optimizer.fp16_groups, _consecutive_fragments
     else:
         low = [p for group in model.basic_optimizer.param_groups for p in group["params"]]
         if hasattr(optimizer, "fp32_groups"):
             tensors, low = low, [p for group in optimizer.fp16_groups for p in group]
         else:
             tensors = low
-        groups, pieces = [[p] for p in low], _one_after_another
+        groups, fragments = [[p] for p in low], _consecutive_fragments
     for tensor, parameters in zip(tensors, groups, strict=True):
         named = [(name_of[id(parameter)], parameter) for parameter in parameters]
-        yield Flat(tensor, [name for name, _ in named], pieces(named))
+        yield FlatPartition(tensor, [name for name, _ in named], fragments(named))
 
 
-def save(model, path: Path, averages: list[torch.Tensor]) -> None:
+def save(model, path: Path, ema_tensors: list[torch.Tensor]) -> None:
     """Write this rank's part to `path`; without ZeRO, where all ranks hold the same, rank 0 alone writes.
 
     averages: of the tensors of `flats`, in their order; empty where none are kept.
@@ -94,16 +99,16 @@ def save(model, path: Path, averages: list[torch.Tensor]) -> None:
     if not model.zero_optimization_stage() and dist.get_rank():
         return
     tensors, ranges = {}, {}
-    for number, flat in enumerate(flats(model)):
+    for number, flat in enumerate(iter_flat_partitions(model)):
         kinds = {WEIGHT: flat.tensor.detach()}
-        if averages:
-            kinds[AVERAGE] = averages[number]
+        if ema_tensors:
+            kinds[EMA] = ema_tensors[number]
         for key, value in model.basic_optimizer.state.get(flat.tensor, {}).items():
             if torch.is_tensor(value) and value.numel() == flat.tensor.numel() and key != "step":
                 kinds[key] = value
             elif key != "step":
                 raise TypeError(f"optimiser state {key!r} of {flat.names[0]}: no element for every weight")
-        for name, start, numel, offset in flat.pieces:
+        for name, start, numel, offset in flat.fragments:
             ranges[name] = [start, numel]
             for kind, values in kinds.items():
                 # A copy: safetensors refuses tensors that share memory.
@@ -111,9 +116,9 @@ def save(model, path: Path, averages: list[torch.Tensor]) -> None:
     save_tensors(tensors, path, {"ranges": json.dumps(ranges)})
 
 
-def numbers(model) -> dict:
+def scalar_state(model) -> dict:
     """What else an engine remembers, the same on every rank."""
-    optimizer, scaler = model.basic_optimizer, _scaler(model)
+    optimizer, scaler = model.basic_optimizer, _loss_scaler(model)
     steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
     if len(steps) > 1:
         raise RuntimeError(f"the optimiser has counted {sorted(steps)} steps, in different groups")
@@ -125,40 +130,40 @@ def numbers(model) -> dict:
     }
 
 
-def load(model, paths: list[Path], numbers: dict, averages: list[torch.Tensor]) -> None:
+def load(model, paths: list[Path], scalar_state: dict, ema_tensors: list[torch.Tensor]) -> None:
     """Take weights, optimiser state, averages and numbers from what `save` wrote, whoever the writers were.
 
     AgreedError, on every rank, where the parameters are not the model's.
     """
-    saved = Saved(paths)
-    trained = {name for flat in flats(model) for name in flat.names}
+    saved = SavedState(paths)
+    trained = {name for flat in iter_flat_partitions(model) for name in flat.names}
     if trained != saved.names:
-        others = some(sorted(trained ^ saved.names))
-        raise AgreedError(
+        others = join_names(sorted(trained ^ saved.names))
+        raise AllRanksError(
             f"{paths[0].parent}: holds other parameters than the recipe's model: {others}; put the run's own "
             "checkpoints back"
         )
-    optimizer, scaler = model.basic_optimizer, _scaler(model)
-    for number, flat in enumerate(flats(model)):
+    optimizer, scaler = model.basic_optimizer, _loss_scaler(model)
+    for number, flat in enumerate(iter_flat_partitions(model)):
         saved.fill(flat, WEIGHT, flat.tensor.data)
-        if averages:
-            saved.fill(flat, AVERAGE, averages[number])
+        if ema_tensors:
+            saved.fill(flat, EMA, ema_tensors[number])
         state = optimizer.state[flat.tensor]
         state.clear()
         kinds = {kind for name in flat.names for kind in saved.kinds(name)}
-        for kind in sorted(kinds - {WEIGHT, AVERAGE}):
+        for kind in sorted(kinds - {WEIGHT, EMA}):
             state[kind] = torch.zeros_like(flat.tensor.data)
             saved.fill(flat, kind, state[kind])
         if "exp_avg" in kinds:
-            state["step"] = torch.tensor(float(numbers["optimizer_steps"]), device=flat.tensor.device)
-    for key, value in numbers["loss_scale"].items():
+            state["step"] = torch.tensor(float(scalar_state["optimizer_steps"]), device=flat.tensor.device)
+    for key, value in scalar_state["loss_scale"].items():
         if hasattr(scaler, key):
             setattr(scaler, key, value)
-    model.global_steps, model.skipped_steps = numbers["steps"], numbers["skipped_steps"]
-    _to_computing_precision(model)
+    model.global_steps, model.skipped_steps = scalar_state["steps"], scalar_state["skipped_steps"]
+    _copy_to_model_weights(model)
 
 
-class Saved:
+class SavedState:
     """The parts of all ranks that wrote, read as if they were one."""
 
     def __init__(self, paths: list[Path]):
@@ -193,51 +198,53 @@ class Saved:
             raise ValueError(f"{kind} of {name}: {found} of {numel} elements from {start} on are there")
         return values
 
-    def whole(self, name: str, kind: str) -> torch.Tensor:
+    def read_all(self, name: str, kind: str) -> torch.Tensor:
         """Of the flattened parameter, fp32."""
         return self.read(name, kind, 0, max(start + numel for start, numel, _ in self._ranges[name]))
 
-    def fill(self, flat: Flat, kind: str, into: torch.Tensor) -> None:
-        for name, start, numel, offset in flat.pieces:
+    def fill(self, flat: FlatPartition, kind: str, into: torch.Tensor) -> None:
+        for name, start, numel, offset in flat.fragments:
             into.view(-1)[offset : offset + numel] = self.read(name, kind, start, numel).to(into.device)
 
 
-def _one_after_another(named: list[tuple[str, nn.Parameter]]) -> list[Piece]:
-    pieces, offset = [], 0
+def _consecutive_fragments(named: list[tuple[str, nn.Parameter]]) -> list[ParamFragment]:
+    fragments, offset = [], 0
     for name, parameter in named:
-        pieces.append(Piece(name, 0, parameter.numel(), offset))
+        fragments.append(ParamFragment(name, 0, parameter.numel(), offset))
         offset += parameter.numel()
-    return pieces
+    return fragments
 
 
-def _share_of_group(named: list[tuple[str, nn.Parameter]]) -> list[Piece]:
+def _fragments_of_group_partition(named: list[tuple[str, nn.Parameter]]) -> list[ParamFragment]:
     here = [(name, parameter._hp_mapping) for name, parameter in named if parameter._hp_mapping is not None]
     return [
-        Piece(name, m.lp_fragment_address.start, m.lp_fragment_address.numel, m.hp_fragment_address.start)
+        ParamFragment(
+            name, m.lp_fragment_address.start, m.lp_fragment_address.numel, m.hp_fragment_address.start
+        )
         for name, m in here
     ]
 
 
-def _shares_of_each(named: list[tuple[str, nn.Parameter]]) -> list[Piece]:
-    pieces, offset = [], 0
+def _fragments_of_param_partitions(named: list[tuple[str, nn.Parameter]]) -> list[ParamFragment]:
+    fragments, offset = [], 0
     for name, parameter in named:
         share = parameter.ds_tensor.ds_numel  # the same on every rank; the last ones' may end in padding
         start = share * dist.get_rank()
         numel = min(share, parameter.ds_numel - start)
         if numel > 0:
-            pieces.append(Piece(name, start, numel, offset))
+            fragments.append(ParamFragment(name, start, numel, offset))
         offset += share
-    return pieces
+    return fragments
 
 
-def _scaler(model):
+def _loss_scaler(model):
     """Who keeps the loss scale."""
     return getattr(model.optimizer, "loss_scaler", None) or getattr(
         model.optimizer, "loss_scale_config", None
     )
 
 
-def _to_computing_precision(model) -> None:
+def _copy_to_model_weights(model) -> None:
     """Give the weights that the model computes with the masters' values."""
     optimizer, stage = model.optimizer, model.zero_optimization_stage()
     if stage == 3:
@@ -253,7 +260,12 @@ def _to_computing_precision(model) -> None:
         optimizer.update_lp_params()
     elif optimizer is not model.basic_optimizer:
         parameters = dict(model.module.named_parameters())
-        for flat in flats(model):
-            for name, _, numel, offset in flat.pieces:
+        for flat in iter_flat_partitions(model):
+            for name, _, numel, offset in flat.fragments:
                 values = flat.tensor.data.view(-1)[offset : offset + numel]
                 parameters[name].data.copy_(values.view_as(parameters[name]))
+
+
+def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
+    """Weights, moments and the weights once more, in float32; the weights' moving average twice as well."""
+    return parameters * (16 if recipe.train.ema_decay is None else 24)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.data.reader import ShardReader
-from pipeline.learner import Learner
-from pipeline.train.distributed import World
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.distributed.launch import DistInfo
+from pipeline.models.module import TrainableModule
+from pipeline.recipe.base import TrainingRecipe
 
 
 class Task(Protocol):
@@ -28,7 +28,7 @@ class Task(Protocol):
         """What is trained, in a few words."""
 
     @abstractmethod
-    def build(self, reader: ShardReader) -> Learner:
+    def build(self, reader: ShardReader) -> TrainableModule:
         """The module as it is at the beginning, on the CPU in float32. UserError where it can't be trained on
         this data."""
 
@@ -40,7 +40,7 @@ class Task(Protocol):
     def forward_flops(self) -> float:
         """Floating-point operations of an image's share of a micro batch's forward pass, after `build`."""
 
-    def begin(self, run: Path, reader: ShardReader, learner: Learner, world: World) -> None:
+    def begin(self, run: Path, reader: ShardReader, module: TrainableModule, dist_info: DistInfo) -> None:
         """The run begins or continues in the directory `run`; `learner` is on its device."""
 
     def show(self, step: int) -> None:
@@ -50,7 +50,7 @@ class Task(Protocol):
         """Whether the weights of this step are measured; a function of the arguments alone."""
         return False
 
-    def evaluate(self, step: int, alive: Callable[[], None]) -> dict:
+    def evaluate(self, step: int, heartbeat: Callable[[], None]) -> dict:
         """Measure the weights: figures for the line of metrics.jsonl. alive: called now and then.
 
         Where it raises AgreedError, the run saves everything, stops, and measures again when it continues.

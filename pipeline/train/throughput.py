@@ -16,21 +16,22 @@ from contextlib import contextmanager
 import torch
 
 from pipeline.data.loader import Loader
-from pipeline.plan import training_flops
-from pipeline.train.distributed import World, all_ranks, gathered, node_name
-from pipeline.train.hardware import memory_gib, peak_flops
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.distributed.collectives import all_gather_object, all_gather_scalar
+from pipeline.distributed.hardware import memory_gib, peak_flops
+from pipeline.distributed.launch import DistInfo, node_name
+from pipeline.methods.flops import training_flops
+from pipeline.recipe.base import TrainingRecipe
 
 
-class Pace:
+class ThroughputMeter:
     """The clock of one rank, from one logged line to the next. Every rank makes one, and calls `close`."""
 
-    def __init__(self, recipe: TrainingRecipe, forward_flops: float, world: World):
+    def __init__(self, recipe: TrainingRecipe, forward_flops: float, dist_info: DistInfo):
         """forward_flops: an image's share of a micro batch."""
-        self.world, self.global_batch = world, recipe.data.global_batch
+        self.dist_info, self.global_batch = dist_info, recipe.data.global_batch
         self.image_flops = training_flops(forward_flops)
-        self.peak = peak_flops(world.device, recipe.engine.precision)
-        self.hosts = gathered(node_name())
+        self.peak = peak_flops(dist_info.device, recipe.engine.precision)
+        self.hosts = all_gather_object(node_name())
 
     def start(self, step: int, loader: Loader) -> None:
         """Begin to measure: `step` steps are done."""
@@ -40,9 +41,9 @@ class Pace:
         self._began = time.perf_counter()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def time_compute(self) -> Iterator[None]:
         """Around work that waits for no other rank."""
-        if self.world.device.type == "cuda":
+        if self.dist_info.device.type == "cuda":
             pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             pair[0].record()
             yield
@@ -65,15 +66,15 @@ class Pace:
         names and units. Every rank must call it; data_wait and memory are this rank's."""
         took, waited = time.perf_counter() - self._began, self._loader.waited - self._waited
         rate = (step - self._step) * self.global_batch / took
-        alone = self._alone + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
-        times = all_ranks((waited + alone) / (step - self._step), self.world)
+        time_compute = self._alone + sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+        times = all_gather_scalar((waited + time_compute) / (step - self._step), self.dist_info)
         slowest = max(range(len(times)), key=times.__getitem__)
         return {
             "images_per_s": rate,
-            "images_per_s_rank": rate / self.world.size,
+            "images_per_s_rank": rate / self.dist_info.world_size,
             "data_wait": waited / took,
-            "mfu": self.image_flops * rate / (self.peak * self.world.size) if self.peak else None,
-            "memory": memory_gib(self.world.device),
+            "mfu": self.image_flops * rate / (self.peak * self.dist_info.world_size) if self.peak else None,
+            "memory": memory_gib(self.dist_info.device),
             "rank_time": sorted(times)[len(times) // 2],
             "slowest_time": times[slowest],
             "slowest_rank": slowest,

@@ -15,10 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.recipe.base import TrainingRecipe
 
 
-def check(recipe: TrainingRecipe) -> None:
+def check_installed(recipe: TrainingRecipe) -> None:
     """UserError where the recipe asks for a package that is not installed."""
     if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(
@@ -26,11 +26,11 @@ def check(recipe: TrainingRecipe) -> None:
         )
 
 
-class Failed(Exception):
+class WandbError(Exception):
     """wandb could not begin, by whatever it met: the run goes on without it."""
 
 
-class WandbRun:
+class WandbLogger:
     """The run there, begun or continued; `said` is a sentence about it.
 
     Where the server is out of reach, this start is recorded in RUN/wandb alone. UserError where nobody is
@@ -59,7 +59,7 @@ class WandbRun:
             raise
         except Exception as error:
             self.abandon()
-            raise Failed(str(error)) from error
+            raise WandbError(str(error)) from error
 
     def _begin(self, options: dict) -> None:
         import wandb

@@ -18,17 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_CODE = 3
-GRACE = 1.25
+FAULTHANDLER_FACTOR = 1.25
 """faulthandler's timer runs so much longer than the thread's patience."""
-SLOW = 6
+EXTENDED_FACTOR = 6
 """Times the patience that a start, a checkpoint, a return or the end may take: its time is the storage's."""
 
 
 class Watchdog:
     """Ends this process where `alive` is not called for `patience` seconds."""
 
-    def __init__(self, run: Path, rank: int, patience: float):
-        self.patience = patience
+    def __init__(self, run: Path, rank: int, timeout_s: float):
+        self.timeout_s = timeout_s
         self.path = run / "stacks" / f"rank-{rank}.txt"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._keep_stacks()
@@ -37,20 +37,20 @@ class Watchdog:
         self.closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def alive(self) -> None:
+    def heartbeat(self) -> None:
         """Something was done."""
         self.seen = time.monotonic()
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
+    def extended_timeout(self) -> Iterator[None]:
         """Inside, `SLOW` times as much may pass."""
-        self.alive()
-        self.patience *= SLOW
+        self.heartbeat()
+        self.timeout_s *= EXTENDED_FACTOR
         try:
             yield
         finally:
-            self.alive()
-            self.patience /= SLOW
+            self.heartbeat()
+            self.timeout_s /= EXTENDED_FACTOR
 
     def close(self) -> None:
         self.closed.set()
@@ -66,18 +66,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.closed.is_set():
-            left = self.seen + self.patience - time.monotonic()
+            left = self.seen + self.timeout_s - time.monotonic()
             if left <= 0:
                 break
-            faulthandler.dump_traceback_later(left + self.patience * (GRACE - 1), exit=True, file=self.file)
-            self.closed.wait(min(left, self.patience / 8))
+            faulthandler.dump_traceback_later(
+                left + self.timeout_s * (FAULTHANDLER_FACTOR - 1), exit=True, file=self.file
+            )
+            self.closed.wait(min(left, self.timeout_s / 8))
         if self.closed.is_set():
             faulthandler.cancel_dump_traceback_later()
             return
         faulthandler.dump_traceback(self.file, all_threads=True)
         os.fsync(self.file.fileno())
         print(
-            f"pipeline: nothing has happened for {self.patience:.0f} s (engine.timeout_minutes): some rank "
+            f"pipeline: nothing has happened for {self.timeout_s:.0f} s (engine.timeout_minutes): some rank "
             f"hangs. Where this one waited is in {self.path}; the same command continues",
             file=sys.stderr,
             flush=True,

@@ -11,6 +11,7 @@ one large window.
 """
 
 import json
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -23,14 +24,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.export.state_dicts import misfits
 from pipeline.methods import build_method
 from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.models.relative_position import RelativeAttention
-from pipeline.models.sizes import SIZES
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.sections import DataSection
-from pipeline.train.distributed import say
+from pipeline.recipe.sections import SIZES, DataSection
+from pipeline.weights.state_dicts import misfits
+
+logger = logging.getLogger(__name__)
 
 RANDOM, AVERAGE = "random:", "ema:"
 Normal = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -84,7 +85,9 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
     positions = saved.weights.get("pos_embed")
     vit = vit_for(saved.weights, saved.heads, size)
     if positions is not None and size != trained_on:
-        say(f"{weights}: trained on {trained_on} px; its positions are interpolated to {size} px (bicubic)")
+        logger.info(
+            f"{weights}: trained on {trained_on} px; its positions are interpolated to {size} px (bicubic)"
+        )
         # Without antialiasing, as in the official MAE code.
         grid = [size // patch] * 2
         saved.weights["pos_embed"] = resample_abs_pos_embed(positions, grid, antialias=False)
@@ -127,7 +130,7 @@ def _find(weights: str) -> Saved:
     if not (path / "recipe.yaml").is_file() and (held := [*path.glob("*.safetensors"), *path.glob("*.pth")]):
         raise UserError(f"--weights {weights}: is a folder and no run; give the file in it, {held[0]}")
     if average or path.is_dir():
-        from pipeline.trained import load_run  # takes seconds to import, and the others do not need it
+        from pipeline.weights.run import load_run  # takes seconds to import, and the others do not need it
 
         run = load_run(path, average)
         name = f"{_words(run.recipe)}, step {run.step}" + ", moving average" * average
@@ -255,7 +258,7 @@ def _of_file(
             f"width of {width}; mend that"
         )
     if assumed:
-        say(
+        logger.info(
             f"{path}: does not tell, so assumed: {'; '.join(assumed)}. The run directory, or its export for "
             "timm, tells"
         )

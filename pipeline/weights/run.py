@@ -10,19 +10,19 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from pipeline.data.crops import resize_of
 from pipeline.errors import UserError
-from pipeline.export.state_dicts import timm_state_dict
-from pipeline.export.vit import Vit
 from pipeline.methods import build_method
 from pipeline.methods.method import Method
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.recipe_file import tree_of
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.recipe.loading import read_yaml
+from pipeline.recipe.sections import resize_of
 from pipeline.train import checkpoint, engine
-from pipeline.training_recipe import TrainingRecipe
+from pipeline.weights.state_dicts import timm_state_dict
+from pipeline.weights.vit import Vit
 
 
-class Trained(NamedTuple):
+class LoadedRun(NamedTuple):
     recipe: Recipe
     method: Method
     """On the CPU, in fp32, in eval mode."""
@@ -43,7 +43,7 @@ class Trained(NamedTuple):
         )
 
 
-def load_run(run: Path, ema: bool = False) -> Trained:
+def load_run(run: Path, ema: bool = False) -> LoadedRun:
     """Read a run's recipe and newest checkpoint. ema: the weights' moving average instead of the weights.
 
     UserError where there is no pre-training run, nothing saved yet, or no average kept.
@@ -57,14 +57,14 @@ def load_run(run: Path, ema: bool = False) -> Trained:
     weights, step = newest_weights(run, recipe, ema)
     method = build_method(recipe)
     method.load_state_dict(weights)
-    return Trained(recipe, method.eval(), step)
+    return LoadedRun(recipe, method.eval(), step)
 
 
 def is_classifier(run: Path) -> bool:
     """Whether `finetune` made it. UserError where there is no run."""
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: no run directory (no recipe.yaml in it)")
-    return "classifier" in tree_of(run / "recipe.yaml")
+    return "classifier" in read_yaml(run / "recipe.yaml")
 
 
 def newest_weights(run: Path, recipe: TrainingRecipe, ema: bool) -> tuple[dict[str, torch.Tensor], int]:
@@ -72,7 +72,7 @@ def newest_weights(run: Path, recipe: TrainingRecipe, ema: bool) -> tuple[dict[s
     if ema and recipe.train.ema_decay is None:
         raise UserError(f"{run}: keeps no moving average of the weights (train.ema_decay is null)")
     weights = engine.WEIGHTS_EMA if ema else engine.WEIGHTS
-    newest = checkpoint.newest_with(run / "checkpoints", weights)
+    newest = checkpoint.latest_checkpoint_with(run / "checkpoints", weights)
     if newest is None:
         raise UserError(f"{run}: has no checkpoint yet; one is written every train.checkpoint_every steps")
     return load_file(newest / weights), checkpoint.read_state(newest)["step"]

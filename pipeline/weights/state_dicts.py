@@ -6,7 +6,7 @@ named.
 
 import torch
 
-from pipeline.errors import UserError, some
+from pipeline.errors import UserError, join_names
 from pipeline.methods.method import Method
 
 DECODER_ROOT = ("mask_token",)  # the one decoder entry that the official code keeps without "decoder_"
@@ -131,4 +131,4 @@ def misfits(own: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> str
         if own[key].shape != given[key].shape
     ]
     complaints = ("missing ", missing), ("unknown ", unknown), ("", shapes)
-    return "; ".join(f"{what}{some(names)}" for what, names in complaints if names)
+    return "; ".join(f"{what}{join_names(names)}" for what, names in complaints if names)

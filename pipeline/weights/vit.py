@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.models.sizes import Size
-from pipeline.sections import DataSection
+from pipeline.recipe.sections import DataSection, Size
 
 
 class Vit(NamedTuple):

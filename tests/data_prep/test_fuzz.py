@@ -29,7 +29,7 @@ from data_prep.shard_set import (
     parse_manifest,
     write_manifest,
 )
-from data_prep.sources.archives import entries
+from data_prep.sources.containers import entries
 
 TIMES = int(os.environ.get("SHARDMAE_FUZZ", "1"))
 _INTERESTING = (

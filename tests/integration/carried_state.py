@@ -15,11 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from skipped_step import train
 
+from pipeline.distributed.collectives import destroy_process_group
+from pipeline.distributed.launch import init_dist_env
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 from pipeline.train import engine
-from pipeline.train.average import Average
-from pipeline.train.distributed import find_world, leave
+from pipeline.train.ema import ModelEma
 from pipeline.train.engine_config import engine_config
 from pipeline.train.guard import Guard
 
@@ -39,18 +40,18 @@ def build(world, precision="fp32", **kind):
     torch.manual_seed(0)
     method = build_method(recipe)
     model = engine.build_engine(recipe, method, engine_config(recipe, world.size), world.device)
-    return model, Average(model, DECAY), method, Guard(recipe.guard, precision, world.device, None)
+    return model, ModelEma(model, DECAY), method, Guard(recipe.guard, precision, world.device, None)
 
 
-def write(model, average, folder: Path) -> dict[str, torch.Tensor]:
+def write(model, model_ema, folder: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint would hold, by kind and parameter, whoever wrote which part."""
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
-    engine.save(model, average, folder)
+    engine.save(model, model_ema, folder)
     dist.barrier()
     if dist.get_rank() == 0:
-        engine.complete(model, average, folder)
+        engine.consolidate_fp32_weights(model, model_ema, folder)
     dist.barrier()
     parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for path in sorted(folder.glob("rank-*")):
@@ -63,35 +64,35 @@ def write(model, average, folder: Path) -> dict[str, torch.Tensor]:
 
 def check_average(world) -> None:
     """The average is what it is by its definition, step by step."""
-    model, average, method, guard = build(world, zero_stage=0)
+    model, model_ema, method, guard = build(world, zero_stage=0)
     expected = {name: p.detach().clone() for name, p in method.named_parameters()}
     for step in range(1, 6):
-        assert train(model, average, method, guard, step, broken=step == 3) == (step == 3)
+        assert train(model, model_ema, method, guard, step, broken=step == 3) == (step == 3)
         if step != 3:
             for name, p in method.named_parameters():
                 expected[name] = DECAY * expected[name] + (1 - DECAY) * p.detach()
     folder = Path(tempfile.mkdtemp()) / "average"
-    engine_saved = write(model, average, folder)
+    engine_saved = write(model, model_ema, folder)
     for name, values in expected.items():
         torch.testing.assert_close(engine_saved[f"ema:{name}"], values.flatten(), rtol=1e-6, atol=1e-7)
     print("average as defined")
 
 
 def main() -> None:
-    world = find_world()
-    engine.connect(timeout_minutes=10)
+    world = init_dist_env()
+    engine.init_distributed(timeout_minutes=10)
     box = [tempfile.mkdtemp()]
     dist.broadcast_object_list(box)
     place = Path(box[0])
     if world.size == 1:
         check_average(world)
     for number, source in enumerate(KINDS):
-        model, average, method, guard = build(world, **source)
+        model, model_ema, method, guard = build(world, **source)
         for step in (1, 2, 3):
-            train(model, average, method, guard, step)
-        saved = write(model, average, place / str(number))
-        train(model, average, method, guard, 4)
-        uninterrupted = write(model, average, place / f"{number}-on")
+            train(model, model_ema, method, guard, step)
+        saved = write(model, model_ema, place / str(number))
+        train(model, model_ema, method, guard, 4)
+        uninterrupted = write(model, model_ema, place / f"{number}-on")
         # Its own kind first: an engine of ZeRO 3 leaves another linear layer behind for all that follow.
         others = KINDS if "all" in sys.argv else [KINDS[(number + 1) % len(KINDS)]]
         for target in [source, *(kind for kind in others if kind != source)]:
@@ -108,7 +109,7 @@ def main() -> None:
                 torch.testing.assert_close(after[key], value, **tolerance)
             if world.rank == 0:
                 print("carried", source, "to", target, len(saved), "tensors")
-    leave()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

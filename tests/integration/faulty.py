@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.data.order import rank_positions
-from pipeline.data.random import Purpose, uniform
+from pipeline.commands.exit_codes import exit_code_of
+from pipeline.data.philox import Purpose, uniform
 from pipeline.data.reader import ShardReader
-from pipeline.exits import exit_code_of
+from pipeline.data.sampler import rank_positions
 from pipeline.methods import Method, MethodOutput, build_method
-from pipeline.pretraining import pretrain
 from pipeline.recipe import load_recipe
+from pipeline.tasks.pretraining import pretrain
 
 FACTOR = {"loss": float("nan"), "gradient": float("nan"), "spike": 100.0}
 
@@ -53,9 +53,9 @@ class Faulty(Method):
         self.normalize_targets = method.normalize_targets
         self.encoder = method.encoder
 
-    def set_progress(self, done):
+    def set_training_progress(self, done):
         self.step = round(done * self.total_steps) + 1
-        self.method.set_progress(done)
+        self.method.set_training_progress(done)
 
     def reconstruct(self, images, noise):
         return self.method.reconstruct(images, noise)
@@ -94,8 +94,10 @@ def main() -> None:
         stream = ShardReader(recipe.sources([args.data]), recipe.data).stream(recipe.seed)
         for fault in args.faults:
             for step in fault.get("data_of_steps", []):
-                located = stream.locate(rank_positions(step - 1, recipe.data.global_batch, 0, 1))
-                seen = uniform(recipe.seed, Purpose.MASK, located.epoch, located.sample, method.noise_size)
+                locations = stream.locate(rank_positions(step - 1, recipe.data.global_batch, 0, 1))
+                seen = uniform(
+                    recipe.seed, Purpose.MASK, locations.epoch, locations.sample, method.noise_size
+                )
                 known = fault.setdefault("noise", torch.empty(0))
                 fault["noise"] = torch.cat([known, torch.from_numpy(np.ascontiguousarray(seen[:, 0]))])
         return Faulty(method, args.faults, recipe.train.steps)

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pipeline.distributed.collectives import destroy_process_group
+from pipeline.distributed.launch import DistInfo, init_dist_env
 from pipeline.methods import build_method
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.train import engine
-from pipeline.train.distributed import World, find_world, leave
 from pipeline.train.engine_config import ADAM_EPS, engine_config
 
 METHODS = {
@@ -42,7 +43,7 @@ NO_PARAMETER_STAYS = {  # however small it is, and however soon it is needed aga
 LR = 1e-3
 
 
-def recipe_of(title: str, world: World, precision: str) -> Recipe:
+def recipe_of(title: str, world: DistInfo, precision: str) -> Recipe:
     settings = {
         **SMALL,
         **METHODS[title],
@@ -84,7 +85,7 @@ def plain_losses(recipe: Recipe, steps: int) -> list[float]:
     return losses
 
 
-def engine_losses(recipe: Recipe, world: World, config: Path, steps: int) -> list[float]:
+def engine_losses(recipe: Recipe, world: DistInfo, config: Path, steps: int) -> list[float]:
     """Means over the ranks, each of which has a part of the batch."""
     method = build(recipe)
     model = engine.build_engine(recipe, method, engine_config(recipe, world.size, config), world.device)
@@ -103,10 +104,10 @@ def engine_losses(recipe: Recipe, world: World, config: Path, steps: int) -> lis
 
 
 def main() -> None:
-    world = find_world()
+    world = init_dist_env()
     # First of all: an engine of ZeRO 3 leaves another linear layer behind for all that follow.
     plain = {title: plain_losses(recipe_of(title, world, "fp32"), 3) for title in METHODS}
-    engine.connect(timeout_minutes=10)
+    engine.init_distributed(timeout_minutes=10)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "zero3.json")
         config.write_text(json.dumps({"zero_optimization": NO_PARAMETER_STAYS}))
@@ -121,7 +122,7 @@ def main() -> None:
                 )
             if world.rank == 0:
                 print("the same", title, full, half)
-    leave()
+    destroy_process_group()
 
 
 if __name__ == "__main__":

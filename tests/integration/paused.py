@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.train import engine, loop
+from pipeline.train import engine, trainer
 
-learning_rate, complete = loop.learning_rate, engine.complete
+learning_rate, complete = trainer.learning_rate, engine.consolidate_fp32_weights
 
 
 def reach(moment: str) -> None:
@@ -37,6 +37,6 @@ def pausing_complete(model, average, path):
 
 
 if __name__ == "__main__":
-    loop.learning_rate, engine.complete = pausing_learning_rate, pausing_complete
+    trainer.learning_rate, engine.consolidate_fp32_weights = pausing_learning_rate, pausing_complete
     module, *sys.argv[1:] = (word for word in sys.argv[1:] if not word.startswith("--local_rank"))
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -36,7 +36,7 @@ def flip_a_bit(path):
 def finished(shards, tmp_path_factory):
     run = Run(shards, tmp_path_factory.mktemp("finished") / "run")
     run.train(RANKS, **SETTINGS)
-    assert checkpoint.steps_of(run.directory / "checkpoints") == [8, STEPS]
+    assert checkpoint.checkpoint_steps(run.directory / "checkpoints") == [8, STEPS]
     return run
 
 
@@ -45,7 +45,7 @@ def finished(shards, tmp_path_factory):
 @pytest.mark.parametrize("file", [*FILES, "weights_ema.safetensors"])
 def test_a_damaged_newest_checkpoint_is_passed_over_and_nothing_wrong_is_trained(run, finished, file, damage):
     shutil.copytree(finished.directory, run.directory)
-    newest = run.directory / "checkpoints" / checkpoint.name_of(STEPS)
+    newest = run.directory / "checkpoints" / checkpoint.checkpoint_name(STEPS)
     assert {path.name for path in newest.iterdir()} == {*FILES, "weights_ema.safetensors"}
     damage(newest / file)
     run.train(RANKS, **SETTINGS)

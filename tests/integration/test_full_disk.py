@@ -31,7 +31,7 @@ def test_a_full_disk_stops_all_ranks_with_one_line_and_no_logged_line_is_lost_wh
     assert process.wait(60) == 2, run.output.read_text()[-4000:]
     said = run.output.read_text()
     assert said.count("pipeline: error: ") == 1 and "make room" in said and "Traceback" not in said
-    whole = checkpoint.newest_whole(checkpoints)
+    whole = checkpoint.latest_valid_checkpoint(checkpoints)
     assert whole and not list(checkpoints.glob("*.partial"))
     (disk / "filler").unlink()
     run.train(2, **SETTINGS)
@@ -50,5 +50,5 @@ def test_a_checkpoint_that_finds_no_room_is_one_line_and_the_one_before_stays_wh
     said = run.output.read_text()
     assert said.count("pipeline: error: ") == 1 and "Traceback" not in said
     assert "cannot be written: " in said and "The one before is whole: make room" in said
-    whole = checkpoint.newest_whole(checkpoints)
+    whole = checkpoint.latest_valid_checkpoint(checkpoints)
     assert whole.name == (checkpoints / "latest").read_text() and not list(checkpoints.glob("*.partial"))

@@ -7,7 +7,7 @@ from data_prep.shard_set import read_manifest
 from pipeline.report.page import report
 
 DATA_FAULT = {"kind": "loss", "data_of_steps": [10, 11]}
-RETURNING = {"train__steps": 14, "guard__skips_in_a_row": 2, "train__log_every": 2}
+RETURNING = {"train__steps": 14, "guard__max_consecutive_skips": 2, "train__log_every": 2}
 
 
 def trained(lines):
@@ -38,7 +38,7 @@ def test_bad_losses_gradients_and_spikes_are_skipped_counted_and_said(shards, tm
     run = FaultyRun(shards, tmp_path / "run", faults)
     lines = run.train(2, train__steps=13, guard__window=8, train__log_every=3, engine__zero_stage=2)
     assert [line["skipped"] for line in lines] == [1, 1, 0, 1, 0]
-    said = [skip for line in lines for skip in line.get("skips", [])]
+    said = [skip for line in lines for skip in line.get("skipped_steps", [])]
     assert [(skip["step"], skip["reason"]) for skip in said] == [
         (3, "the loss is not finite"),
         (6, "the gradient is not finite"),
@@ -73,7 +73,7 @@ def undisturbed(shards, tmp_path_factory):
 def test_a_run_goes_back_and_on_behind_the_data_that_broke_it(undisturbed):
     size = read_manifest(undisturbed.shards).num_samples
     (event,) = events(undisturbed.metrics())
-    assert event["event"] == "return" and event["trouble"] == [10, 11] and event["step"] == 8
+    assert event["event"] == "rollback" and event["bad_span"] == [10, 11] and event["step"] == 8
     assert event["skipped_samples"] == 3 * 16
     assert [step for step, _ in trained(undisturbed.metrics())] == [2, 4, 6, 8, 10, 12, 14]
     assert sum(line["skipped"] for line in undisturbed.metrics() if "event" not in line) == 0
@@ -98,10 +98,13 @@ def test_killed_after_a_return_it_ends_as_if_it_had_not_been(undisturbed, shards
 
 def test_trouble_that_stays_ends_the_run_with_exit_code_4_and_advice(shards, tmp_path):
     run = FaultyRun(shards, tmp_path / "run", [{"kind": "gradient", "steps": list(range(10, 30))}])
-    settings = {"train__steps": 20, "guard__skips_in_a_row": 3, "guard__returns": 2}
+    settings = {"train__steps": 20, "guard__max_consecutive_skips": 3, "guard__max_rollbacks": 2}
     assert run.start(2, **settings).wait() == 4
-    returns = [line for line in run.metrics() if line.get("event") == "return"]
-    assert [line["step"] for line in returns] == [8, 4] and [line["in_a_row"] for line in returns] == [1, 2]
+    rollbacks = [line for line in run.metrics() if line.get("event") == "rollback"]
+    assert [line["step"] for line in rollbacks] == [8, 4] and [line["in_a_row"] for line in rollbacks] == [
+        1,
+        2,
+    ]
     assert run.metrics()[-1]["event"] == "stop"
     output = run.output.read_text()
     assert "optim.base_lr" in output and "engine.precision" in output and "offending-samples.txt" in output
@@ -112,14 +115,14 @@ def test_trouble_that_stays_ends_the_run_with_exit_code_4_and_advice(shards, tmp
 def test_without_a_checkpoint_to_go_back_to_it_stops(shards, tmp_path):
     run = FaultyRun(shards, tmp_path / "run", [{"kind": "loss", "steps": [2, 3]}])
     run.launch = launch_processes  # exit code 4 outlives the end of the interpreter and of its connections
-    assert run.start(2, train__steps=8, guard__skips_in_a_row=2).wait() == 4
+    assert run.start(2, train__steps=8, guard__max_consecutive_skips=2).wait() == 4
     assert "there is no checkpoint from before that" in run.output.read_text()
 
 
 @pytest.mark.soak
 def test_all_ranks_stop_where_one_cannot_write_what_went_wrong(shards, tmp_path):
     run = FaultyRun(shards, tmp_path / "run", [{"kind": "loss", "steps": [2, 3]}])
-    process = run.start(2, train__steps=8, guard__skips_in_a_row=2)
+    process = run.start(2, train__steps=8, guard__max_consecutive_skips=2)
     run.wait_for(process, (run.directory / "recipe.yaml").exists)
     (run.directory / "offending-samples.txt").mkdir()
     assert process.wait(60) == 2

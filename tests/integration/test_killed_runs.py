@@ -8,15 +8,15 @@ import pytest
 import torch
 from pytest import approx
 
-from pipeline.columns import OF_THE_MOMENT
-from pipeline.trained import load_run
+from pipeline.io.metrics_file import TIMING_COLUMNS
+from pipeline.weights.run import load_run
 
 STEPS = 12
 
 
 def lasting(lines):
     """The lines without what says how fast it went, and when."""
-    return [{name: line[name] for name in line.keys() - OF_THE_MOMENT} for line in lines]
+    return [{name: line[name] for name in line.keys() - TIMING_COLUMNS} for line in lines]
 
 
 def test_killed_anywhere_and_started_again_it_ends_with_the_same_losses_and_averages_to_the_bit(
@@ -93,7 +93,7 @@ def test_a_longer_schedule_continues_where_the_run_stands(run):
 
 def run_rate(step, total):
     from pipeline.recipe import load_recipe
-    from pipeline.train.schedule import learning_rate
+    from pipeline.train.lr_schedule import learning_rate
 
     recipe = load_recipe("demo_emae", ["data.global_batch=16"])
     return learning_rate(step, total, 0, recipe.lr)

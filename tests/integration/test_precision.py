@@ -5,7 +5,7 @@ import torch
 from pytest import approx
 from runs import Run, needs_precision
 
-from pipeline.trained import load_run
+from pipeline.weights.run import load_run
 
 STEPS = 8
 TOLERANCE = {"bf16": 2e-2, "fp16": 1e-2}

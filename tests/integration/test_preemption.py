@@ -31,7 +31,7 @@ def test_sigusr1_to_one_rank_saves_and_stops_and_the_run_continues_exactly(deeps
     assert process.wait(60) == 75, run.output.read_text()[-4000:]
     output = run.output.read_text()
     assert "stopped early by SIGUSR1, everything is saved at step 3" in output and "Traceback" not in output
-    assert checkpoint.steps_of(run.directory / "checkpoints") == [3]
+    assert checkpoint.checkpoint_steps(run.directory / "checkpoints") == [3]
     Run(run.shards, run.directory).train(2, **SETTINGS)
     assert run.losses() == undisturbed
 
@@ -40,7 +40,9 @@ def test_a_signal_to_one_rank_stops_all_before_the_next_step(run):
     process = run.start_paused(2, "step 6", train__steps=STEPS, train__checkpoint_every=1000)
     run.signal(process, 1, signal.SIGTERM)
     assert process.wait(60) == 75, run.output.read_text()[-4000:]
-    assert checkpoint.steps_of(run.directory / "checkpoints") == [5] and run.metrics()[-1]["step"] == 5
+    assert (
+        checkpoint.checkpoint_steps(run.directory / "checkpoints") == [5] and run.metrics()[-1]["step"] == 5
+    )
 
 
 def test_sigterm_while_a_checkpoint_is_written_leaves_it_whole(run):
@@ -49,8 +51,8 @@ def test_sigterm_while_a_checkpoint_is_written_leaves_it_whole(run):
     assert any(checkpoints.glob("*.partial/*"))
     run.signal(process, 0, signal.SIGTERM)
     assert process.wait(60) == 75, run.output.read_text()[-4000:]
-    newest = checkpoint.newest_whole(checkpoints)
-    assert newest.name == (checkpoints / "latest").read_text() == checkpoint.name_of(4)
+    newest = checkpoint.latest_valid_checkpoint(checkpoints)
+    assert newest.name == (checkpoints / "latest").read_text() == checkpoint.checkpoint_name(4)
     assert not any(checkpoints.glob("*.partial"))
 
 
@@ -68,7 +70,7 @@ def test_a_second_signal_ends_the_run_at_once_and_the_last_checkpoint_is_whole(r
     os.kill(process.pid, signal.SIGUSR1)
     os.kill(process.pid, signal.SIGCONT)
     assert process.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
-    assert checkpoint.newest_whole(run.directory / "checkpoints") is not None
+    assert checkpoint.latest_valid_checkpoint(run.directory / "checkpoints") is not None
 
 
 def test_a_signal_while_starting_up_stops_before_the_first_step(run):
@@ -96,6 +98,6 @@ def test_ranks_whose_launcher_was_killed_save_and_end(deepspeed_run, victim):
     while any(is_alive(pid) for pid in ranks.values()):
         assert time.monotonic() < deadline, run.output.read_text()[-4000:]
         time.sleep(0.1)
-    saved = checkpoint.newest_whole(run.directory / "checkpoints")
+    saved = checkpoint.latest_valid_checkpoint(run.directory / "checkpoints")
     assert saved and checkpoint.read_state(saved)["step"] >= 2
     assert "stopped early by the end of its launcher" in run.output.read_text()

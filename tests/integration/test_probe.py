@@ -13,14 +13,14 @@ from runs import Run, environment, rank_environments
 
 from pipeline.__main__ import main
 from pipeline.data.reader import ShardReader
+from pipeline.distributed.launch import DistInfo
 from pipeline.evals.knn import knn
-from pipeline.evals.online import OnlineKnn
+from pipeline.evals.online_knn import OnlineKnn
 from pipeline.recipe import load_recipe
 from pipeline.report.figures import loss_figure
 from pipeline.report.history import read_history
 from pipeline.report.page import report
-from pipeline.train.distributed import World
-from pipeline.trained import load_run
+from pipeline.weights.run import load_run
 
 STEPS = 150  # it is killed after the tenth
 TINY = ("model.width=32", "model.depth=2", "data.image_size=32", "model.patch_size=8")
@@ -140,5 +140,5 @@ def test_two_ranks_that_share_their_weights_measure_the_knn_that_one_measures(la
     measured = {line["step"]: line["knn_top1"] for line in lines if "knn_top1" in line}
     assert measured.keys() == {2, 4}
     recipe, method, step = load_run(run.directory)
-    alone = OnlineKnn(recipe, ShardReader(run.shards), method, World(0, 1, 0, 1, torch.device("cpu"), 1))
+    alone = OnlineKnn(recipe, ShardReader(run.shards), method, DistInfo(0, 1, 0, 1, torch.device("cpu"), 1))
     assert step == 4 and measured[4] == alone(lambda: None)["knn_top1"]

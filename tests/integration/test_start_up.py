@@ -15,7 +15,7 @@ FAILS = """
 import sys, threading
 from pathlib import Path
 from pipeline.errors import UserError
-from pipeline.pretraining import pretrain
+from pipeline.tasks.pretraining import pretrain
 from pipeline.recipe import load_recipe
 from pipeline.train.run_directory import begun
 

@@ -9,7 +9,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
-from pipeline.train.schedule import learning_rate
+from pipeline.train.lr_schedule import learning_rate
 
 STEPS = 20
 

@@ -25,7 +25,7 @@ def test_a_run_trains_another_sample_in_its_place_and_says_so(run, smuggled):
     steps = -(-read_manifest(run.shards).num_samples // 16)
     lines = run.train(1, train__steps=steps)
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    assert sum(line["replaced"] for line in lines) >= 1
+    assert sum(line["undecodable"] for line in lines) >= 1
     assert run.output.read_text().count(f"sample {key!r}: cannot be decoded") == 1
     (line,) = map(json.loads, (run.directory / "replaced/rank-0.jsonl").read_text().splitlines())
     assert line["sample"] == key and line["shard"].endswith(".tar")
@@ -34,8 +34,8 @@ def test_a_run_trains_another_sample_in_its_place_and_says_so(run, smuggled):
 def test_a_run_stops_when_there_are_too_many(run, smuggled):
     run.shards, keys = smuggled(3)
     steps = -(-read_manifest(run.shards).num_samples // 16)
-    process = run.start(1, train__steps=steps, data__max_replaced=2)
+    process = run.start(1, train__steps=steps, data__max_undecodable=2)
     assert process.wait() == 2
     said = run.output.read_text()
-    assert "data.max_replaced: more than 2 samples cannot be decoded" in said and "Traceback" not in said
+    assert "data.max_undecodable: more than 2 samples cannot be decoded" in said and "Traceback" not in said
     assert all(repr(key) in said for key in keys) and "python -m data_prep verify" in said

@@ -7,14 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.data.reader import ShardReader
-from pipeline.finetune.recipe import load_finetune_recipe
-from pipeline.finetune.task import Finetuning
-from pipeline.learner import Learner
+from pipeline.distributed.launch import DistInfo
 from pipeline.methods import build_method
+from pipeline.models.learner import TrainableModule
 from pipeline.recipe import load_recipe
+from pipeline.recipe.base import TrainingRecipe
+from pipeline.recipe.finetune import load_finetune_recipe
+from pipeline.tasks.classification import Finetuning
 from pipeline.train import checkpoint, engine
-from pipeline.train.distributed import World
-from pipeline.training_recipe import TrainingRecipe
 
 SMALL = (
     "model.name=vit_tiny",
@@ -30,7 +30,7 @@ SMALL = (
 DATA = [{"path": "sets/photos", "source": "folder", "split": "train", "samples": 960, "of": 1000}]
 
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"), 1)
+ALONE = DistInfo(0, 1, 0, 1, torch.device("cpu"), 1)
 
 
 def small_run(folder: Path, recipe: str = "vitb16_mae", *overrides: str, step: int = 30) -> Path:
@@ -60,10 +60,10 @@ def small_classifier(
     return folder
 
 
-def _save(folder: Path, recipe: TrainingRecipe, learner: Learner, step: int) -> None:
+def _save(folder: Path, recipe: TrainingRecipe, learner: TrainableModule, step: int) -> None:
     """No weight is at its initial zero or one, so that none can be mixed up with another unseen."""
     checkpoints = folder / "checkpoints"
-    partial = checkpoints / (checkpoint.name_of(step) + checkpoint.PARTIAL)
+    partial = checkpoints / (checkpoint.checkpoint_name(step) + checkpoint.PARTIAL)
     partial.mkdir(parents=True)
     for name in (engine.WEIGHTS, engine.WEIGHTS_EMA) if recipe.train.ema_decay else (engine.WEIGHTS,):
         state = {
@@ -71,7 +71,7 @@ def _save(folder: Path, recipe: TrainingRecipe, learner: Learner, step: int) -> 
             for key, value in learner.state_dict().items()
         }
         save_file(state, partial / name)
-    files = checkpoint.describe(partial, checkpoint.files_of(partial))
+    files = checkpoint.fsync_and_hash(partial, checkpoint.list_files(partial))
     checkpoint.publish(checkpoints, step, {"step": step, "files": files}, recipe.train)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     _write_history(folder)
@@ -83,5 +83,5 @@ def _write_history(folder: Path) -> None:
     starts = [{"step": 0, "world_size": 2, **about}, {"step": 10, "world_size": 4, **about}]
     (folder / "environment.json").write_text(json.dumps({**starts[-1], "data": DATA, "starts": starts}))
     lines = [{"step": s, "samples": 360 * s, "images_per_s": 1.0} for s in (10, 20, 30, 40)]
-    lines.insert(1, {"step": 10, "event": "return"})
+    lines.insert(1, {"step": 10, "event": "rollback"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

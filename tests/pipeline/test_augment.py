@@ -11,8 +11,8 @@ from timm.data import auto_augment
 from timm.data.mixup import Mixup, rand_bbox
 from timm.data.random_erasing import RandomErasing
 
-from pipeline.augment import erasing, mixing, rand_augment
-from pipeline.data.random import Purpose, uniform
+from pipeline.data.augment import mixup, rand_augment, random_erasing
+from pipeline.data.philox import Purpose, uniform
 
 FILL = torch.tensor([124.0, 116.0, 104.0])
 TIMMS = dict(zip(rand_augment.OPERATIONS, auto_augment._RAND_INCREASING_TRANSFORMS, strict=True))
@@ -66,29 +66,29 @@ def test_an_operation_gives_timms_pixels(pictures, name, sign, strength):
 
 def test_rand_augment_leaves_a_quarter_of_the_images_as_they_are_and_draws_all_operations_alike(pictures):
     levels = as_levels(pictures[:1]).expand(400, -1, -1, -1)
-    drawn = numbers(400, rand_augment.NUMBERS)
+    drawn = numbers(400, rand_augment.NOISE_DIM)
     ours = rand_augment.rand_augment(levels, drawn, 9.0, 0.5, FILL)
     untouched = ((ours - levels).abs().amax((1, 2, 3)) == 0).float().mean().item()
     assert 0.17 < untouched < 0.36  # one half of one half, and a few that change nothing here
-    many = (numbers(20_000, rand_augment.NUMBERS)[:, :: rand_augment.OF_LAYER] * 15).long().flatten()
+    many = (numbers(20_000, rand_augment.NOISE_DIM)[:, :: rand_augment.NOISE_PER_LAYER] * 15).long().flatten()
     shares = torch.bincount(many).double() / len(many)
     assert len(shares) == 15 and (shares - 1 / 15).abs().max() < 0.005
 
 
 def test_what_happens_to_an_image_follows_from_its_own_numbers_alone(pictures):
-    levels, drawn = as_levels(pictures), numbers(len(pictures), rand_augment.NUMBERS)
-    erased, key = (levels - 128) / 64, numbers(len(pictures), erasing.NUMBERS, 1)
+    levels, drawn = as_levels(pictures), numbers(len(pictures), rand_augment.NOISE_DIM)
+    erased, key = (levels - 128) / 64, numbers(len(pictures), random_erasing.NOISE_DIM, 1)
     for at in range(len(pictures)):
         alone = rand_augment.rand_augment(levels[at : at + 1], drawn[at : at + 1], 9.0, 0.5, FILL)
         assert torch.equal(alone[0], rand_augment.rand_augment(levels, drawn, 9.0, 0.5, FILL)[at])
-        alone = erasing.erase(erased[at : at + 1], key[at : at + 1], 1.0)
-        assert torch.equal(alone[0], erasing.erase(erased, key, 1.0)[at])
+        alone = random_erasing.erase(erased[at : at + 1], key[at : at + 1], 1.0)
+        assert torch.equal(alone[0], random_erasing.erase(erased, key, 1.0)[at])
 
 
 def test_erasing_has_timms_law():
     count, size = 3000, 32
     blank = torch.full((count, 3, size, size), 100.0)
-    ours = (erasing.erase(blank, numbers(count, erasing.NUMBERS), 0.25) != 100).float()
+    ours = (random_erasing.erase(blank, numbers(count, random_erasing.NOISE_DIM), 0.25) != 100).float()
     random.seed(0)
     timms = RandomErasing(0.25, mode="pixel", device="cpu")
     theirs = (timms(blank.clone()) != 100).float()
@@ -103,7 +103,7 @@ def test_erasing_has_timms_law():
 
 def test_erased_pixels_are_normal_and_different_everywhere():
     key = numbers(50, 2)
-    values = erasing.normal(key, torch.Size((3, 32, 32)))
+    values = random_erasing.normal(key, torch.Size((3, 32, 32)))
     assert kstest(values.flatten().numpy(), "norm").pvalue > 1e-3
     assert values.unique().numel() > 0.99 * values.numel()
     neighbours = torch.corrcoef(torch.stack([values[:, :, :, :-1].flatten(), values[:, :, :, 1:].flatten()]))
@@ -118,8 +118,8 @@ def test_targets_are_mixed_as_the_pixels_are(mixup, cutmix, crops):
     labels = torch.arange(count) // crops  # crops of an image have its class
     targets = torch.nn.functional.one_hot(labels).float()
     images = labels.float()[:, None, None, None].expand(-1, 3, 20, 24)
-    drawn = numbers(count, mixing.NUMBERS)
-    mixed, soft = mixing.mix(images, targets, drawn, mixup, cutmix, crops)
+    drawn = numbers(count, mixup.NOISE_DIM)
+    mixed, soft = mixup.mixup_cutmix(images, targets, drawn, mixup, cutmix, crops)
     torch.testing.assert_close(mixed.mean((1, 2, 3)), soft @ torch.arange(soft.shape[1]).float())
     torch.testing.assert_close(soft.sum(1), torch.ones(count))
     partner = labels ^ 1
@@ -130,7 +130,7 @@ def test_targets_are_mixed_as_the_pixels_are(mixup, cutmix, crops):
         whole = (mixed == images) | (mixed == partner[:, None, None, None].float())
         assert whole.all()
     half = [
-        mixing.mix(*(rows[at] for rows in (images, targets, drawn)), mixup, cutmix, crops)
+        mixup.mixup_cutmix(*(rows[at] for rows in (images, targets, drawn)), mixup, cutmix, crops)
         for at in (slice(0, 32), slice(32, None))
     ]
     assert torch.equal(torch.cat([images for images, _ in half]), mixed)
@@ -138,14 +138,14 @@ def test_targets_are_mixed_as_the_pixels_are(mixup, cutmix, crops):
 
 @pytest.mark.parametrize("alpha", [1.0, 0.8, 0.5])
 def test_the_share_is_drawn_from_beta(alpha):
-    tries = numbers(20_000, 2 * mixing.TRIES)
-    share = mixing.beta(tries, torch.full((len(tries), 1), alpha))[:, 0]
+    tries = numbers(20_000, 2 * mixup.TRIES)
+    share = mixup.beta(tries, torch.full((len(tries), 1), alpha))[:, 0]
     assert kstest(share.numpy(), "beta", (alpha, alpha)).pvalue > 1e-3
 
 
 def test_cutmix_cuts_timms_box():
     count, height, width = 500, 20, 25
-    drawn = numbers(count, mixing.NUMBERS)
+    drawn = numbers(count, mixup.NOISE_DIM)
     for at in range(0, count, 2):  # our centres are those that timm draws
         np.random.seed(at)
         top, bottom, left, right = rand_bbox((3, height, width), lam=1.0)
@@ -153,8 +153,8 @@ def test_cutmix_cuts_timms_box():
         drawn[at, -2:] = torch.tensor([(top + 0.5) / height, (left + 0.5) / width])
     first = torch.arange(count).remainder(2).eq(0).float()
     images = first[:, None, None, None].expand(-1, 3, height, width)
-    mixed, _ = mixing.mix(images, first[:, None], drawn, 0.0, 1.0)
-    shares = mixing.beta(drawn[:, 1 : 1 + 2 * mixing.TRIES], torch.ones(count, 1))[:, 0].numpy()
+    mixed, _ = mixup.mixup_cutmix(images, first[:, None], drawn, 0.0, 1.0)
+    shares = mixup.beta(drawn[:, 1 : 1 + 2 * mixup.TRIES], torch.ones(count, 1))[:, 0].numpy()
     for at in range(0, count, 2):
         np.random.seed(at)
         top, bottom, left, right = rand_bbox((3, height, width), shares[at])
@@ -167,7 +167,7 @@ def test_mixed_targets_have_timms_law():
     count, size = 4000, 16
     images, labels = torch.zeros(count, 3, size, size), torch.arange(count) % 2
     targets = torch.nn.functional.one_hot(labels).float()
-    _, ours = mixing.mix(images, targets, numbers(count, mixing.NUMBERS), 0.8, 1.0)
+    _, ours = mixup.mixup_cutmix(images, targets, numbers(count, mixup.NOISE_DIM), 0.8, 1.0)
     np.random.seed(0)
     timms = Mixup(0.8, 1.0, mode="pair", label_smoothing=0.0, num_classes=2)
     _, theirs = timms(images, labels)  # its pairs are first and last

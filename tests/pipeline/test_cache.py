@@ -13,17 +13,17 @@ import pytest
 from forkserver import ForkedProcess
 from http_store import serve
 
-from pipeline.data.cache import Cache, Original
+from pipeline.data.cache import CachedShard, ShardCache
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.sections import DataSection
+from pipeline.recipe.sections import DataSection
 
 EPOCH = """
 import sys, hashlib
 from pipeline.data.reader import ShardReader
-from pipeline.sections import DataSection
+from pipeline.recipe.sections import DataSection
 url, directory, gigabytes = sys.argv[1:]
-reader = ShardReader(url, DataSection(cache_dir=directory, cache_gb=float(gigabytes), window_shards=1))
+reader = ShardReader(url, DataSection(cache_dir=directory, cache_gb=float(gigabytes), shuffle_window_shards=1))
 digest = hashlib.sha256()
 for shard, size in enumerate(reader.shard_sizes):
     for index in range(size):
@@ -42,7 +42,9 @@ def section(directory, shards=4, **settings):
     """With room for so many shards of the set, roughly."""
     sizes = [shard.bytes for shard in ShardReader(settings.pop("of")).manifest.shards]
     limit = shards * max(sizes) / 1e9
-    return DataSection(cache_dir=str(directory), cache_gb=limit, window_shards=1, timeout_s=2.0, **settings)
+    return DataSection(
+        cache_dir=str(directory), cache_gb=limit, shuffle_window_shards=1, timeout_s=2.0, **settings
+    )
 
 
 def digest(reader):
@@ -95,8 +97,8 @@ def test_the_bound_holds_at_every_moment_and_what_was_read_last_stays(shards, st
 
 
 def test_a_cache_that_holds_less_than_is_read_at_a_time_is_refused(shards, store, tmp_path):
-    data = section(tmp_path, 1.5, of=shards).model_copy(update={"window_shards": 2})
-    with pytest.raises(UserError, match=r"data.cache_gb: .* raise it, or lower data.window_shards"):
+    data = section(tmp_path, 1.5, of=shards).model_copy(update={"shuffle_window_shards": 2})
+    with pytest.raises(UserError, match=r"data.cache_gb: .* raise it, or lower data.shuffle_window_shards"):
         ShardReader(store.url, data)
 
 
@@ -185,11 +187,11 @@ def original(number, fetched=None):
             fetched.append(number)
         return data[offset : offset + size]
 
-    return Original(f"shard {number}", hashlib.sha256(data).hexdigest(), len(data), fetch)
+    return CachedShard(f"shard {number}", hashlib.sha256(data).hexdigest(), len(data), fetch)
 
 
 def test_the_shard_read_longest_ago_goes_first(tmp_path):
-    cache, fetched = Cache(str(tmp_path), 2000, 0, threading.Event()), []
+    cache, fetched = ShardCache(str(tmp_path), 2000, 0, threading.Event()), []
     for number in (1, 2, 1, 3, 1, 2):
         assert cache.read(original(number, fetched), [(7, 3)]) == [bytes([number]) * 3]
         time.sleep(0.01)
@@ -197,7 +199,7 @@ def test_the_shard_read_longest_ago_goes_first(tmp_path):
 
 
 def test_a_shard_that_another_process_evicts_is_read_to_its_end(tmp_path):
-    ours, theirs = (Cache(str(tmp_path), 1000, 4, threading.Event()) for _ in range(2))
+    ours, theirs = (ShardCache(str(tmp_path), 1000, 4, threading.Event()) for _ in range(2))
     fetched = []
     ours.read(original(1, fetched), [(0, 1)])
     theirs.read(original(2), [(0, 1)])
@@ -206,7 +208,7 @@ def test_a_shard_that_another_process_evicts_is_read_to_its_end(tmp_path):
 
 
 def test_the_room_of_a_fetch_that_was_killed_is_used_again_by_the_next(tmp_path):
-    cache, shard = Cache(str(tmp_path), 1000, 4, threading.Event()), original(1)
+    cache, shard = ShardCache(str(tmp_path), 1000, 4, threading.Event()), original(1)
     (tmp_path / f"{shard.sha256}.part").write_bytes(b"x" * 1000)
     (tmp_path / f"{original(2).sha256}.part").write_bytes(b"x" * 1000)
     assert cache.read(shard, [(0, 4)]) == [b"\1" * 4]
@@ -214,7 +216,7 @@ def test_the_room_of_a_fetch_that_was_killed_is_used_again_by_the_next(tmp_path)
 
 
 def test_threads_that_evict_each_others_shards_all_read_right(tmp_path):
-    cache = Cache(str(tmp_path), 3000, 2, threading.Event())
+    cache = ShardCache(str(tmp_path), 3000, 2, threading.Event())
     wrong = []
 
     def work(seed):

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.data.crops import crop_boxes
+from pipeline.data.random_resized_crop import crop_boxes
 
 COUNT = 4000
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)

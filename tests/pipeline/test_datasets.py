@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.evals.labelled import open_labelled
-from pipeline.sections import DataSection
+from pipeline.evals.datasets import open_labelled_sets
+from pipeline.recipe.sections import DataSection
 from tests.conftest import build
 
 
@@ -32,5 +32,5 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
         (pets, copy, f"--val {copy}: holds shards of --data {pets}"),
     ):
         with pytest.raises(UserError, match=complaint) as refusal:
-            open_labelled(train, val, DataSection())
+            open_labelled_sets(train, val, DataSection())
         assert "\n" not in str(refusal.value)

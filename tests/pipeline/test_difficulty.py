@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.difficulty import difficulty, patch_distance
 from pipeline.losses import difficulty_flatten_loss, weighted_mean
-from pipeline.plan import forward_flops
+from pipeline.methods.flops import forward_flops
 from pipeline.recipe import load_recipe
 
 

@@ -9,12 +9,12 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
-from pipeline.evals.encoder import load_encoder
 from pipeline.export import official_state_dict, timm_state_dict
 from pipeline.losses import patchify
 from pipeline.methods import build_method
 from pipeline.models.relative_position import ContextualProduct
 from pipeline.recipe import load_recipe
+from pipeline.weights.encoder import load_encoder
 
 TINY = ("model.name=vit_tiny", "model.depth=2", "model.decoder_depth=1", "model.decoder_width=64")
 SMALL = (*TINY, "data.image_size=64")

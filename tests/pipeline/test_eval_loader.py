@@ -9,10 +9,10 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from data_prep.shard_set import read_index, read_manifest, tar_path
-from pipeline.data.evaluation import EvaluationLoader, resized_and_cropped
+from pipeline.data.eval_loader import EvalLoader, resized_and_cropped
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.sections import DataSection
+from pipeline.recipe.sections import DataSection
 
 CPU = torch.device("cpu")
 PLAIN = DataSection(mean=(0, 0, 0), std=(1, 1, 1))
@@ -20,7 +20,7 @@ PLAIN = DataSection(mean=(0, 0, 0), std=(1, 1, 1))
 
 def everything(shards, batch=32, world_size=1, data=PLAIN):
     reader = ShardReader(shards)
-    loaders = [EvaluationLoader(reader, data, batch, CPU, rank, world_size) for rank in range(world_size)]
+    loaders = [EvalLoader(reader, data, batch, CPU, rank, world_size) for rank in range(world_size)]
     return [list(loader) for loader in loaders]
 
 
@@ -53,7 +53,7 @@ def test_the_pixels_are_torchvisions(shards):
     reader = ShardReader(shards)
     transform = [Resize(256, InterpolationMode.BICUBIC), CenterCrop(224)]
     differences = []
-    first = next(iter(EvaluationLoader(reader, PLAIN, 24, CPU)))
+    first = next(iter(EvalLoader(reader, PLAIN, 24, CPU)))
     places = [(shard, i) for shard, size in enumerate(reader.shard_sizes) for i in range(size)][:24]
     for ours, (shard, index) in zip(first.images, places, strict=True):
         image = Image.open(io.BytesIO(reader.read(shard, index))).convert("RGB")
@@ -84,7 +84,7 @@ def test_sizes_and_corners_are_torchvisions_for_every_shape(resize):
 
 
 def test_it_can_be_iterated_again_and_left_in_the_middle(shards):
-    loader = EvaluationLoader(ShardReader(shards), DataSection(image_size=16), 8, CPU)
+    loader = EvalLoader(ShardReader(shards), DataSection(image_size=16), 8, CPU)
     for _, item in zip(range(2), loader, strict=False):
         first = item
     again = list(loader)
@@ -108,4 +108,4 @@ def test_an_image_that_cannot_be_decoded_ends_it_with_its_name(shards, tmp_path)
 
 def test_a_square_larger_than_the_resized_image_is_refused(shards):
     with pytest.raises(ValueError, match="holds no square of 224"):
-        EvaluationLoader(ShardReader(shards), PLAIN, 8, CPU, resize=200)
+        EvalLoader(ShardReader(shards), PLAIN, 8, CPU, resize=200)

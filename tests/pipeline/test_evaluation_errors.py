@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.__main__ import main
-from pipeline.evals.encoder import load_encoder
+from pipeline.weights.encoder import load_encoder
 from tests.conftest import build
 
 COMMANDS = {"knn": [], "linprobe": ["--run", "RUN"], "finetune": ["--run", "RUN"]}

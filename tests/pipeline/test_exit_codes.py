@@ -6,9 +6,7 @@ import sys
 
 import pytest
 
-PRINTING = (
-    "import sys; from pipeline.exits import exit_code_of; sys.exit(exit_code_of(lambda: print('x' * {})))"
-)
+PRINTING = "import sys; from pipeline.commands.exit_codes import exit_code_of; sys.exit(exit_code_of(lambda: print('x' * {})))"
 
 
 @pytest.mark.parametrize("letters", [1, 1 << 20])

@@ -16,13 +16,13 @@ from small_run import small_classifier
 from pipeline.__main__ import main
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
-from pipeline.evals.encoder import load_encoder
 from pipeline.export import command
-from pipeline.finetune.begun import begin, read_begun
-from pipeline.finetune.recipe import FinetuneRecipe
-from pipeline.finetune.task import Finetuning
-from pipeline.finetune.trained import load_classifier
-from pipeline.recipe_file import load
+from pipeline.recipe.finetune import FinetuneRecipe
+from pipeline.recipe.loading import load
+from pipeline.tasks.classification import Finetuning
+from pipeline.tasks.finetuned_run import load_finetuned_run
+from pipeline.tasks.run_metadata import load_initial_weights, load_or_create
+from pipeline.weights.encoder import load_encoder
 
 FORMATS = ["timm", "official", "onnx"]
 
@@ -59,12 +59,12 @@ def test_what_is_read_from_the_run_is_what_was_trained(tuned, labelled_sets):
     recipe = load(FinetuneRecipe, tuned / "recipe.yaml")
     trained = Finetuning(recipe, str(labelled_sets[1])).build(ShardReader(labelled_sets[0], recipe.data))
     trained.load_state_dict(load_file(tuned / "checkpoints/step-00000030/weights.safetensors"))
-    assert_same(load_classifier(tuned).classifier.scores(IMAGES), trained.scores(IMAGES))
+    assert_same(load_finetuned_run(tuned).classifier.scores(IMAGES), trained.scores(IMAGES))
 
 
 def test_timm_has_the_logits_and_the_names(tuned, labelled_sets, tmp_path):
     loaded = export(tuned, tmp_path / "out", "timm")
-    ours, model = load_classifier(tuned).classifier, loaded["model"]
+    ours, model = load_finetuned_run(tuned).classifier, loaded["model"]
     with torch.inference_mode():
         assert_same(model(IMAGES), ours.scores(IMAGES))
         expected = ours.scores(processed(loaded["image"]))
@@ -90,7 +90,7 @@ def test_timm_resizes_as_the_accuracy_was_measured(mine, tmp_path, resize):
 
 def test_the_documentation_loads_it_as_its_model_card_does(tuned):
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
-    assert f"```python\n{command.OF_CLASSIFIERS['timm'].usage(load_classifier(tuned))}```" in page
+    assert f"```python\n{command.OF_CLASSIFIERS['timm'].usage(load_finetuned_run(tuned))}```" in page
 
 
 def test_readable_names_of_classes_are_timms_descriptions(mine, tmp_path):
@@ -107,7 +107,7 @@ def test_readable_names_of_classes_are_timms_descriptions(mine, tmp_path):
 def test_the_official_checkpoint_has_the_keys_of_models_vit_with_global_pool(tuned, tmp_path):
     loaded = export(tuned, tmp_path / "out", "official")
     with torch.inference_mode():
-        assert_same(loaded["logits"], load_classifier(tuned).classifier.scores(IMAGES))
+        assert_same(loaded["logits"], load_finetuned_run(tuned).classifier.scores(IMAGES))
     state = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["model"]
     layers = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
     layers = [f"blocks.{number}.{layer}" for number in (0, 1) for layer in layers]
@@ -124,13 +124,13 @@ def test_onnxruntime_has_the_logits_of_any_batch_and_the_names(tuned, labelled_s
     for batch in (IMAGES, IMAGES[:1], IMAGES.repeat(3, 1, 1, 1)):
         (theirs,) = session.run(["logits"], {"images": batch.numpy()})
         with torch.inference_mode():
-            assert_same(torch.from_numpy(theirs), load_classifier(tuned).classifier.scores(batch))
+            assert_same(torch.from_numpy(theirs), load_finetuned_run(tuned).classifier.scores(batch))
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == classes(labelled_sets)
 
 
 def test_the_moving_average_is_exported_where_it_is_asked_for(tuned, tmp_path):
     model = export(tuned, tmp_path / "out", "timm", "--ema")["model"]
-    averaged, weights = (load_classifier(tuned, ema).classifier for ema in (True, False))
+    averaged, weights = (load_finetuned_run(tuned, ema).classifier for ema in (True, False))
     with torch.inference_mode():
         assert_same(model(IMAGES), averaged.scores(IMAGES))
         assert not torch.allclose(model(IMAGES), weights.scores(IMAGES), atol=0.1)
@@ -139,13 +139,13 @@ def test_the_moving_average_is_exported_where_it_is_asked_for(tuned, tmp_path):
 
 @pytest.mark.parametrize("target", FORMATS)
 def test_logits_of_other_weights_are_too_different(tuned, tmp_path, target):
-    other = load_classifier(tuned)
+    other = load_finetuned_run(tuned)
     with torch.no_grad():
         other.classifier.vit.fc_norm.bias[3] += 1e-3
     chosen = command.OF_CLASSIFIERS[target]
     chosen.write(other, tmp_path)
     assert chosen.difference(other, tmp_path) <= command.TOLERANCE
-    assert chosen.difference(load_classifier(tuned), tmp_path) > command.TOLERANCE
+    assert chosen.difference(load_finetuned_run(tuned), tmp_path) > command.TOLERANCE
 
 
 def test_the_model_card_says_what_it_tells_apart_what_it_began_with_and_how_often_it_is_right(
@@ -229,21 +229,21 @@ def test_what_the_run_cannot_say_of_itself_is_one_line(mine, complaint, damage, 
 
 
 def test_a_run_of_an_earlier_version_is_completed_by_its_next_start(mine):
-    whole = read_begun(mine)
+    whole = load_initial_weights(mine)
     (mine / "weights.json").write_text(json.dumps({"encoder": "as it was called", "digest": "as it was"}))
     with pytest.raises(UserError, match="start the same `finetune` command once more"):
-        read_begun(mine)
-    found = begin(mine, whole)
-    assert found == read_begun(mine)
+        load_initial_weights(mine)
+    found = load_or_create(mine, whole)
+    assert found == load_initial_weights(mine)
     assert (found.encoder, found.digest, found.heads) == ("as it was called", "as it was", 4)
 
 
 @pytest.mark.parametrize("content", ['{"encoder": ', "[]", '{"encoder": 7}'])
 def test_a_damaged_beginning_is_one_line_for_the_next_start_too(mine, content):
-    whole = read_begun(mine)
+    whole = load_initial_weights(mine)
     (mine / "weights.json").write_text(content)
     with pytest.raises(UserError, match=r"weights.json: ") as refusal:
-        begin(mine, whole)
+        load_or_create(mine, whole)
     assert "\n" not in str(refusal.value)
 
 

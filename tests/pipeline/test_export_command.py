@@ -16,12 +16,12 @@ from small_run import small_run
 from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.export import command, load_official_state_dict
-from pipeline.export.card import spent
+from pipeline.export.model_card import spent
 from pipeline.export.target import predictions, tokens
 from pipeline.masking import random_split
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
-from pipeline.trained import Trained, load_run
+from pipeline.weights.run import LoadedRun, load_run
 
 
 @pytest.fixture(scope="module", params=["vitb16_mae", "vitb16_emae", "vitb16_efficient_mae"])
@@ -280,6 +280,6 @@ def test_the_documentation_loads_each_format_as_its_model_card_does():
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     recipe = load_recipe("vitb16_mae")
     with torch.device("meta"):
-        trained = Trained(recipe, build_method(recipe), 0)
+        trained = LoadedRun(recipe, build_method(recipe), 0)
     for target in [*command.TARGETS.values(), command.OFFICIAL_VIT]:
         assert f"```python\n{target.usage(trained)}```" in page

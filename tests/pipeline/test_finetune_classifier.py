@@ -10,16 +10,16 @@ from pytest import approx
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.data.reader import ShardReader
-from pipeline.errors import AgreedError, UserError
-from pipeline.evals.encoder import load_encoder
-from pipeline.finetune.classifier import Classifier
-from pipeline.finetune.recipe import FinetuneRecipe, load_finetune_recipe
-from pipeline.finetune.task import Finetuning
+from pipeline.distributed.launch import DistInfo
+from pipeline.errors import AllRanksError, UserError
 from pipeline.recipe import load_recipe
-from pipeline.train.distributed import World
+from pipeline.recipe.finetune import FinetuneRecipe, load_finetune_recipe
+from pipeline.tasks.classification import Finetuning
+from pipeline.tasks.classifier import Classifier
+from pipeline.weights.encoder import load_encoder
 
 CLASSES = 5
-ALONE = World(0, 1, 0, 1, torch.device("cpu"), 1)
+ALONE = DistInfo(0, 1, 0, 1, torch.device("cpu"), 1)
 ALL_ON = ["classifier.drop_path=0.4", "classifier.erasing=0.5", "classifier.rand_augment=9"]
 PLAIN = ["classifier.mixup=0", "classifier.cutmix=0", "data.image_size=32"]
 
@@ -251,7 +251,7 @@ def test_accuracy_that_cannot_be_written_is_one_line_for_all_ranks(labelled_sets
     reader = ShardReader(labelled_sets[0], task.recipe.data)
     task.begin(tmp_path, reader, task.build(reader), ALONE)
     (tmp_path / "accuracy.json.new").mkdir()
-    with pytest.raises(AgreedError, match=r"accuracy.json.new.*start the same command again"):
+    with pytest.raises(AllRanksError, match=r"accuracy.json.new.*start the same command again"):
         task.evaluate(1, lambda: None)
 
 

@@ -4,12 +4,12 @@ import os
 import subprocess
 import sys
 
-from pipeline.train import host_memory
+from pipeline.distributed import host_memory
 
 TAKEN = 400 * 2**20
 TAKE_AND_FREE = """
 import psutil, torch
-from pipeline.train.distributed import find_world
+from pipeline.distributed.launch import find_world
 
 find_world()
 before = psutil.Process().memory_info().rss

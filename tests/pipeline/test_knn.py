@@ -11,16 +11,16 @@ from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline.__main__ import main
-from pipeline.commands.judge import _cache
+from pipeline.commands.evaluate import _cache
 from pipeline.data.reader import ShardReader
-from pipeline.errors import AgreedError
-from pipeline.evals.features import Extractor, Features
+from pipeline.distributed.launch import DistInfo
+from pipeline.errors import AllRanksError
+from pipeline.evals.feature_cache import FeatureExtractor, Features
+from pipeline.evals.feature_extractor import load_frozen_encoder
 from pipeline.evals.knn import KS, TEMPERATURE, classify, counted, knn, nearest, votes
-from pipeline.evals.representation import representation
 from pipeline.recipe import load_recipe
-from pipeline.train.distributed import World
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"), 1)
+ALONE = DistInfo(0, 1, 0, 1, torch.device("cpu"), 1)
 CLASSES = 12
 
 
@@ -58,9 +58,9 @@ def test_a_class_that_nobody_votes_for_is_not_among_the_first_five():
 
 
 def test_features_are_extracted_once_and_are_those_of_the_images(labelled_sets, tmp_path):
-    model = representation("pixels:16", None, "class_token")
+    model = load_frozen_encoder("pixels:16", None, "class_token")
     reader = ShardReader(labelled_sets[0])
-    extract = Extractor(model, ALONE, resize=16, batch=7, cache=tmp_path / "cache")
+    extract = FeatureExtractor(model, ALONE, resize=16, batch=7, cache=tmp_path / "cache")
     features = extract(reader)
     images = [batch for batch in extract.loader(reader)]
     assert torch.equal(features.values, torch.cat([batch.images.flatten(1) for batch in images]))
@@ -70,14 +70,16 @@ def test_features_are_extracted_once_and_are_those_of_the_images(labelled_sets, 
     again = extract(reader)
     assert torch.equal(again.values, features.values) and kept.stat().st_mtime_ns == written
     extract(ShardReader(labelled_sets[1]))
-    Extractor(model, ALONE, resize=20, batch=7, cache=tmp_path / "cache")(reader)
+    FeatureExtractor(model, ALONE, resize=20, batch=7, cache=tmp_path / "cache")(reader)
     assert len(list((tmp_path / "cache").iterdir())) == 3  # other images, or cut otherwise: others
 
 
 @pytest.mark.parametrize("damage", ["cut short", "a value", "a label", "its head", "another's"])
 def test_damaged_features_are_extracted_again_and_said(labelled_sets, tmp_path, capsys, damage):
     reader = ShardReader(labelled_sets[0])
-    extract = Extractor(representation("pixels:16", None, "class_token"), ALONE, resize=16, cache=tmp_path)
+    extract = FeatureExtractor(
+        load_frozen_encoder("pixels:16", None, "class_token"), ALONE, resize=16, cache=tmp_path
+    )
     features = extract(reader)
     (kept,) = tmp_path.iterdir()
     written = kept.read_bytes()
@@ -103,7 +105,7 @@ def test_features_of_another_number_of_heads_are_others(tmp_path):
     digests = set()
     for heads in (2, 4):
         (tmp_path / "recipe.yaml").write_text(load_recipe("demo_emae", [f"model.heads={heads}"]).to_yaml())
-        digests.add(representation(f"random:{tmp_path / 'recipe.yaml'}", None, "mean").digest)
+        digests.add(load_frozen_encoder(f"random:{tmp_path / 'recipe.yaml'}", None, "mean").digest)
     assert len(digests) == 2
 
 
@@ -114,8 +116,8 @@ def test_features_that_cannot_be_kept_are_said_once_and_used(labelled_sets, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     else:
         cache.write_text("")
-    model = representation("pixels:16", None, "class_token")
-    extract = Extractor(model, ALONE, resize=16, cache=cache)
+    model = load_frozen_encoder("pixels:16", None, "class_token")
+    extract = FeatureExtractor(model, ALONE, resize=16, cache=cache)
     try:
         found = [extract(ShardReader(part)) for part in labelled_sets]
     finally:
@@ -184,7 +186,7 @@ def test_all_ranks_agree_on_what_is_wrong_so_that_one_says_it(
     labelled_sets, wrong, complaint, kept_environment
 ):
     train, val = map(str, labelled_sets)
-    with pytest.raises(AgreedError, match=complaint):
+    with pytest.raises(AllRanksError, match=complaint):
         knn(**{"weights": "pixels:8", "train": train, "val": val} | wrong)
 
 

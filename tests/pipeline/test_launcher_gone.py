@@ -5,7 +5,7 @@ from forkserver import run
 FULL_DISK_AND_NO_LAUNCHER = """
 import os, threading, time
 import torch.distributed as dist
-from pipeline.train.stopping import UNWRITTEN, Stopping
+from pipeline.train.preemption import UNWRITTEN, Stopping
 
 ready, tell = os.pipe()
 ended, alive = os.pipe()

@@ -7,8 +7,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.evals.heads import Heads
-from pipeline.train.schedule import learning_rate
+from pipeline.evals.linear_heads import LinearHeads
+from pipeline.train.lr_schedule import learning_rate
 
 WIDTH, CLASSES = 16, 5
 
@@ -39,7 +39,7 @@ def official_lars(parameters: list[nn.Parameter], momenta: list[torch.Tensor], r
 @pytest.mark.parametrize("rates", [(0.5,), (0.1, 0.5, 4.0)])
 def test_each_head_learns_what_mae_s_probe_learns_at_its_rate(rates):
     torch.manual_seed(0)
-    heads = Heads(rates, CLASSES, WIDTH)
+    heads = LinearHeads(rates, CLASSES, WIDTH)
     number = rates.index(0.5)
     peer = nn.Sequential(nn.BatchNorm1d(WIDTH, affine=False, eps=1e-6), nn.Linear(WIDTH, CLASSES))
     peer[1].weight.data.copy_(heads.weight[number])
@@ -48,7 +48,7 @@ def test_each_head_learns_what_mae_s_probe_learns_at_its_rate(rates):
     momenta = [torch.zeros_like(p) for p in parameters]
     for step in range(30):
         features, labels = clouds(64, step)
-        losses = heads.learn(features, labels, rate=3.0 - 0.1 * step)
+        losses = heads.train_step(features, labels, rate=3.0 - 0.1 * step)
         peer.zero_grad()
         loss = F.cross_entropy(peer(features), labels)
         loss.backward()
@@ -61,9 +61,9 @@ def test_each_head_learns_what_mae_s_probe_learns_at_its_rate(rates):
 def test_what_it_converges_to_is_scikit_learns_logistic_regression():
     (features, labels), (unseen, truth) = clouds(2000, 1), clouds(2000, 2)
     torch.manual_seed(0)
-    heads = Heads((30.0,), CLASSES, WIDTH)
+    heads = LinearHeads((30.0,), CLASSES, WIDTH)
     for step in range(2000):
-        heads.learn(features, labels, learning_rate(step, 2000, 100, 1.0))
+        heads.train_step(features, labels, learning_rate(step, 2000, 100, 1.0))
     scaler = StandardScaler().fit(features.numpy())
     theirs = LogisticRegression(C=1e6, max_iter=2000).fit(scaler.transform(features.numpy()), labels.numpy())
     wanted = theirs.predict(scaler.transform(unseen.numpy()))

@@ -5,23 +5,23 @@ import torch
 
 from pipeline.__main__ import main
 from pipeline.data.reader import ShardReader
+from pipeline.distributed.launch import DistInfo
 from pipeline.errors import UserError
-from pipeline.evals.features import Extractor, Features
-from pipeline.evals.feeds import KeptFeatures, RandomCrops
-from pipeline.evals.heads import Heads
+from pipeline.evals.feature_cache import FeatureExtractor, Features
+from pipeline.evals.feature_extractor import load_frozen_encoder
+from pipeline.evals.linear_heads import LinearHeads
 from pipeline.evals.linprobe import _check, _judge, format_probe
-from pipeline.evals.probe_recipe import load_probe_recipe
-from pipeline.evals.representation import representation
-from pipeline.train.distributed import World
+from pipeline.evals.probe_batches import CachedFeatures, RandomCropFeatures
+from pipeline.recipe.linear_probe import load_probe_recipe
 
 CPU = torch.device("cpu")
 RATES = (1.0, 0.1, 0.3)
 CLASSES = 2
 
 
-def heads() -> Heads:
+def heads() -> LinearHeads:
     """Of one feature x, each with a threshold of its own, above which it says class 1: 1, 2 and 3."""
-    made = Heads(RATES, CLASSES, width=1).eval()
+    made = LinearHeads(RATES, CLASSES, width=1).eval()
     with torch.no_grad():
         made.weight.copy_(torch.tensor([[-1.0], [1.0]]))
         made.bias.copy_(torch.tensor([[at, -at] for at in (1.0, 2.0, 3.0)]))
@@ -58,16 +58,18 @@ def test_both_feeds_take_the_samples_of_the_streams_positions(labelled_sets, tmp
     given = {"probe": {"weights": "pixels:24"}, "data": data, "engine": {"micro_batch": 4}}
     recipe = load_probe_recipe(given)
     reader = ShardReader(labelled_sets[0], recipe.data)
-    model = representation("pixels:24", None, "class_token")
-    worlds = [World(rank, 2, rank, 2, CPU, 1) for rank in range(2)]
-    alone = World(0, 1, 0, 1, CPU, 1)
-    whole = Extractor(model, alone, cache=tmp_path)(reader)  # ranks that are not connected find it there
+    model = load_frozen_encoder("pixels:24", None, "class_token")
+    worlds = [DistInfo(rank, 2, rank, 2, CPU, 1) for rank in range(2)]
+    alone = DistInfo(0, 1, 0, 1, CPU, 1)
+    whole = FeatureExtractor(model, alone, cache=tmp_path)(
+        reader
+    )  # ranks that are not connected find it there
     stream = reader.stream(recipe.seed)
-    for world in worlds:
-        extract = Extractor(model, world, cache=tmp_path)
-        kept, crops = (feed(recipe, reader, extract, 1) for feed in (KeptFeatures, RandomCrops))
+    for dist_info in worlds:
+        extract = FeatureExtractor(model, dist_info, cache=tmp_path)
+        kept, crops = (feed(recipe, reader, extract, 1) for feed in (CachedFeatures, RandomCropFeatures))
         for step in range(1, 5):
-            positions = torch.arange(16 * step, 16 * (step + 1)).chunk(2)[world.rank]
+            positions = torch.arange(16 * step, 16 * (step + 1)).chunk(2)[dist_info.rank]
             samples = stream.locate(positions.numpy()).sample
             features, labels = kept.next()
             assert torch.equal(features, whole.values[samples])

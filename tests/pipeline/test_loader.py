@@ -11,9 +11,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import hflip, resized_crop
 
 from data_prep.shard_set import read_index, read_manifest, tar_path
-from pipeline.data.crops import crop_boxes, flips
 from pipeline.data.jpeg import jpeg_size
 from pipeline.data.loader import Loader
+from pipeline.data.random_resized_crop import crop_boxes, flips
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
@@ -35,7 +35,7 @@ def take(shards, steps, rank=0, world_size=1, step=0, recipe=None):
     return (
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.noise for batch in batches]),
-        np.concatenate([batch.located.sample for batch in batches]),
+        np.concatenate([batch.locations.sample for batch in batches]),
     )
 
 
@@ -110,12 +110,12 @@ def test_the_pixels_are_pillows_on_the_same_boxes(shards):
     differences = []
     for _ in range(4):
         batch = loader.next()
-        located = batch.located
-        encoded = [reader.read(s, i) for s, i in zip(located.shard, located.index, strict=True)]
+        locations = batch.locations
+        encoded = [reader.read(s, i) for s, i in zip(locations.shard, locations.index, strict=True)]
         sizes = np.array([jpeg_size(image.data) for image in encoded])
         data, seed = recipe.data, recipe.seed
-        boxes = crop_boxes(seed, located.epoch, located.sample, sizes, data.crop_scale, data.crop_ratio)
-        mirrored = flips(seed, located.epoch, located.sample)
+        boxes = crop_boxes(seed, locations.epoch, locations.sample, sizes, data.crop_scale, data.crop_ratio)
+        mirrored = flips(seed, locations.epoch, locations.sample)
         for row, image in enumerate(encoded):
             x, y, w, h = boxes[row].tolist()
             photograph = Image.open(io.BytesIO(image)).convert("RGB")

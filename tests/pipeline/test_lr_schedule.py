@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytest import approx
 
-from pipeline.train.schedule import learning_rate, warning
+from pipeline.train.lr_schedule import learning_rate, warmup_warning
 
 
 def official(epoch, warmup, total, peak, floor):
@@ -30,4 +30,4 @@ def test_a_run_shorter_than_its_warm_up_stays_in_it():
 @given(st.integers(1, 50), st.integers(0, 50))
 def test_who_never_reaches_the_peak_is_told(total, warmup):
     rates = [learning_rate(step, total, warmup, 1.0) for step in range(total)]
-    assert (warning(total, warmup) is None) == (max(rates) == 1.0)
+    assert (warmup_warning(total, warmup) is None) == (max(rates) == 1.0)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.masking import as_mask, parallel_parts, random_split, take
+from pipeline.masking import as_mask, gather_tokens, parallel_parts, random_split
 
 
 def noise_of(batch: int, length: int, seed: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_more_visible_patches_than_there_are_are_refused():
 
 def test_take_and_as_mask_agree_with_indexing():
     tokens, ids = torch.rand(2, 5, 3), torch.tensor([[4, 0], [1, 2]])
-    assert torch.equal(take(tokens, ids), torch.stack([tokens[b, ids[b]] for b in range(2)]))
+    assert torch.equal(gather_tokens(tokens, ids), torch.stack([tokens[b, ids[b]] for b in range(2)]))
     assert as_mask(ids, 5).tolist() == [
         [True, False, False, False, True],
         [False, True, True, False, False],

@@ -71,7 +71,7 @@ def test_the_forward_pass_is_one_static_graph_and_compiled_once(variant):
     compiled = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(2):
-            method.set_progress(seed / 2)
+            method.set_training_progress(seed / 2)
             images, noise = batch(method, seed=seed)
             out = compiled(images, noise)
             out.loss.backward()
@@ -109,10 +109,10 @@ def test_images_of_another_size_are_refused(variant):
 @every_variant
 def test_in_bf16_targets_and_losses_stay_fp32(variant):
     method = small(variant)
-    method.set_progress(0.3)
+    method.set_training_progress(0.3)
     exact = method(*batch(method))
     method = small(variant).bfloat16()
-    method.set_progress(0.3)
+    method.set_training_progress(0.3)
     rounded = method(*batch(method))
     assert rounded.loss.dtype == rounded.target.dtype == torch.float32
     assert torch.equal(rounded.target, exact.target) and torch.equal(

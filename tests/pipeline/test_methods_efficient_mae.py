@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.difficulty import difficulty, patch_distance
 from pipeline.errors import UserError
 from pipeline.losses import patchify
-from pipeline.masking import as_mask, take
+from pipeline.masking import as_mask, gather_tokens
 from pipeline.methods import build_method
 from pipeline.methods.efficient_mae import interval
 from pipeline.recipe import load_recipe
@@ -53,10 +53,10 @@ def plain(method, images, noise, *, beta=None, slots=None, weigh, metric="p2dist
         if slots is not None:
             kept = sorted(kept, key=lambda i: round(d[i].item() * 1024))[:slots]
         patches = patchify(image[None], 4)
-        encoded = method.encoder(take(patches, visible_ids), visible_ids)
+        encoded = method.encoder(gather_tokens(patches, visible_ids), visible_ids)
         asked = masked_ids[kept][None]
         prediction = method.decoder(encoded, visible_ids, asked)[0].double()
-        error = (prediction - method.targets(take(patches, asked))[0].double()).square().mean(dim=1)
+        error = (prediction - method.targets(gather_tokens(patches, asked))[0].double()).square().mean(dim=1)
         weight = torch.tensor([weigh(x) for x in d[kept].tolist()], dtype=torch.float64)
         losses.append((weight * error).sum() / weight.sum())
     return torch.stack(losses).mean().item()
@@ -96,8 +96,10 @@ def test_gradients_are_those_of_really_dropping_patches():
     d = patch_distance(as_mask(visible_ids, PATCHES).view(1, GRID, GRID), 4).flatten(1).gather(1, masked_ids)
     asked, d = masked_ids[d <= 4][None], d[d <= 4]
     patches = patchify(images, 4)
-    prediction = method.decoder(method.encoder(take(patches, visible_ids), visible_ids), visible_ids, asked)
-    error = (prediction - method.targets(take(patches, asked))).square().mean(dim=2)[0]
+    prediction = method.decoder(
+        method.encoder(gather_tokens(patches, visible_ids), visible_ids), visible_ids, asked
+    )
+    error = (prediction - method.targets(gather_tokens(patches, asked))).square().mean(dim=2)[0]
     ((d**-0.6 * error).sum() / (d**-0.6).sum()).backward()
     assert all(torch.allclose(packed[name], p.grad, atol=1e-5) for name, p in method.named_parameters())
 
@@ -135,7 +137,7 @@ def test_thresholding_of_table_6_a_drops_but_does_not_weigh():
 )
 def test_scheduling_of_table_6_b_lets_harder_patches_in_as_training_goes_on(end, done, beta):
     method = small("scheduler=schedule", f"beta={end}", "prediction_ratio=null")
-    method.set_progress(done)
+    method.set_training_progress(done)
     images, noise = batch(method)
     out = method(images, noise)
     visible = as_mask(out.visible_ids, PATCHES).view(4, GRID, GRID)

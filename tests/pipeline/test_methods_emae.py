@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.difficulty import patch_distance
 from pipeline.losses import patch_error, patchify, self_consistency_loss
-from pipeline.masking import as_mask, take
+from pipeline.masking import as_mask, gather_tokens
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 
@@ -57,11 +57,11 @@ def test_the_loss_is_the_plain_definitions(num_parts, kind, seed):
     reconstruction, everything = [], []
     for k in range(num_parts):  # each part alone, as if it were an MAE of its own
         visible = noise.argsort(dim=1)[:, k * 36 // num_parts : (k + 1) * 36 // num_parts]
-        encoded = method.encoder(take(patches, visible), visible)
+        encoded = method.encoder(gather_tokens(patches, visible), visible)
         prediction = method.decoder(encoded, visible, torch.arange(36).expand(3, 36))
         masked_ids = torch.stack([torch.tensor(sorted(set(range(36)) - set(v.tolist()))) for v in visible])
         encoded_alone = method.decoder(encoded, visible, masked_ids)
-        target = method.targets(take(patches, masked_ids))
+        target = method.targets(gather_tokens(patches, masked_ids))
         reconstruction.append(patch_error(encoded_alone, target).mean())
         everything.append(prediction.scatter(1, masked_ids[..., None].expand(-1, -1, 48), encoded_alone))
     masked = ~as_mask(out.visible_ids, 36)
@@ -97,9 +97,9 @@ def test_flattened_it_is_efficient_mae_on_each_part_of_what_has_a_slot(beta, slo
             kept = sorted(hidden, key=lambda i: round(d[i].item() * 1024))[:slots]
             kept = [i for i in kept if beta == "null" or d[i] <= float(beta)]
             one, asked = patches[b : b + 1], torch.tensor(kept)[None]
-            encoded = method.encoder(take(one, visible[None]), visible[None])
+            encoded = method.encoder(gather_tokens(one, visible[None]), visible[None])
             prediction = method.decoder(encoded, visible[None], asked)
-            error = patch_error(prediction, method.targets(take(one, asked)))[0].double()
+            error = patch_error(prediction, method.targets(gather_tokens(one, asked)))[0].double()
             weight = d[kept].double() ** -0.6
             losses.append((weight * error).sum() / weight.sum())
             predicted[b, k, kept], everything[b, k, kept] = True, prediction[0]
@@ -146,7 +146,9 @@ def test_targets_belong_to_the_positions_they_are_compared_with():
     out = method(images, noise)
     patches = patchify(images, 4)
     for k in range(4):
-        assert torch.allclose(out.target[:, k], method.targets(take(patches, out.predicted_ids[:, k])))
+        assert torch.allclose(
+            out.target[:, k], method.targets(gather_tokens(patches, out.predicted_ids[:, k]))
+        )
 
 
 def test_a_part_sees_nothing_of_the_others():

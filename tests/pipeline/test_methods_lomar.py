@@ -11,7 +11,7 @@ from pipeline.difficulty import patch_distance
 from pipeline.errors import UserError
 from pipeline.export import official_state_dict, timm_state_dict
 from pipeline.losses import patchify
-from pipeline.masking import draw_windows, take, tile_windows
+from pipeline.masking import draw_windows, gather_tokens, tile_windows
 from pipeline.methods import build_method
 from pipeline.models.relative_position import NUM_BUCKETS, RelativeAttention, bucket_ids, piecewise_index
 from pipeline.recipe import load_recipe
@@ -197,4 +197,4 @@ def test_targets_are_normalised_patch_by_patch():
     images, noise = batch(method)
     out = method(images, noise)
     patches = patchify(images, 4)
-    assert torch.allclose(out.target[:, 1], method.targets(take(patches, out.predicted_ids[:, 1])))
+    assert torch.allclose(out.target[:, 1], method.targets(gather_tokens(patches, out.predicted_ids[:, 1])))

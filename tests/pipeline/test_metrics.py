@@ -16,8 +16,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
-from pipeline.train import wandb_run
-from pipeline.train.metrics import Log
+from pipeline.train import wandb_logger
+from pipeline.train.metrics import MetricsLogger
 from pipeline.train.profiler import Profiler
 
 LINE = {
@@ -61,7 +61,7 @@ def records(folder):
 def test_a_continued_run_is_the_same_wandb_run_and_goes_on_there(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for step in (1, 2):
-        log = Log(tmp_path, recipe, step - 1, 4, [])
+        log = MetricsLogger(tmp_path, recipe, step - 1, 4, [])
         log.write({**LINE, "step": step})
         log.close()
     found = [list(records(folder)) for folder in (tmp_path / "wandb").glob("offline-run-*")]
@@ -82,7 +82,7 @@ def test_a_run_outlives_wandbs_helper_process_and_goes_on_there_when_it_continue
     recipe, tmp_path, monkeypatch, capsys, killed_before
 ):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    log = Log(tmp_path, recipe, 0, 4, [])
+    log = MetricsLogger(tmp_path, recipe, 0, 4, [])
     helpers = [p for p in psutil.Process().children(recursive=True) if p.name() == "wandb-core"]
     for helper in helpers:
         helper.terminate()
@@ -93,7 +93,7 @@ def test_a_run_outlives_wandbs_helper_process_and_goes_on_there_when_it_continue
     log.close()
     assert capsys.readouterr().err.count("nothing more goes there until the run continues") == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == (killed_before == "a line") * 2
-    log = Log(tmp_path, recipe, 2, 4, [])
+    log = MetricsLogger(tmp_path, recipe, 2, 4, [])
     log.write({**LINE, "step": 3})
     log.close()
     assert "nothing more" not in capsys.readouterr().err
@@ -103,7 +103,7 @@ def test_a_run_outlives_wandbs_helper_process_and_goes_on_there_when_it_continue
 def test_a_wandb_that_cannot_begin_is_said_and_the_log_does_without(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp-localhost-9")  # a helper process that nobody can reach
-    log = Log(tmp_path, recipe, 0, 4, [])
+    log = MetricsLogger(tmp_path, recipe, 0, 4, [])
     log.write(LINE)
     log.close()
     assert capsys.readouterr().err.count("nothing more goes there until the run continues") == 1
@@ -111,7 +111,7 @@ def test_a_wandb_that_cannot_begin_is_said_and_the_log_does_without(recipe, tmp_
 
 
 def test_what_is_flushed_is_in_the_file(tmp_path):
-    log = Log(tmp_path, load_recipe("demo_emae"), 0, 4, [])
+    log = MetricsLogger(tmp_path, load_recipe("demo_emae"), 0, 4, [])
     log.file.write("here")
     log.flush()
     assert (tmp_path / "metrics.jsonl").read_text() == "here"
@@ -123,7 +123,7 @@ def test_a_damaged_line_costs_no_other_and_a_cut_last_one_nothing(tmp_path, caps
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({**LINE, "step": step}).encode() for step in (1, 2, 3, 4)]
     path.write_bytes(b"\n".join([lines[0], damage, *lines[2:], lines[0][:9]]))
-    Log(tmp_path, load_recipe("demo_emae"), 3, 4, []).close()
+    MetricsLogger(tmp_path, load_recipe("demo_emae"), 3, 4, []).close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
     assert "metrics.jsonl: 1 lines cannot be read and are left out" in capsys.readouterr().err
 
@@ -157,20 +157,20 @@ def test_without_the_package_wandb_a_probe_that_asks_for_it_ends_before_it_begin
 
 def test_who_is_not_logged_in_is_told_so(recipe, tmp_path, logged_in_nowhere):
     with pytest.raises(UserError, match=r"train\.wandb: .*wandb login"):
-        wandb_run.WandbRun(tmp_path, recipe)
+        wandb_logger.WandbLogger(tmp_path, recipe)
 
 
 def test_a_server_out_of_reach_stops_no_training(recipe, tmp_path, logged_in_nowhere, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
-    found = wandb_run.WandbRun(tmp_path, recipe)
+    found = wandb_logger.WandbLogger(tmp_path, recipe)
     found.close()
     assert found.run.offline and "cannot be reached" in found.said and "wandb sync" in found.said
 
 
 def test_a_rank_that_holds_up_the_others_is_named_to_who_watches(recipe, tmp_path, capsys):
-    log = Log(tmp_path, load_recipe("demo_emae"), 0, 4, [])
+    log = MetricsLogger(tmp_path, load_recipe("demo_emae"), 0, 4, [])
     log.write(LINE)
     log.close()
     assert "slowest is rank 7 on node-9 (3.0 x the median)" in capsys.readouterr().err

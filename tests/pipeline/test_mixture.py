@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.mixture import Mixture
+from pipeline.data.mixture import MixtureSampler
 
 sizes = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(lambda shards: sum(shards) > 0)
 
@@ -14,18 +14,18 @@ sizes = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(lambda shard
 def mixtures(draw):
     sources = draw(st.lists(sizes, min_size=1, max_size=4))
     weights = draw(st.lists(st.integers(1, 1000), min_size=len(sources), max_size=len(sources)))
-    return Mixture(sources, weights, draw(st.integers(0, 2**63 - 1)), draw(st.integers(1, 5)))
+    return MixtureSampler(sources, weights, draw(st.integers(0, 2**63 - 1)), draw(st.integers(1, 5)))
 
 
 @settings(deadline=None)
 @given(mixtures(), st.integers(1, 12_000))
 def test_every_epoch_of_every_source_reads_each_of_its_samples_once(mixture, count):
-    located = mixture.locate(np.arange(count))
+    locations = mixture.locate(np.arange(count))
     first = 0
     for stream in mixture.streams:
         size = stream.num_samples
-        own = (located.sample >= first) & (located.sample < first + size)
-        samples, epochs = located.sample[own] - first, located.epoch[own]
+        own = (locations.sample >= first) & (locations.sample < first + size)
+        samples, epochs = locations.sample[own] - first, locations.epoch[own]
         for epoch in range(len(samples) // size):
             assert sorted(samples[epoch * size : (epoch + 1) * size]) == list(range(size))
         assert (epochs == np.arange(len(samples)) // size).all()
@@ -37,15 +37,15 @@ def test_every_epoch_of_every_source_reads_each_of_its_samples_once(mixture, cou
 def test_a_samples_identity_is_its_place_among_all_sources(mixture):
     shard_sizes = np.concatenate([stream.shard_sizes for stream in mixture.streams])
     starts = np.cumsum(shard_sizes) - shard_sizes
-    located = mixture.locate(np.arange(500))
-    assert (located.sample == starts[located.shard] + located.index).all()
-    assert (located.index < shard_sizes[located.shard]).all()
+    locations = mixture.locate(np.arange(500))
+    assert (locations.sample == starts[locations.shard] + locations.index).all()
+    assert (locations.index < shard_sizes[locations.shard]).all()
 
 
 @example([165, 1, 1, 733], 62385)  # one share is a whole number: it must not be rounded up
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=5), st.integers(0, 10**6))
 def test_after_any_number_of_blocks_every_source_was_drawn_its_share_to_less_than_one(weights, blocks):
-    mixture = Mixture([[1]] * len(weights), weights, 0, 1)
+    mixture = MixtureSampler([[1]] * len(weights), weights, 0, 1)
     drawn = mixture._drawn(blocks)
     assert drawn.sum() == blocks * mixture.block
     for count, weight in zip(drawn.tolist(), weights, strict=True):
@@ -56,7 +56,7 @@ def test_after_any_number_of_blocks_every_source_was_drawn_its_share_to_less_tha
 @pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.2, 0.1), (1, 1e-4)])
 def test_inside_a_block_the_draws_are_those_of_an_urn(weights):
     """Neighbouring draws are as independent as drawing without replacement leaves them."""
-    mixture = Mixture([[100]] * len(weights), [Fraction(str(weight)) for weight in weights], 1, 1)
+    mixture = MixtureSampler([[100]] * len(weights), [Fraction(str(weight)) for weight in weights], 1, 1)
     source, turn = mixture.draws(np.arange(20 * mixture.block))
     for number, share in enumerate(map(float, mixture.shares)):
         drawn = source == number
@@ -67,12 +67,12 @@ def test_inside_a_block_the_draws_are_those_of_an_urn(weights):
 
 
 def test_no_two_blocks_draw_in_the_same_order():
-    mixture = Mixture([[5], [7]], [1, 3], 0, 1)
+    mixture = MixtureSampler([[5], [7]], [1, 3], 0, 1)
     source, _ = mixture.draws(np.arange(8 * mixture.block))
     assert len({tuple(block) for block in source.reshape(8, -1)}) == 8
 
 
 def test_weights_are_proportions():
     positions = np.arange(5000)
-    one, other = (Mixture([[5], [7]], weights, 0, 1).locate(positions) for weights in ([1, 3], [2, 6]))
+    one, other = (MixtureSampler([[5], [7]], weights, 0, 1).locate(positions) for weights in ([1, 3], [2, 6]))
     assert (one.sample == other.sample).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.losses import patchify
-from pipeline.masking import take
+from pipeline.masking import gather_tokens
 from pipeline.methods import build_method
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
@@ -69,8 +69,10 @@ def test_the_order_of_the_visible_patches_does_not_matter():
     encoder = small_encoder()
     patches, ids = torch.randn(1, 16, 48), torch.tensor([[3, 9, 0, 14]])
     turned = ids.flip(1)
-    plain = encoder(take(patches, ids), ids)
-    assert torch.allclose(encoder(take(patches, turned), turned)[:, 1:].flip(1), plain[:, 1:], atol=1e-5)
+    plain = encoder(gather_tokens(patches, ids), ids)
+    assert torch.allclose(
+        encoder(gather_tokens(patches, turned), turned)[:, 1:].flip(1), plain[:, 1:], atol=1e-5
+    )
 
 
 def test_positions_that_are_not_kept_change_nothing_for_those_that_are():

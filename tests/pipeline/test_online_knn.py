@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from pipeline.data.reader import ShardReader
+from pipeline.distributed.launch import DistInfo
 from pipeline.errors import UserError
-from pipeline.evals.features import Extractor, Features
+from pipeline.evals.feature_cache import FeatureExtractor, Features
+from pipeline.evals.feature_extractor import load_frozen_encoder
 from pipeline.evals.knn import classify
-from pipeline.evals.online import K, OnlineKnn, check_online
-from pipeline.evals.representation import representation
+from pipeline.evals.online_knn import K, OnlineKnn, check_online
 from pipeline.methods import build_method
-from pipeline.pretraining import Pretraining
 from pipeline.recipe import load_recipe
-from pipeline.train.distributed import World
+from pipeline.tasks.pretraining import Pretraining
 from tests.integration.smuggling import smuggle
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"), 1)
+ALONE = DistInfo(0, 1, 0, 1, torch.device("cpu"), 1)
 SETTINGS = ("model.width=32", "model.depth=2", "data.image_size=32", "evals.knn_every=5")
 
 
@@ -29,8 +29,8 @@ def test_it_is_what_the_command_finds_on_the_first_samples(labelled_sets, tmp_pa
     torch.manual_seed(recipe.seed)
     seen = []
     figures = OnlineKnn(recipe, reader, build_method(recipe), ALONE)(lambda: seen.append(1))
-    model = representation(f"random:{tmp_path / 'recipe.yaml'}", None, "class_token")
-    features = Extractor(model, ALONE)(reader)
+    model = load_frozen_encoder(f"random:{tmp_path / 'recipe.yaml'}", None, "class_token")
+    features = FeatureExtractor(model, ALONE)(reader)
     used = min(samples, 60)
     queries, others = (
         Features(*(rows[part] for rows in features)) for part in (slice(used // 5), slice(used // 5, used))

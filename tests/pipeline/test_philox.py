@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.random import Purpose, permutation, philox, random_bits, uniform
+from pipeline.data.philox import Purpose, permutation, philox, random_bits, uniform
 
 KNOWN_ANSWERS = [  # kat_vectors of the Random123 distribution, philox4x32 10
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

@@ -10,21 +10,32 @@ from torch.nn import functional as F
 from data_prep.pixels import decode_other
 from pipeline.__main__ import main
 from pipeline.errors import UserError
-from pipeline.evals.agreement import agreement
-from pipeline.evals.attention import attention_weights, class_attention
-from pipeline.evals.attention import picture as draw_attention
-from pipeline.evals.canvas import GAP, MARGIN, Chart, Column, Scale, columns_of, enlarged, sheet
-from pipeline.evals.difficulty_map import by_distance, distance_of, error_of
-from pipeline.evals.encoder import load_encoder
-from pipeline.evals.feature_colors import main_directions
-from pipeline.evals.photographs import as_batch, as_rgb, open_photographs, to_pixels
-from pipeline.evals.picture import picture, reconstructed
-from pipeline.evals.tiles import as_maps, cut, join
 from pipeline.losses import patch_error, patchify
 from pipeline.masking import as_mask
 from pipeline.methods.method import Reconstruction
-from pipeline.sections import DataSection
-from pipeline.trained import load_run
+from pipeline.pictures.agreement import agreement
+from pipeline.pictures.attention import attention_weights, class_attention
+from pipeline.pictures.attention import plot_attention as draw_attention
+from pipeline.pictures.canvas import (
+    GAP,
+    MARGIN,
+    Chart,
+    Column,
+    Scale,
+    as_maps,
+    columns_of,
+    cut,
+    enlarged,
+    join,
+    render_grid,
+)
+from pipeline.pictures.difficulty_map import by_distance, distance_of, error_of
+from pipeline.pictures.feature_pca import main_directions
+from pipeline.pictures.images import as_batch, as_rgb, open_images, to_pixels
+from pipeline.pictures.reconstruction import plot_attention, reconstructed
+from pipeline.recipe.sections import DataSection
+from pipeline.weights.encoder import load_encoder
+from pipeline.weights.run import load_run
 
 KINDS = ["grid", "agreement", "difficulty", "attention", "features"]
 IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(5))
@@ -67,7 +78,7 @@ def test_few_photographs_of_class_folders_are_of_all_classes(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / name)
     data = DataSection()
-    drawn = to_pixels(as_batch(open_photographs([tmp_path], 4), data, 8), data)[:, 0, 0, 0]
+    drawn = to_pixels(as_batch(open_images([tmp_path], 4), data, 8), data)[:, 0, 0, 0]
     assert drawn.tolist() == [0, 180, 240, 60]
 
 
@@ -96,7 +107,7 @@ def test_a_damaged_photograph_in_a_folder_is_passed_over_aloud(photographs, tmp_
     whole = (photographs / "a.png").read_bytes()
     for name, content in {"a.png": whole, "cut.png": whole[: len(whole) // 2], "notes.txt": b"none"}.items():
         (tmp_path / name).write_bytes(content)
-    assert len(open_photographs([tmp_path], 9)) == 1
+    assert len(open_images([tmp_path], 9)) == 1
     said = capsys.readouterr().err
     assert said.startswith(f"--images: passed over, as it cannot be read: {tmp_path / 'cut.png'} (")
     assert said.count("\n") == 1 and "notes" not in said
@@ -226,7 +237,7 @@ def test_tiles_come_back_to_their_places():
 @pytest.mark.parametrize("name", ["mae", "emae"])
 def test_the_columns_of_a_saved_grid_can_be_had_again(runs, name):
     recipe, method, _ = load_run(runs[name])
-    first, *_, last = columns_of(picture(method, recipe, IMAGES, seed=0), 48)
+    first, *_, last = columns_of(plot_attention(method, recipe, IMAGES, seed=0), 48)
     tile = 4 * 48
     assert first.size == last.size == (tile, 2 * tile + GAP)
     originals = enlarged(to_pixels(IMAGES, recipe.data), tile)
@@ -243,7 +254,7 @@ def test_no_text_is_cut_off(columns):
     scales = [Scale("what it means", "0", "99th percentile")] * (1 if columns == 1 else 2)
     chart = Chart("mean error", "P2Dist, pixels", [1.0, 30.0], [0.01, 0.4], [0.01, 0.05])
     caption = "Some words that say what this is. " * 12
-    drawn = np.asarray(sheet(named, caption, scales if columns > 1 else (), chart))
+    drawn = np.asarray(render_grid(named, caption, scales if columns > 1 else (), chart))
     edge = MARGIN // 2
     for border in (drawn[:edge], drawn[-edge // 2 :], drawn[:, :edge], drawn[:, -edge:]):
         assert (border == 255).all()

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from pipeline.__main__ import main
+from pipeline.distributed.hardware import GPUS
 from pipeline.errors import UserError
-from pipeline.footprint import activation_bytes
+from pipeline.estimate.activation_memory import activation_bytes
+from pipeline.estimate.plan import format_plan, plan
 from pipeline.methods import build_method
-from pipeline.plan import GPUS, format_plan, forward_flops, plan
+from pipeline.methods.flops import forward_flops
 from pipeline.recipe import load_recipe
 from tests.documentation import PAGES
 

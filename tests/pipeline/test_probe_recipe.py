@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.evals.probe_recipe import load_probe_recipe
+from pipeline.recipe.linear_probe import load_probe_recipe
 
 PIXELS = {"probe": {"weights": "pixels"}}
 
@@ -29,7 +29,7 @@ def test_an_override_leaves_the_rest_of_the_protocol_as_it_is():
         (["data.global_batch=1"], "data.global_batch: .* so 2 at least"),
         (["probe.base_lrs=[0.1, 0.1]"], "probe.base_lrs: .* different"),
         (["data.crops_per_image=2"], "data.crops_per_image: is not for a probe"),
-        (["data.max_replaced=3"], "data.max_replaced: is not for a probe"),
+        (["data.max_undecodable=3"], "data.max_undecodable: is not for a probe"),
         (["probe.pol=mean"], r"probe.pol: unknown key \(did you mean pool\?\)"),
         (["data.image_size=32"], "data.image_size: follows from --weights; give --image-size"),
         (["data={image_size: 32, global_batch: 8}"], "data.image_size: follows from --weights"),

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.data.crops import crop_boxes, flips, resize_of
+from pipeline.data.random_resized_crop import crop_boxes, flips
+from pipeline.recipe.sections import resize_of
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
 

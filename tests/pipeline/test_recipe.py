@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.finetune.recipe import FinetuneRecipe, load_finetune_recipe
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.recipe_file import shipped_recipes
+from pipeline.recipe.finetune import FinetuneRecipe, load_finetune_recipe
+from pipeline.recipe.loading import shipped_recipes
 
 
 def complaint(*overrides, name="demo_emae"):

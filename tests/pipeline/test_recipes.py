@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.finetune.recipe import load_finetune_recipe
+from pipeline.estimate.plan import plan
 from pipeline.methods import build_method
-from pipeline.plan import plan
 from pipeline.recipe import load_recipe
-from pipeline.recipe_file import SHIPPED, shipped_recipes
+from pipeline.recipe.finetune import load_finetune_recipe
+from pipeline.recipe.loading import PRESETS, shipped_recipes
 
 MODELS = {
     "vitb16": ("vit_base", 16, (768, 12, 12)),
@@ -47,7 +47,7 @@ def test_the_optimiser_is_the_papers(name):
 
 @every_recipe
 def test_the_head_comment_names_paper_time_accuracy_and_command(name):
-    lines = (SHIPPED / f"{name}.yaml").read_text().splitlines()
+    lines = (PRESETS / f"{name}.yaml").read_text().splitlines()
     head = " ".join(line.removeprefix("# ") for line in lines[: lines.index("seed: 0")])
     assert re.search(r"arXiv \d{4}\.\d{5}|WACV 2024", head)
     assert re.search(r"\b\d+ (A100|H100)\b.*\b\d+(\.\d)? hours", head)
@@ -58,7 +58,7 @@ def test_the_head_comment_names_paper_time_accuracy_and_command(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(("_emae", "_lomar"))])
 def test_hours_that_nobody_has_published_are_the_plans(name):
-    head = (SHIPPED / f"{name}.yaml").read_text().partition("seed: 0")[0]
+    head = (PRESETS / f"{name}.yaml").read_text().partition("seed: 0")[0]
     said = re.search(
         r"an estimate by `pipeline plan`: (\d+) H100 at (\d+) % of their peak, an assumption, "
         r"would take ([\d.]+) hours",
@@ -114,6 +114,6 @@ def test_fine_tuning_has_the_settings_of_maes_code(model, rate, epochs, decay, d
     assert (options.mixup, options.cutmix, options.label_smoothing) == (0.8, 1.0, 0.1)
     assert (options.erasing, options.rand_augment, options.rand_augment_deviation) == (0.25, 9, 0.5)
     assert recipe.data.crop_scale == (0.08, 1.0) and recipe.resize == 256
-    head = (SHIPPED / f"finetune_{model}.yaml").read_text().partition("seed: 0")[0]
+    head = (PRESETS / f"finetune_{model}.yaml").read_text().partition("seed: 0")[0]
     assert f"finetune finetune_{model} --weights RUN --data TRAIN --val VAL --run DIR" in head
     assert "hours on" in head and "has not been trained to the end" in head

@@ -26,7 +26,7 @@ def write_run(run, overrides=(), last=20):
     late = {step: 0 if step <= 14 else 60 if step <= 16 else 70 for step in range(1, last + 1)}
     lines = [line(step, BEGAN + step + late[step]) for step in range(1, last + 1)]
     lines.insert(16, {
-        "step": 16, "event": "return", "time": BEGAN + 85, "from_step": 18, "trouble": [17, 18],
+        "step": 16, "event": "rollback", "time": BEGAN + 85, "from_step": 18, "bad_span": [17, 18],
         "reason": "the loss is not finite", "skipped_samples": 32, "in_a_row": 1,
     })  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
@@ -42,8 +42,8 @@ def line(step, moment):
     skip = {"step": step, "reason": REASONS.get(step), "loss": 1e3 if step == 12 else None, "grad_norm": None}
     return {
         "step": step, "time": moment, "epoch": step / 5, "samples": 16 * step, "loss": 1 / step,
-        "reconstruction": 0.9 / step, "consistency": 0.1 / step, "grad_norm": 1.0, "replaced": 0.0,
-        "skipped": int(step in REASONS), **({"skips": [skip]} if step in REASONS else {}), "lr": 1e-3,
+        "reconstruction": 0.9 / step, "consistency": 0.1 / step, "grad_norm": 1.0, "undecodable": 0.0,
+        "skipped": int(step in REASONS), **({"skipped_steps": [skip]} if step in REASONS else {}), "lr": 1e-3,
         "images_per_s": 16.0, "images_per_s_rank": 8.0, "data_wait": 0.01, "mfu": None, "memory": 1.0,
         "rank_time": 0.5, "slowest_time": 0.6, "slowest_rank": 1, "slowest_host": "n1",
     }  # fmt: skip

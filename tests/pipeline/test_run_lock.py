@@ -14,12 +14,12 @@ RECIPE = load_recipe("demo_emae")
 
 
 def test_who_comes_second_is_told_who_is_at_work(tmp_path, capsys):
-    held = run_directory.begun(tmp_path, RECIPE)
-    refused = run_directory.begun(tmp_path, RECIPE, patience_s=0.6)
+    held = run_directory.lock_run_dir(tmp_path, RECIPE)
+    refused = run_directory.lock_run_dir(tmp_path, RECIPE, timeout_s=0.6)
     said = rf"another run is at work there \(process {os.getpid()} on "
     with held, pytest.raises(UserError, match=said), refused:
         pass
-    with run_directory.begun(tmp_path, RECIPE):
+    with run_directory.lock_run_dir(tmp_path, RECIPE):
         pass
     assert "warning" not in capsys.readouterr().err
 
@@ -30,7 +30,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with run_directory.begun(tmp_path, RECIPE):
+    with run_directory.lock_run_dir(tmp_path, RECIPE):
         pass
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {tmp_path}: this file system has no locks") and said.count("\n") == 1

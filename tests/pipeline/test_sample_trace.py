@@ -2,14 +2,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.train.trace import Trace, digest, take_back
+from pipeline.train.sample_trace import SampleTrace, digest, truncate_after
 
 STEPS = 12
 
 
 def write(run, rank, world, first, last):
     """What rank `rank` of `world` writes of a run whose step s has samples s.0 ... s.5."""
-    trace = Trace(run, rank)
+    trace = SampleTrace(run, rank)
     share = 6 // world
     for step in range(first, last):
         names = [f"{step}.{number}" for number in range(rank * share, (rank + 1) * share)]
@@ -29,7 +29,7 @@ def test_after_any_history_of_world_sizes_the_trace_is_an_undisturbed_ranks(tmp_
     run, undisturbed = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("undisturbed")
     step = 0
     for world, steps, lost in [*legs, (2, STEPS, 0)]:
-        take_back(run, step)
+        truncate_after(run, step)
         end = min(step + steps, STEPS)
         for rank in range(world):
             write(run, rank, world, step, end)
@@ -44,7 +44,7 @@ def test_a_line_that_a_kill_cut_off_is_taken_back_and_so_is_what_is_none(tmp_pat
     for name in ("rank-0.txt", "pixels-rank-0.txt"):
         with open(tmp_path / "samples" / name, "a") as file:
             file.write("\n\x00\x00 2\n2 2.")
-    take_back(tmp_path, 3)
+    truncate_after(tmp_path, 3)
     assert len(lines(tmp_path, "rank")) == len(lines(tmp_path, "pixels-rank")) == 18
 
 

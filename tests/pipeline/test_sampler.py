@@ -8,38 +8,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.mixture import Mixture
-from pipeline.data.order import Stream, rank_positions
+from pipeline.data.mixture import MixtureSampler
+from pipeline.data.sampler import ShardedSampler, rank_positions
 
 shard_sizes = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
 seeds = st.integers(0, 2**63 - 1)
 windows = st.integers(1, 14)
-streams = st.builds(Stream, shard_sizes, seeds, windows)
+streams = st.builds(ShardedSampler, shard_sizes, seeds, windows)
 
 
 @st.composite
 def mixtures(draw):
     sources = draw(st.lists(shard_sizes, min_size=1, max_size=4))
     weights = draw(st.lists(st.integers(1, 50), min_size=len(sources), max_size=len(sources)))
-    return Mixture(sources, weights, draw(seeds), draw(windows))
+    return MixtureSampler(sources, weights, draw(seeds), draw(windows))
 
 
 def fresh(stream):
     """The same stream in a new process, which knows nothing of what was read before."""
-    if isinstance(stream, Stream):
-        return Stream(stream.shard_sizes, stream.seed, stream.window)
+    if isinstance(stream, ShardedSampler):
+        return ShardedSampler(stream.shard_sizes, stream.seed, stream.window)
     sizes = [own.shard_sizes for own in stream.streams]
-    return Mixture(sizes, stream.shares, stream.seed, stream.streams[0].window)
+    return MixtureSampler(sizes, stream.shares, stream.seed, stream.streams[0].window)
 
 
 @given(streams, st.integers(0, 5))
 def test_an_epoch_reads_every_sample_once(stream, epoch):
     size = stream.num_samples
-    located = stream.locate(np.arange(epoch * size, (epoch + 1) * size))
-    assert (located.epoch == epoch).all()
-    assert sorted(located.sample) == list(range(size))
-    assert ((located.index >= 0) & (located.index < stream.shard_sizes[located.shard])).all()
-    assert (located.sample == stream.shard_starts[located.shard] + located.index).all()
+    locations = stream.locate(np.arange(epoch * size, (epoch + 1) * size))
+    assert (locations.epoch == epoch).all()
+    assert sorted(locations.sample) == list(range(size))
+    assert ((locations.index >= 0) & (locations.index < stream.shard_sizes[locations.shard])).all()
+    assert (locations.sample == stream.shard_starts[locations.shard] + locations.index).all()
 
 
 @given(streams)
@@ -55,10 +55,10 @@ def test_at_any_time_only_one_windows_shards_are_read(stream):
 @given(streams | mixtures(), st.data())
 def test_a_position_does_not_depend_on_what_was_asked_before(stream, data):
     positions = data.draw(st.lists(st.integers(0, 4 * stream.num_samples), min_size=1, max_size=20))
-    located = stream.locate(np.array(positions))
+    locations = stream.locate(np.array(positions))
     for row, position in enumerate(positions):
         alone = fresh(stream).locate(np.array([position]))
-        assert [field[0] for field in alone] == [field[row] for field in located]
+        assert [field[0] for field in alone] == [field[row] for field in locations]
 
 
 @settings(max_examples=2000)  # about 2 T: so many because a run's whole guarantee of exact resume rests on it
@@ -88,14 +88,14 @@ def test_a_history_of_stops_and_world_sizes_reads_what_one_undisturbed_rank_read
         if number < step:  # what the run's final history holds
             start = offsets[number] + number * global_batch
             assert samples.tolist() == stream.locate(np.arange(start, start + global_batch)).sample.tolist()
-    if offsets[-1] == 0 and isinstance(stream, Stream) and step * global_batch >= stream.num_samples:
+    if offsets[-1] == 0 and isinstance(stream, ShardedSampler) and step * global_batch >= stream.num_samples:
         epoch = np.concatenate([read[number] for number in range(step)])[: stream.num_samples]
         assert sorted(epoch) == list(range(stream.num_samples))
 
 
 def test_epochs_differ_and_seeds_differ_and_sources_differ():
     def order(seed, epoch, source):
-        return tuple(Stream([50] * 8, seed, 2, source).locate(np.arange(400) + 400 * epoch).sample)
+        return tuple(ShardedSampler([50] * 8, seed, 2, source).locate(np.arange(400) + 400 * epoch).sample)
 
     orders = {order(seed, epoch, source) for seed in range(3) for epoch in range(3) for source in range(3)}
     assert len(orders) == 27
@@ -108,7 +108,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
 
 def test_an_empty_stream_is_refused():
     with pytest.raises(ValueError, match="at least one sample"):
-        Stream([0, 0], 0, 1)
+        ShardedSampler([0, 0], 0, 1)
 
 
 @pytest.mark.parametrize("part", ["plan", "locate", "mixture"])

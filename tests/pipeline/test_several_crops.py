@@ -22,7 +22,7 @@ def take(shards, crops, steps=2, rank=0, world_size=1, batch=24, micro_batch=12,
     return (
         torch.cat([item.images for item in batches]),
         torch.cat([item.noise for item in batches]),
-        np.concatenate([item.located.sample for item in batches]),
+        np.concatenate([item.locations.sample for item in batches]),
     )
 
 
@@ -57,8 +57,8 @@ def test_they_do_not_depend_on_the_number_of_ranks(shards):
 
 def test_the_boxes_of_an_images_crops_are_independent(shards):
     """Flips of the first two crops agree for one half of the images."""
-    from pipeline.data.crops import flips
     from pipeline.data.loader import CROP
+    from pipeline.data.random_resized_crop import flips
 
     sample = np.arange(4000)
     first, second = (flips(0, np.zeros_like(sample), sample + (crop << CROP)) for crop in (0, 1))

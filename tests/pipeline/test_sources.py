@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from pipeline.data.mixture import Mixture
-from pipeline.data.order import Stream
+from pipeline.data.mixture import MixtureSampler
 from pipeline.data.reader import ShardReader
+from pipeline.data.sampler import ShardedSampler
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
-from pipeline.sections import DataSection, Source
+from pipeline.recipe.sections import DataSection, Source
 
 
 def reader_of(shards, other, weights=(None, None), part="training", **settings):
@@ -18,15 +18,15 @@ def reader_of(shards, other, weights=(None, None), part="training", **settings):
 
 def keys(reader, count=None):
     """Of the stream's first samples, and each sample's identity."""
-    located = reader.stream(0).locate(np.arange(count or reader.num_samples))
-    names = [reader.key(*place) for place in zip(located.shard, located.index, strict=True)]
-    return names, located.sample.tolist()
+    locations = reader.stream(0).locate(np.arange(count or reader.num_samples))
+    names = [reader.key(*place) for place in zip(locations.shard, locations.index, strict=True)]
+    return names, locations.sample.tolist()
 
 
 def test_without_weights_an_epoch_reads_every_sample_of_every_set_once(shards, other_shards):
     reader = reader_of(shards, other_shards)
     one = ShardReader(shards).num_samples
-    assert isinstance(reader.stream(0), Stream) and reader.num_samples == 2 * one
+    assert isinstance(reader.stream(0), ShardedSampler) and reader.num_samples == 2 * one
     names, samples = keys(reader)
     assert sorted(samples) == list(range(2 * one))
     assert sorted(names) == sorted(2 * keys(ShardReader(shards))[0])  # the same photographs are in both
@@ -36,7 +36,7 @@ def test_without_weights_an_epoch_reads_every_sample_of_every_set_once(shards, o
 
 def test_with_weights_the_sets_come_in_those_shares(shards, other_shards):
     reader = reader_of(shards, other_shards, (3.0, 1.0))
-    assert isinstance(reader.stream(0), Mixture)
+    assert isinstance(reader.stream(0), MixtureSampler)
     one = ShardReader(shards).num_samples
     _, samples = keys(reader, 4096)
     assert (np.array(samples) < one).sum() == 3072
@@ -47,8 +47,8 @@ def test_a_sample_is_read_from_the_set_that_it_lies_in(shards, other_shards):
     reader = reader_of(shards, other_shards, (1.0, 1.0))
     alone = [ShardReader(shards), ShardReader(other_shards)]
     own_shards = len(alone[0].shard_sizes)
-    located = reader.stream(0).locate(np.arange(30))
-    for shard, index in zip(located.shard, located.index, strict=True):
+    locations = reader.stream(0).locate(np.arange(30))
+    for shard, index in zip(locations.shard, locations.index, strict=True):
         number, own = divmod(int(shard), own_shards)
         source = alone[number]
         assert reader.read(shard, index).tobytes() == source.read(own, index).tobytes()

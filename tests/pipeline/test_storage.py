@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 
 from data_prep.shard_file import ShardWriter
 from data_prep.shard_set import Manifest, Shard, read_manifest, shard_name, tar_path, write_manifest
-from pipeline.data.patience import Patience, Stopped, Warnings, patiently
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
-from pipeline.data.store import LARGEST_READ, coalesced
+from pipeline.data.retry import Cancelled, RateLimitedWarnings, retry_with_timeout
+from pipeline.data.storage import LARGEST_READ, coalesced
 from pipeline.errors import UserError
-from pipeline.sections import DataSection
+from pipeline.recipe.sections import DataSection, RetryPolicy
 
 SLACK = 15.0  # seconds of a busy machine; what hangs would hang for longer
-PATIENCE = Patience(1.0, 2, 0.1)
+PATIENCE = RetryPolicy(1.0, 2, 0.1)
 
 
 @pytest.fixture
@@ -41,7 +41,12 @@ def copied(shards, tmp_path):
 
 def reader_of(place, kind=ShardReader, **settings):
     """One that is soon out of patience: after `PATIENCE.bound` seconds, where the settings say no other."""
-    given = {"timeout_s": PATIENCE.timeout_s, "retries": PATIENCE.retries, "window_shards": 2, **settings}
+    given = {
+        "timeout_s": PATIENCE.timeout_s,
+        "retries": PATIENCE.retries,
+        "shuffle_window_shards": 2,
+        **settings,
+    }
     return kind(place, DataSection(**given), first_wait_s=PATIENCE.first_wait_s)
 
 
@@ -61,8 +66,8 @@ def epoch_of(reader):
     ahead = read_ahead(reader)
     found = {}
     while len(found) < reader.num_samples:
-        located, images = next(ahead)
-        found.update(zip(located.sample.tolist(), (image.tobytes() for image in images), strict=True))
+        locations, images = next(ahead)
+        found.update(zip(locations.sample.tolist(), (image.tobytes() for image in images), strict=True))
     ahead.close()
     return found
 
@@ -163,7 +168,7 @@ def test_a_server_without_ranges_is_named(store):
 
 
 def test_batches_before_the_fault_are_delivered_and_the_failure_is_known_in_advance(store):
-    reader = reader_of(store.url, window_shards=1)
+    reader = reader_of(store.url, shuffle_window_shards=1)
     last = reader.stream(0).plan(0).shards[-1]
     store.only(reader.name(int(last)).rsplit("/", 1)[1], "error")
     size = int(reader.shard_sizes[0])
@@ -191,7 +196,7 @@ def test_closing_ends_a_wait_that_nothing_else_would(store):
     ahead = read_ahead(reader_of(store.url, timeout_s=1000.0))
     threading.Timer(0.3, ahead.close).start()
     began = time.monotonic()
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         next(ahead)
     assert time.monotonic() - began < SLACK
 
@@ -202,7 +207,7 @@ def test_closing_ends_a_wait_that_nothing_else_would(store):
 def changed_while_running(copied, change):
     """Read a batch, change the shard that is being read, read on; everything is read once, so none is
     cached."""
-    reader = reader_of(copied, window_shards=1)
+    reader = reader_of(copied, shuffle_window_shards=1)
     first = int(reader.stream(0).plan(0).shards[0])
     reader.read(first, 0)
     change(copied / f"{reader.manifest.shards[first].name}.tar")
@@ -291,10 +296,10 @@ def test_batches_come_in_order_whatever_the_limit_and_memory_stays_under_it(even
     batch = 10 * reader.mean_bytes(0)
     ahead = read_ahead(reader, limit=int(batches * batch))
     largest = 0
-    for located in expected:
+    for locations in expected:
         found, images = next(ahead)
-        assert found.sample.tolist() == located.sample.tolist()
-        for shard, index, image in zip(located.shard, located.index, images, strict=True):
+        assert found.sample.tolist() == locations.sample.tolist()
+        for shard, index, image in zip(locations.shard, locations.index, images, strict=True):
             assert image.tobytes() == bytes([shard, index]) * (EVEN // 2)
         largest = max(largest, ahead.held_bytes + 10 * EVEN)  # when this batch was still held
     ahead.close()
@@ -339,20 +344,23 @@ def test_a_piece_reads_each_shard_front_to_back(shards):
 def test_a_programming_error_in_a_try_is_not_tried_again():
     tries = []
 
-    def attempt(alive):
+    def attempt(heartbeat):
         tries.append(1)
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        patiently(attempt, "x", Patience(1, 5), threading.Event(), Warnings())
+        retry_with_timeout(attempt, "x", RetryPolicy(1, 5), threading.Event(), RateLimitedWarnings())
     assert len(tries) == 1
 
 
 def test_a_slow_try_that_shows_signs_of_life_is_left_alone():
-    def attempt(alive):
+    def attempt(heartbeat):
         for _ in range(10):
             time.sleep(0.1)
-            alive()
+            heartbeat()
         return "done"
 
-    assert patiently(attempt, "x", Patience(0.4, 0), threading.Event(), Warnings()) == "done"
+    assert (
+        retry_with_timeout(attempt, "x", RetryPolicy(0.4, 0), threading.Event(), RateLimitedWarnings())
+        == "done"
+    )

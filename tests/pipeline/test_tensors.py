@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.tensor_file import save_tensors
+from pipeline.io.tensors import save_tensors
 
 
 @pytest.mark.parametrize(("directory", "file"), [(0o755, 0o644), (0o770, 0o660), (0o700, 0o600)])

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from data_prep.shard_set import read_index, read_manifest, tar_path
-from pipeline.data.background import Background
-from pipeline.data.dali import Decoder, training_graph
-from pipeline.data.failures import Failures
-from pipeline.data.loader import Loader, Planner
+from pipeline.data.dali import Decoder, training_pipeline_def
+from pipeline.data.loader import BatchBuilder, Loader
+from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
+from pipeline.data.undecodable import UndecodableSamples
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 
@@ -66,11 +66,11 @@ def recipe_of(*overrides):
     )
 
 
-def an_epoch(shards, recipe=None, rank=0, world_size=1, failures=None, labelled=False):
+def an_epoch(shards, recipe=None, rank=0, world_size=1, undecodable=None, labelled=False):
     """The micro batches of an epoch, and a little more."""
     recipe = recipe or recipe_of()
     reader = ShardReader(shards)
-    loader = Loader(reader, recipe, 16, CPU, rank, world_size, failures=failures, labelled=labelled)
+    loader = Loader(reader, recipe, 16, CPU, rank, world_size, undecodable=undecodable, labelled=labelled)
     steps = -(-reader.num_samples // (2 * BATCH))
     try:
         return [loader.next() for _ in range(steps * recipe.accumulation(world_size))]
@@ -80,12 +80,12 @@ def an_epoch(shards, recipe=None, rank=0, world_size=1, failures=None, labelled=
 
 def joined(batches):
     """Images, noise, and the stream's samples, shards and indexes, of all the batches."""
-    located = [batch.located for batch in batches]
+    locations = [batch.locations for batch in batches]
     return (
         torch.cat([batch.images for batch in batches]),
         torch.cat([batch.noise for batch in batches]),
         *(
-            np.concatenate([getattr(place, name) for place in located])
+            np.concatenate([getattr(place, name) for place in locations])
             for name in ("sample", "shard", "index")
         ),
     )
@@ -93,8 +93,8 @@ def joined(batches):
 
 def place_of(shards, position):
     """(shard, index) of a stream position."""
-    located = ShardReader(shards).stream(recipe_of().seed).locate(np.array([position]))
-    return int(located.shard[0]), int(located.index[0])
+    locations = ShardReader(shards).stream(recipe_of().seed).locate(np.array([position]))
+    return int(locations.shard[0]), int(locations.index[0])
 
 
 @pytest.mark.parametrize("how", [no_header, no_scan, no_pixels])
@@ -124,11 +124,13 @@ def test_labels_are_those_of_the_samples_that_were_decoded(shards, damaged, how)
     copy, _ = damaged([place], how)
     batches = an_epoch(copy, labelled=True)
     labels = torch.cat([batch.labels for batch in batches]).tolist()
-    located = [at for batch in batches for at in zip(batch.located.shard, batch.located.index, strict=True)]
-    for (shard, i), label in zip(located, labels, strict=True):
+    locations = [
+        at for batch in batches for at in zip(batch.locations.shard, batch.locations.index, strict=True)
+    ]
+    for (shard, i), label in zip(locations, labels, strict=True):
         read = (i + 1) % reader.shard_sizes[shard] if (shard, i) == place else i
         assert label == reader.labels(int(shard))[read]
-    assert place in located
+    assert place in locations
     assert all(batch.labels is None for batch in an_epoch(shards)[:1])
 
 
@@ -141,11 +143,13 @@ def test_what_stands_in_is_cut_by_the_random_numbers_of_the_sample_that_was_to_b
 
     recipe = recipe_of()
     reader = ShardReader(shards)
-    located = reader.stream(recipe.seed).locate(np.array([3]))
+    locations = reader.stream(recipe.seed).locate(np.array([3]))
     neighbour = reader.read(number, (i + 1) % size)
-    planned = Planner(reader, recipe, 16, Failures(reader, 0)).plan(located, [neighbour])
+    planned = BatchBuilder(reader, recipe, 16, UndecodableSamples(reader, 0)).plan(locations, [neighbour])
 
-    decoder = Decoder(training_graph(recipe.data, False), Background(iter([planned]), 1), None, 1, CPU, 1, 1)
+    decoder = Decoder(
+        training_pipeline_def(recipe.data, False), PrefetchThread(iter([planned]), 1), None, 1, CPU, 1, 1
+    )
     expected = decoder.next()[1][0]
     decoder.close()
     assert torch.equal(ours, expected)
@@ -177,26 +181,26 @@ def test_what_stands_in_does_not_depend_on_the_number_of_ranks(shards, damaged):
 def test_too_many_stop_the_run_and_are_named(shards, damaged, tmp_path):
     places = [place_of(shards, n) for n in (0, 5, 9)]
     copy, keys = damaged(places)
-    recipe = recipe_of("data.max_replaced=2")
+    recipe = recipe_of("data.max_undecodable=2")
     for _ in range(2):  # a second start must not take them for granted
-        failures = Failures(ShardReader(copy), 2, tmp_path / "replaced", rank=1)
+        undecodable = UndecodableSamples(ShardReader(copy), 2, tmp_path / "replaced", rank=1)
         with pytest.raises(UserError) as error:
-            an_epoch(copy, recipe, failures=failures)
+            an_epoch(copy, recipe, undecodable=undecodable)
         message = str(error.value)
-        assert "data.max_replaced" in message and all(repr(key) in message for key in keys)
+        assert "data.max_undecodable" in message and all(repr(key) in message for key in keys)
         assert f"python -m data_prep verify {copy}" in message and "\n" not in message
     lines = [json.loads(line) for line in (tmp_path / "replaced/rank-1.jsonl").read_text().splitlines()]
     assert sorted(line["sample"] for line in lines) == sorted(keys)
     assert all(line["shard"].endswith(".tar") and line["reason"] for line in lines)
-    failures = Failures(ShardReader(copy), 3, tmp_path / "replaced", rank=0)
-    assert failures.found == 3
-    an_epoch(copy, recipe_of("data.max_replaced=3"), failures=failures)
+    undecodable = UndecodableSamples(ShardReader(copy), 3, tmp_path / "replaced", rank=0)
+    assert undecodable.found == 3
+    an_epoch(copy, recipe_of("data.max_undecodable=3"), undecodable=undecodable)
 
 
 def test_none_may_be_replaced_where_the_recipe_says_so(shards, damaged):
     copy, (key,) = damaged([place_of(shards, 30)])
     with pytest.raises(UserError, match=f"more than 0 samples.*{key}"):
-        an_epoch(copy, recipe_of("data.max_replaced=0"))
+        an_epoch(copy, recipe_of("data.max_undecodable=0"))
 
 
 def test_a_shard_without_any_sound_image_stops_the_run(shards, damaged):
@@ -210,7 +214,7 @@ def test_a_shard_without_any_sound_image_stops_the_run(shards, damaged):
 def test_batches_before_one_that_cannot_be_read_are_given_out(shards, damaged):
     """Also those that are still being decoded when the end is met."""
     copy, _ = damaged([])
-    recipe = recipe_of("data.window_shards=1", "data.prefetch=3")
+    recipe = recipe_of("data.shuffle_window_shards=1", "data.prefetch=3")
     reader = ShardReader(copy, recipe.data)
     last = int(reader.stream(recipe.seed).plan(0).shards[-1])
     tar_path(copy, read_manifest(copy).shards[last]).unlink()

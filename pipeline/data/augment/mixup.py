@@ -9,13 +9,13 @@ on micro batches, as long as these hold whole pairs.
 
 import torch
 
-from pipeline.augment.erasing import inside
+from pipeline.data.augment.random_erasing import inside
 
 TRIES = 16
-NUMBERS = 1 + 2 * TRIES + 2
+NOISE_DIM = 1 + 2 * TRIES + 2
 
 
-def mix(
+def mixup_cutmix(
     images: torch.Tensor,
     targets: torch.Tensor,
     noise: torch.Tensor,

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 LAYERS = 2
 PROBABILITY = 0.5
 STRONGEST = 10.0
-OF_LAYER = 5
-NUMBERS = LAYERS * OF_LAYER
+NOISE_PER_LAYER = 5
+NOISE_DIM = LAYERS * NOISE_PER_LAYER
 OPERATIONS = (
     "auto_contrast",
     "equalize",
@@ -40,25 +40,25 @@ LEVELS = 256
 
 
 def rand_augment(
-    levels: torch.Tensor, noise: torch.Tensor, magnitude: float, deviation: float, fill: torch.Tensor
+    images: torch.Tensor, noise: torch.Tensor, magnitude: float, deviation: float, fill: torch.Tensor
 ) -> torch.Tensor:
     """levels (B, 3, H, W) float32, whole numbers from 0 to 255, noise (B, NUMBERS) -> the same, augmented.
 
     magnitude: the mean strength, 0 to 10, which varies by a normal `deviation`. fill (3,): the level of what
     comes in from outside the image.
     """
-    for numbers in noise.split(OF_LAYER, dim=1):
+    for numbers in noise.split(NOISE_PER_LAYER, dim=1):
         which, happens, radius, angle, sign = numbers.unbind(1)
         operation = (which * len(OPERATIONS)).long()
         operation = torch.where(happens <= PROBABILITY, operation, NOTHING)
         normal = (-2 * torch.log1p(-radius)).sqrt() * (2 * math.pi * angle).cos()
         strength = ((magnitude + deviation * normal) / STRONGEST).clamp(0, 1)
-        levels = apply(levels, operation, strength, torch.where(sign > 0.5, -1.0, 1.0), fill)
-    return levels
+        images = apply(images, operation, strength, torch.where(sign > 0.5, -1.0, 1.0), fill)
+    return images
 
 
 def apply(
-    levels: torch.Tensor,
+    images: torch.Tensor,
     operation: torch.Tensor,
     strength: torch.Tensor,
     sign: torch.Tensor,
@@ -68,9 +68,9 @@ def apply(
     strength (B,) from 0 to 1; sign (B,) 1 or -1: the direction, where the operation has two."""
     signed = sign * strength
     factor = (1 + 0.9 * signed).clamp(min=0.1)  # of the four that enhance
-    levels = _warp(levels, _matrix(operation, signed, levels.shape[-2:]), fill)
-    levels = _look_up(levels, _table(levels, operation, strength, factor))
-    return _blend(levels, operation, factor)
+    images = _warp(images, _matrix(operation, signed, images.shape[-2:]), fill)
+    images = _look_up(images, _table(images, operation, strength, factor))
+    return _blend(images, operation, factor)
 
 
 def _is(operation: torch.Tensor, name: str) -> torch.Tensor:
@@ -95,10 +95,10 @@ def _matrix(operation: torch.Tensor, signed: torch.Tensor, size: torch.Size) -> 
     return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
 
 
-def _warp(levels: torch.Tensor, matrix: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
+def _warp(images: torch.Tensor, matrix: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
     """Pillow's bicubic transform: Keys' kernel with a = -1, borders repeated, rounded down."""
-    count, channels, height, width = levels.shape
-    device = levels.device
+    count, channels, height, width = images.shape
+    device = images.device
     x = torch.arange(width, device=device) + 0.5
     y = torch.arange(height, device=device)[:, None] + 0.5
     m = matrix[:, :, :, None, None]
@@ -106,13 +106,13 @@ def _warp(levels: torch.Tensor, matrix: torch.Tensor, fill: torch.Tensor) -> tor
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     left, top = (x - 0.5).floor(), (y - 0.5).floor()
     dx, dy = (x - 0.5 - left)[:, None], (y - 0.5 - top)[:, None]
-    flat = levels.flatten(2)
+    flat = images.flatten(2)
 
     def row(j: int) -> torch.Tensor:
         at = (top + j).clamp(0, height - 1) * width
         taps = [at + (left + i).clamp(0, width - 1) for i in range(-1, 3)]
         index = [tap.long().view(count, 1, -1).expand(-1, channels, -1) for tap in taps]
-        return _cubic([flat.gather(2, i).view_as(levels) for i in index], dx)
+        return _cubic([flat.gather(2, i).view_as(images) for i in index], dx)
 
     result = _cubic([row(j) for j in range(-1, 3)], dy).clamp(0, LEVELS - 1).floor()
     return torch.where(inside[:, None], result, fill.view(1, channels, 1, 1))
@@ -125,18 +125,18 @@ def _cubic(values: list[torch.Tensor], d: torch.Tensor) -> torch.Tensor:
 
 
 def _table(
-    levels: torch.Tensor, operation: torch.Tensor, strength: torch.Tensor, factor: torch.Tensor
+    images: torch.Tensor, operation: torch.Tensor, strength: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
     """(B, 3, 256): the level that each level becomes."""
-    i = torch.arange(LEVELS, device=levels.device, dtype=torch.float32)
-    ones = torch.ones((), device=levels.device).expand(levels.flatten(2).shape)
-    counts = torch.zeros(*levels.shape[:2], LEVELS, device=levels.device)
-    counts = counts.scatter_add(2, levels.flatten(2).long(), ones)
+    i = torch.arange(LEVELS, device=images.device, dtype=torch.float32)
+    ones = torch.ones((), device=images.device).expand(images.flatten(2).shape)
+    counts = torch.zeros(*images.shape[:2], LEVELS, device=images.device)
+    counts = counts.scatter_add(2, images.flatten(2).long(), ones)
     s = strength[:, None, None]
     low_bits = 2 ** (4 + (4 * s).floor())  # of 4 - floor(4 s) bits kept
     threshold = LEVELS - (LEVELS * s).floor()
     added = (110 * s).floor()
-    grey = (_luma(levels).mean((1, 2), dtype=torch.float64) + 0.5).floor().float()[:, None, None]
+    grey = (_luma(images).mean((1, 2), dtype=torch.float64) + 0.5).floor().float()[:, None, None]
     f = factor[:, None, None]
     tables = {
         "auto_contrast": _stretched(counts, i),
@@ -148,7 +148,7 @@ def _table(
         "contrast": grey + f * (i - grey),
         "brightness": f * i,
     }
-    table = i.expand(*levels.shape[:2], LEVELS)
+    table = i.expand(*images.shape[:2], LEVELS)
     for name, entries in tables.items():
         table = torch.where(_is(operation, name)[:, None, None], entries, table)
     return table.clamp(0, LEVELS - 1).floor()
@@ -173,30 +173,30 @@ def _equalized(counts: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
     return torch.where(step > 0, spread, i)
 
 
-def _look_up(levels: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    return table.gather(2, levels.flatten(2).long()).view_as(levels)
+def _look_up(images: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    return table.gather(2, images.flatten(2).long()).view_as(images)
 
 
-def _blend(levels: torch.Tensor, operation: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _blend(images: torch.Tensor, operation: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Colour: away from or towards grey. Sharpness: away from or towards the smoothed image."""
     color, sharp = (_is(operation, name)[:, None, None, None] for name in ("color", "sharpness"))
-    other = torch.where(color, _luma(levels)[:, None], _smoothed(levels))
-    blended = (other + factor[:, None, None, None] * (levels - other)).clamp(0, LEVELS - 1).floor()
-    return torch.where(color | sharp, blended, levels)
+    other = torch.where(color, _luma(images)[:, None], _smoothed(images))
+    blended = (other + factor[:, None, None, None] * (images - other)).clamp(0, LEVELS - 1).floor()
+    return torch.where(color | sharp, blended, images)
 
 
-def _luma(levels: torch.Tensor) -> torch.Tensor:
+def _luma(images: torch.Tensor) -> torch.Tensor:
     """(B, H, W): ITU-R 601-2, in Pillow's whole numbers."""
-    r, g, b = levels.long().unbind(1)
+    r, g, b = images.long().unbind(1)
     return ((19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16).float()
 
 
-def _smoothed(levels: torch.Tensor) -> torch.Tensor:
+def _smoothed(images: torch.Tensor) -> torch.Tensor:
     """Pillow's SMOOTH; the border stays."""
-    kernel = torch.ones(3, 3, device=levels.device)
+    kernel = torch.ones(3, 3, device=images.device)
     kernel[1, 1] = 5
-    inner = F.conv2d(levels.flatten(0, 1)[:, None], kernel[None, None])  # whole numbers, so exact
-    inner = (inner.view(*levels.shape[:2], *inner.shape[-2:]) / 13 + 0.5).floor()
-    result = levels.clone()
+    inner = F.conv2d(images.flatten(0, 1)[:, None], kernel[None, None])  # whole numbers, so exact
+    inner = (inner.view(*images.shape[:2], *inner.shape[-2:]) / 13 + 0.5).floor()
+    result = images.clone()
     result[:, :, 1:-1, 1:-1] = inner
     return result

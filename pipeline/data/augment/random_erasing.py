@@ -9,7 +9,7 @@ AREA = (0.02, 1 / 3)
 """Of the image."""
 ASPECT = (0.3, 1 / 0.3)
 TRIES = 10
-NUMBERS = 1 + 2 * TRIES + 2 + 2
+NOISE_DIM = 1 + 2 * TRIES + 2 + 2
 WORD = 0xFFFFFFFF
 
 

@@ -1,0 +1,1 @@
+"""Processes, collectives, hardware and logging."""
