@@ -1,1 +1,1 @@
-"""From image archives to a checked set of tar shards. Start reading at `data_prep/shard_set.py`."""
+"""Build checked tar shards from image archives. Start reading at `data_prep/shard_set.py`."""

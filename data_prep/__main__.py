@@ -1,44 +1,54 @@
-"""The command line: calls one function for each command and turns errors into one line and an exit code."""
+"""Command line of data_prep: run one command, and turn errors into one line on stderr and an exit code."""
 
 import json
+import logging
 import os
 import sys
+from argparse import Namespace
 
 from data_prep.arguments import parse
 from data_prep.errors import StoppedEarly, UserError
+from data_prep.sources.registry import SOURCES
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code; `None` stands for sys.argv."""
     options = parse(arguments)
+    _setup_logging()
+    commands = {"finalize": _finalize, "verify": _verify, "info": _info}
     try:
-        return _run(options)
+        return commands.get(options.command, _build)(options)
+    except UserError as error:
+        return _fail(f"error: {error}", 2)
+    except PermissionError as error:
+        return _fail(f"error: {error.filename}: {error.strerror}", 2)
+    except StoppedEarly as error:
+        return _fail(str(error), 75)
     except KeyboardInterrupt:
         return _fail("stopped", 75)
 
 
-def _run(options) -> int:
-    # What a command needs is imported when it runs: help must not wait for numpy.
-    from data_prep.shard_set import ShardSetError
-
-    commands = {"finalize": _finalize, "verify": _verify, "info": _info}
-    try:
-        return commands.get(options.command, _build)(options)
-    except (UserError, ShardSetError) as error:
-        return _fail(error, 2)
-    except PermissionError as error:
-        return _fail(f"{error.filename}: {error.strerror}", 2)
-    except StoppedEarly as error:
-        return _fail(error, 75)
+def _setup_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("[%(asctime)s %(levelname)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger = logging.getLogger("data_prep")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
-def _fail(error: object, code: int) -> int:
-    print(f"data_prep: {error}".replace("\n", " ").encode("utf-8", "replace").decode(), file=sys.stderr)
+def _fail(message: str, code: int) -> int:
+    line = f"data_prep: {message}".replace("\n", " ").encode("utf-8", "replace").decode()
+    print(line, file=sys.stderr)
     return code
 
 
-def _build(options) -> int:
-    _check_src(options)
-    from data_prep.builder import Settings, Task, build, prepare
+# The commands import what they need when they run: help must not wait for numpy.
+
+
+def _build(options: Namespace) -> int:
+    _check_paths(options)
+    from data_prep.builder import ArrayTask, Settings, build, plan_build
     from data_prep.images import Policy
     from data_prep.shard_plan import ShardSize
 
@@ -46,81 +56,51 @@ def _build(options) -> int:
         split=options.split,
         seed=options.seed,
         shard_size=ShardSize(*options.shard_size),
-        policy=Policy(
-            options.check, options.orientation, options.resize, options.quality, options.max_pixels
-        ),
+        policy=Policy(options.check, options.orientation, options.resize, options.quality, options.max_pixels),
         workers=options.workers or len(os.sched_getaffinity(0)),
-        task=None if options.num_tasks is None else Task(options.task_index, options.num_tasks),
+        task=None if options.num_tasks is None else ArrayTask(options.task_index, options.num_tasks),
     )
-    source = _source(options)
-    if options.dry_run:
-        prepare(source, options.out, settings)
-    else:
-        build(source, options.out, settings)
+    source = SOURCES[options.command].open(options.src, options.split, vars(options))
+    (plan_build if options.dry_run else build)(source, options.out, settings)
     return 0
 
 
-def _check_src(options) -> None:
+def _check_paths(options: Namespace) -> None:
     if not options.src.exists():
-        raise UserError(f"SRC {options.src} does not exist")
+        raise UserError(f"SRC {options.src}: does not exist")
     source, out = options.src.resolve(), options.out.resolve()
     if out == source or source in out.parents:
-        raise UserError(f"OUT {options.out} lies in SRC {options.src}: the shards would become inputs")
+        raise UserError(f"OUT {options.out}: is inside SRC {options.src}, so shards would become inputs")
 
 
-def _source(options):
-    match options.command:
-        case "folder" if options.src.is_file():
-            from data_prep.sources.image_archive import ArchiveSource
-
-            return ArchiveSource(options.src, options.labels)
-        case "folder":
-            from data_prep.sources.folder import FolderSource
-
-            return FolderSource(options.src, options.labels)
-        case "imagenet":
-            from data_prep.sources.imagenet import ImageNetSource
-
-            return ImageNetSource(options.src, options.split, options.layout)
-        case "imagenet21k":
-            from data_prep.sources.imagenet21k import ImageNet21kSource
-
-            return ImageNet21kSource(options.src)
-        case "openimages":
-            from data_prep.sources.openimages import OpenImagesSource
-
-            return OpenImagesSource(options.src, options.split)
-        case "coco":
-            from data_prep.sources.coco import CocoSource
-
-            return CocoSource(options.src, options.split)
-
-
-def _finalize(options) -> int:
-    from data_prep.builder import describe
+def _finalize(options: Namespace) -> int:
+    from data_prep.builder import print_summary
     from data_prep.finalize import finalize
 
     manifest = finalize(options.out)
-    print(f"{options.out} is whole already" if manifest is None else describe(options.out, manifest))
+    if manifest is None:
+        print(f"{options.out} is already complete")
+    else:
+        print_summary(options.out, manifest)
     return 0
 
 
-def _verify(options) -> int:
+def _verify(options: Namespace) -> int:
     from data_prep.shard_set import read_manifest
     from data_prep.verify import find_faults
 
-    found = 0
+    num_faults = 0
     for fault in find_faults(options.out, options.deep):
-        found += 1
+        num_faults += 1
         print(fault)
-    if found:
+    if num_faults:
         return 1
     manifest = read_manifest(options.out)
-    print(f"{options.out}: whole; {manifest.num_samples:,} samples in {len(manifest.shards):,} shards")
+    print(f"{options.out}: complete; {manifest.num_samples:,} samples in {len(manifest.shards):,} shards")
     return 0
 
 
-def _info(options) -> int:
+def _info(options: Namespace) -> int:
     from data_prep.shard_set import CARD, CARD_JSON, CONTACT_SHEET, ShardSetError, read_manifest
 
     read_manifest(options.out)
@@ -129,11 +109,9 @@ def _info(options) -> int:
         text = path.read_text(encoding="utf-8")
         if options.json:
             json.loads(text)
-    except FileNotFoundError:
-        raise ShardSetError(f"{path} is missing: restore it, or build the set again") from None
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "it is damaged"
-        raise ShardSetError(f"{path} can't be read ({why}): restore it, or build the set again") from None
+        reason = getattr(error, "strerror", None) or "damaged"
+        raise ShardSetError(f"{path}: cannot be read ({reason}); restore it or build the set again") from error
     print(text, end="")
     if not options.json:
         print(f"\nContact sheet: {options.out / CONTACT_SHEET}")

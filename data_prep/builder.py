@@ -1,8 +1,8 @@
-"""From a source to a whole shard set: plan, build what is missing, finish.
+"""Build a complete shard set from a source: plan, build the missing shards, finalize.
 
-Invariant: OUT is always one of three things: absent (or empty), an unfinished build of exactly one plan (it
-has a .build directory), or a whole set (it has a manifest). Each step may be interrupted at any point and
-repeated; the bytes of the whole set do not depend on how often, nor on the number of workers and array tasks.
+Invariant: OUT is absent or empty, an unfinished build of one plan (it has a .build directory), or a complete
+set (it has a manifest). Every step may be interrupted at any point and repeated; the set's bytes depend neither
+on interruptions nor on the number of workers and array tasks.
 """
 
 import shutil
@@ -10,39 +10,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.build_shard import Job, estimated_bytes, read_record
+from data_prep import finalize, shard_set
+from data_prep.build_shard import BuildJob
 from data_prep.errors import UserError
-from data_prep.finalize import (
-    NothingUsable,
-    build_state_of,
-    finalize_build,
-    lock,
-    read_build_state,
-    refused_entries,
-    remove_build_directory,
-    summarize,
-    write_build_state,
-)
 from data_prep.images import Policy
 from data_prep.pixels import load_resizer
 from data_prep.progress import Progress
 from data_prep.shard_plan import ShardPlan, ShardSize
-from data_prep.shard_set import (
-    BUILD_DIRECTORY,
-    MANIFEST,
-    QUARANTINE,
-    Manifest,
-    ShardSetError,
-    check_shard_files,
-    read_manifest,
-)
+from data_prep.shard_set import Manifest
 from data_prep.sources.sample import Source
 from data_prep.workers import build_shards
 
 
 @dataclass(frozen=True)
-class Task:
-    """The index-th of `count` shares of a build, from 0: every count-th shard."""
+class ArrayTask:
+    """Share `index` (from 0) of `count` shares of a build: every count-th shard."""
 
     index: int
     count: int
@@ -50,94 +32,95 @@ class Task:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user decided besides the source. workers and task decide nothing about the set's bytes."""
+    """Settings of a build; `workers` (processes) and `task` do not affect the set's bytes."""
 
     split: str
     seed: int
     shard_size: ShardSize
     policy: Policy
     workers: int
-    task: Task | None = None
+    task: ArrayTask | None = None
 
 
-def build(source: Source, out: Path, settings: Settings, report=print) -> Manifest | None:
-    """Builds, or continues, the shard set of `source` in `out`; returns at once where it is whole already.
-    With a task it builds that share and returns None: `finalize` then makes the set whole.
+def build(source: Source, out: Path, settings: Settings) -> None:
+    """Build or continue the shard set of `source` in `out`, and print what was done.
 
-    Raises UserError before anything is written when OUT holds something else; UserError or StoppedEarly later
-    leave a build that the same call continues.
+    With `settings.task`, only that share is built; finalize() completes the set. A complete set is left as it
+    is. After an error or interruption, the same call continues the build.
+
+    Raises:
+        UserError: If OUT holds something else (nothing is written then), or the source or the disk fails.
+        StoppedEarly: If a signal stopped the build or a worker was killed.
     """
-    _check_out(out)
-    job, identity = prepare(source, out, settings, report)
-    whole = _already_whole(out, identity)
-    if whole is not None:
-        report(
-            f"{out} is whole already: {whole.num_samples:,} samples in {len(whole.shards):,} shards, all of "
-            f"the right size; `python -m data_prep verify {out}` reads them"
+    _check_out_directory(out)
+    job, identity = plan_build(source, out, settings)
+    complete = _read_complete_set(out, identity)
+    if complete is not None:
+        print(
+            f"{out} is already complete: {complete.num_samples:,} samples in {len(complete.shards):,} shards "
+            f"of the right size; `python -m data_prep verify {out}` checks their content"
         )
-        return whole
-    created = not out.exists()
-    build_state = build_state_of(job, identity)
-    held = read_build_state(out)
-    if held is None:
-        write_build_state(out, build_state)
+        return
+    is_new = not out.exists()
+    build_state = finalize.make_build_state(job, identity)
+    existing = finalize.read_build_state(out)
+    if existing is None:
+        finalize.write_build_state(out, build_state)
     else:
-        _same_build(out, held.identity, identity, "an unfinished build of another set")
+        _check_same_build(out, existing.identity, identity, "an unfinished build of another set")
     if settings.task is not None:
-        numbers = range(settings.task.index, job.plan.num_shards, settings.task.count)
-        with lock(out, exclusive=False):
-            run_shards(job, numbers, settings.workers)
-        report(f"{out}: task {settings.task.index} of {settings.task.count} is done, {len(numbers):,} shards")
-        return None
+        task = settings.task
+        numbers = range(task.index, job.plan.num_shards, task.count)
+        with finalize.lock_build(out, exclusive=False):
+            _build_missing_shards(job, numbers, settings.workers)
+        print(f"{out}: task {task.index} of {task.count} is done, {len(numbers):,} shards")
+        return
     try:
-        with lock(out, exclusive=True):
-            run_shards(job, range(job.plan.num_shards), settings.workers)
-            manifest = finalize_build(out, build_state)
-    except NothingUsable as error:
-        shutil.rmtree(out if created else job.build_directory)
-        raise UserError(str(error)) from None
-    report(describe(out, manifest))
-    return manifest
+        with finalize.lock_build(out, exclusive=True):
+            _build_missing_shards(job, range(job.plan.num_shards), settings.workers)
+            manifest = finalize.finalize_build(out, build_state)
+    except finalize.NoUsableInput:
+        shutil.rmtree(out if is_new else out / shard_set.BUILD_DIRECTORY)
+        raise
+    print_summary(out, manifest)
 
 
-def describe(out: Path, manifest: Manifest) -> str:
-    return (
+def print_summary(out: Path, manifest: Manifest) -> None:
+    print(
         f"{out}: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards, "
         f"{sum(manifest.repairs.values()):,} repaired, {manifest.quarantined:,} quarantined"
-        + (f" ({out / QUARANTINE} says why)" if manifest.quarantined else "")
+        + (f" (reasons in {out / shard_set.QUARANTINE})" if manifest.quarantined else "")
     )
 
 
-def prepare(source: Source, out: Path, settings: Settings, report=print) -> tuple[Job, dict[str, Any]]:
-    """Plans, and says what will be done. Returns the job and the build's identity; writes nothing."""
+def plan_build(source: Source, out: Path, settings: Settings) -> tuple[BuildJob, dict[str, Any]]:
+    """Plan a build and print the plan; write nothing. Returns the job and the build's identity.
+
+    Raises:
+        UserError: If the source cannot be read or all its inputs are rejected.
+    """
     plan = ShardPlan(source.samples(), settings.seed, settings.shard_size)
     if not plan.num_shards:
-        raise UserError(f"no readable image in SRC: {summarize(refused_entries(plan))}")
-    job = Job(plan, source, settings.policy, out, settings.split)
+        raise UserError(f"no usable image in SRC: {finalize.summarize(plan.rejected)}")
+    job = BuildJob(plan, source, settings.policy, out, settings.split)
     options = {**asdict(settings.policy), "shard_samples": settings.shard_size.samples}
     options |= {"shard_bytes": settings.shard_size.bytes, "layout": source.layout}
-    identity = {
-        "source": source.kind,
-        "split": settings.split,
-        "seed": settings.seed,
-        "options": options,
-        "plan_sha256": plan.sha256,
-    }
+    identity = {"source": source.kind, "split": settings.split, "seed": settings.seed}
+    identity |= {"options": options, "plan_sha256": plan.sha256}
     classes = f", {len(source.classes.names):,} classes" if source.classes.names else ""
-    needed = sum(estimated_bytes(job, number) for number in range(plan.num_shards))
-    report(
+    needed = sum(map(job.estimate_bytes, range(plan.num_shards)))
+    print(
         f"{source.kind} ({source.layout}): {plan.num_inputs:,} inputs{classes}, "
         f"{plan.source_bytes / 1e6:,.1f} MB -> {plan.num_shards:,} shards of {needed / 1e6:,.1f} MB in {out}"
     )
     if source.expected is not None and source.expected != plan.num_inputs:
-        report(f"note: the data set as published has {source.expected:,} images")
+        print(f"note: the data set as published has {source.expected:,} images")
     return job, identity
 
 
-def run_shards(job: Job, numbers: range, workers: int) -> None:
-    """Builds those of the shards `numbers` that are not finished."""
-    missing = [n for n in numbers if read_record(job.directory, job.name(n), job.plan.sha256) is None]
-    needed = sum(estimated_bytes(job, number) for number in missing)
+def _build_missing_shards(job: BuildJob, numbers: range, workers: int) -> None:
+    missing = [number for number in numbers if job.read_record(number) is None]
+    needed = sum(map(job.estimate_bytes, missing))
     free = shutil.disk_usage(job.directory).free
     if free < needed:
         raise UserError(
@@ -146,49 +129,46 @@ def run_shards(job: Job, numbers: range, workers: int) -> None:
         )
     if job.policy.resize is not None:
         load_resizer()
-    progress = Progress(sum(job.plan.shard_inputs(number) for number in missing))
+    progress = Progress(sum(map(job.plan.shard_inputs, missing)))
     try:
         build_shards(job, numbers, workers, progress.update)
     finally:
         progress.close()
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"OUT {out} is a file, not a directory")
-    if (
-        out.is_dir()
-        and not (out / MANIFEST).exists()
-        and not (out / BUILD_DIRECTORY).exists()
-        and any(out.iterdir())
-    ):
-        raise UserError(f"OUT {out} is not empty and holds no shard set; choose another directory")
+def _check_out_directory(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"OUT {out}: is a file, not a directory")
+    is_set = any((out / name).exists() for name in (shard_set.MANIFEST, shard_set.BUILD_DIRECTORY))
+    if not is_set and any(out.iterdir()):
+        raise UserError(f"OUT {out}: is not empty and no shard set; choose another directory")
 
 
-def _already_whole(out: Path, identity: dict[str, Any]) -> Manifest | None:
-    if not (out / MANIFEST).exists():
+def _read_complete_set(out: Path, identity: dict[str, Any]) -> Manifest | None:
+    """Return the manifest if `out` is complete. Raises UserError if it is another set or lacks files."""
+    if not (out / shard_set.MANIFEST).exists():
         return None
+    manifest = shard_set.read_manifest(out)
+    existing = {name: getattr(manifest, name) for name in identity}
+    _check_same_build(out, existing, identity, "another shard set")
     try:
-        manifest = read_manifest(out)
-    except ShardSetError as error:
-        raise UserError(str(error)) from None
-    held = {name: getattr(manifest, name) for name in identity}
-    _same_build(out, held, identity, "another shard set")
-    try:
-        check_shard_files(out, manifest)
-    except ShardSetError as error:
-        raise UserError(f"{error}; to rebuild, remove {out} and run the same command") from None
-    remove_build_directory(out)
+        shard_set.check_shard_files(out, manifest)
+    except shard_set.ShardSetError as error:
+        raise UserError(f"{error}; to build it again, remove {out} and run the same command") from error
+    finalize.remove_build_directory(out)
     return manifest
 
 
-def _same_build(out: Path, held: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-    if held == wanted:
+def _check_same_build(out: Path, existing: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+    if existing == wanted:
         return
-    flat_held, flat_wanted = ({**d, **d.get("options", {})} for d in (held, wanted))
+    flat_existing, flat_wanted = ({**d, **d.get("options", {})} for d in (existing, wanted))
     for name, value in flat_wanted.items():
-        if name not in ("options", "plan_sha256") and flat_held.get(name) != value:
-            raise UserError(
-                f"OUT {out} holds {what} ({name} {flat_held.get(name)!r}, not {value!r}); choose another"
-            )
-    raise UserError(f"OUT {out} holds {what} (its source had other files); choose another directory")
+        if name not in ("options", "plan_sha256") and flat_existing.get(name) != value:
+            difference = f"{name} {flat_existing.get(name)!r}, not {value!r}"
+            break
+    else:
+        difference = "its source had other files"
+    raise UserError(f"OUT {out}: holds {what} ({difference}); choose another directory")

@@ -1,42 +1,36 @@
-"""card.md and contact_sheet.png: a shard set at a glance, for people.
+"""Write a shard set's card: card.md, card.json and contact_sheet.png.
 
-Invariant: both are a pure function of the set's content; they hold no time, path or machine.
+Invariant: they are a pure function of the set's content and contain no time, path or machine.
 """
 
 import io
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.shard_set import (
-    CARD,
-    CARD_JSON,
-    CONTACT_SHEET,
-    QUARANTINE,
-    Manifest,
-    read_index,
-    tar_path,
-    write_atomically,
-)
+from data_prep import shard_set
+from data_prep.shard_set import Manifest
 from data_prep.stats import ASPECT_EDGES, KILOBYTE_EDGES, SHORTER_SIDE_EDGES, Stats
 
 _COLUMNS, _ROWS, _THUMBNAIL, _GAP = 10, 5, 112, 4  # the last two in pixels
 _BAR = 40  # characters
-_CLASSES_LISTED = 100
+_MAX_CLASSES = 100
 
 
 def write_card(directory: Path, manifest: Manifest, stats: Stats) -> None:
-    write_atomically(directory / CONTACT_SHEET, contact_sheet(directory, manifest))
-    write_atomically(directory / CARD, card(manifest, stats).encode())
-    write_atomically(directory / CARD_JSON, (json.dumps(summary(manifest, stats), indent=1) + "\n").encode())
+    shard_set.atomic_write(directory / shard_set.CONTACT_SHEET, _render_contact_sheet(directory, manifest))
+    shard_set.atomic_write(directory / shard_set.CARD, _render_card(manifest, stats).encode())
+    figures = json.dumps(_figures(manifest, stats), indent=1) + "\n"
+    shard_set.atomic_write(directory / shard_set.CARD_JSON, figures.encode())
 
 
-def summary(manifest: Manifest, stats: Stats) -> dict[str, Any]:
-    """The card's figures. Histograms count from the named value up to the next one."""
+def _figures(manifest: Manifest, stats: Stats) -> dict[str, Any]:
+    """Return the card's figures; a histogram's bin reaches from its name up to the next one."""
     return {
         "source": manifest.source,
         "split": manifest.split,
@@ -52,7 +46,7 @@ def summary(manifest: Manifest, stats: Stats) -> dict[str, Any]:
     }
 
 
-def card(manifest: Manifest, stats: Stats) -> str:
+def _render_card(manifest: Manifest, stats: Stats) -> str:
     lines = [
         f"# {manifest.source}, {manifest.split}",
         "",
@@ -67,25 +61,23 @@ def card(manifest: Manifest, stats: Stats) -> str:
         f"| seed | {manifest.seed} |",
         *(f"| {name} | {value} |" for name, value in sorted(manifest.options.items()) if value is not None),
         "",
-        f"![contact sheet]({CONTACT_SHEET})",
+        f"![contact sheet]({shard_set.CONTACT_SHEET})",
         "",
-        *_counts("Repaired", stats.repairs),
-        *_counts(f"Quarantined (see {QUARANTINE})", stats.quarantine),
+        *_count_table("Repaired", stats.repairs),
+        *_count_table(f"Quarantined (see {shard_set.QUARANTINE})", stats.quarantine),
         *_histogram("Shorter side, px", stats.shorter_side, SHORTER_SIDE_EDGES),
         *_histogram("Width / height", stats.aspect, ASPECT_EDGES),
         *_histogram("File size, kB", stats.kilobytes, KILOBYTE_EDGES),
-        *_classes(manifest, stats),
+        *_class_table(manifest, stats),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _counts(title: str, counts: Counter) -> list[str]:
+def _count_table(title: str, counts: Counter) -> list[str]:
     if not counts:
         return []
-    rows = [
-        f"| {name} | {count:,} |"
-        for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    ]
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rows = [f"| {name} | {count:,} |" for name, count in ordered]
     return [f"## {title}", "", "| what | images |", "| --- | --- |", *rows, ""]
 
 
@@ -102,41 +94,39 @@ def _histogram(title: str, counts: Counter, edges: tuple[float, ...]) -> list[st
     return [*lines, "```", ""]
 
 
-def _classes(manifest: Manifest, stats: Stats) -> list[str]:
+def _class_table(manifest: Manifest, stats: Stats) -> list[str]:
     if not manifest.classes:
         return []
     lines = ["## Classes", "", "| label | class | name | samples |", "| --- | --- | --- | --- |"]
-    for label, name in enumerate(manifest.classes[:_CLASSES_LISTED]):
+    for label, name in enumerate(manifest.classes[:_MAX_CLASSES]):
         readable = manifest.class_names[label] if manifest.class_names else ""
-        lines.append(f"| {label} | {_cell(name)} | {_cell(readable)} | {stats.labels[str(label)]:,} |")
-    if len(manifest.classes) > _CLASSES_LISTED:
-        lines += ["", f"and {len(manifest.classes) - _CLASSES_LISTED:,} more in manifest.json"]
+        lines.append(f"| {label} | {_escape_cell(name)} | {_escape_cell(readable)} | {stats.labels[str(label)]:,} |")
+    if len(manifest.classes) > _MAX_CLASSES:
+        lines += ["", f"and {len(manifest.classes) - _MAX_CLASSES:,} more in manifest.json"]
     counts = [stats.labels[str(label)] for label in range(len(manifest.classes))]
     return [*lines, "", f"Samples in a class: {min(counts):,} to {max(counts):,}.", ""]
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     return text.encode("utf-8", "replace").decode().replace("|", "\\|").replace("\n", " ")
 
 
-def contact_sheet(directory: Path, manifest: Manifest) -> bytes:
-    """A PNG with evenly spaced samples of the set, centre-cropped to squares."""
+def _render_contact_sheet(directory: Path, manifest: Manifest) -> bytes:
+    """Return a PNG with evenly spaced samples of the set, center-cropped to squares."""
     from PIL import Image
 
     from data_prep import jpeg, pixels
 
-    wanted = np.unique(np.linspace(0, manifest.num_samples - 1, _COLUMNS * _ROWS).astype(np.int64))
-    columns = min(_COLUMNS, len(wanted))
-    rows = math.ceil(len(wanted) / columns)
+    chosen = np.unique(np.linspace(0, manifest.num_samples - 1, _COLUMNS * _ROWS).astype(np.int64))
+    columns = min(_COLUMNS, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
     step = _THUMBNAIL + _GAP
     sheet = Image.new("RGB", (columns * step + _GAP, rows * step + _GAP), "white")
-    for place, data in enumerate(_read_samples(directory, manifest, wanted)):
+    for place, data in enumerate(_read_samples(directory, manifest, chosen)):
         try:
-            header = jpeg.walk(data)
-            array = pixels.decode_jpeg(
-                data, header.width, header.height, header.components == 1, _THUMBNAIL // 2
-            )
-        except ValueError:  # under --check structure nobody has decoded it before
+            info = jpeg.parse_jpeg(data)
+            array = pixels.decode_jpeg(data, info.width, info.height, info.components == 1, _THUMBNAIL // 2)
+        except pixels.ImageError:  # with --check structure nothing has decoded it before
             continue
         image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).convert("RGB")
         side = min(image.size)
@@ -149,15 +139,16 @@ def contact_sheet(directory: Path, manifest: Manifest) -> bytes:
     return buffer.getvalue()
 
 
-def _read_samples(directory: Path, manifest: Manifest, wanted: np.ndarray):
+def _read_samples(directory: Path, manifest: Manifest, chosen: np.ndarray) -> Iterator[bytes]:
+    """Yield the images at the positions `chosen` of the set, ascending."""
     first = 0
     for shard in manifest.shards:
-        inside = wanted[(wanted >= first) & (wanted < first + shard.samples)] - first
+        inside = chosen[(chosen >= first) & (chosen < first + shard.samples)] - first
         first += shard.samples
         if not len(inside):
             continue
-        index = read_index(directory, shard)
-        with open(tar_path(directory, shard), "rb") as file:
-            for i in inside:
+        index = shard_set.read_index(directory, shard)
+        with open(shard_set.tar_path(directory, shard), "rb") as file:
+            for i in map(int, inside):
                 file.seek(index.offsets[i])
                 yield file.read(index.sizes[i])

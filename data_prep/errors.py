@@ -9,4 +9,4 @@ class UserError(ValueError):
 
 
 class StoppedEarly(Exception):
-    """A command that stopped before its end with its progress saved. Exit code 75; the same command resumes."""
+    """A command stopped before its end with its progress saved. Exit code 75; the same command resumes."""

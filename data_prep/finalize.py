@@ -1,9 +1,9 @@
-"""Makes a whole set of an unfinished build, once every shard of its plan is there.
+"""Complete an unfinished build once every shard of its plan is built.
 
-Invariant: everything written here is a function of the build's ticket and the shards' records, so that it
-does not matter which process finishes, nor who built which shard.
+Invariant: everything written here is a function of the build state and the shards' records, so it does not
+matter which process finalizes, or which built which shard.
 
-    .build/build.json   the ticket: what is built (`identity`), and what the plan knows that no shard does
+    .build/build.json   the build state
     .build/SHARD.json   a shard's record
 """
 
@@ -13,113 +13,94 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.build_shard import Job, disk_full, quarantine_entry, read_record
+from data_prep import shard_set
+from data_prep.build_shard import BuildJob, read_record, storage_error
 from data_prep.dataset_card import write_card
 from data_prep.errors import UserError
-from data_prep.shard_plan import ShardPlan
-from data_prep.shard_set import (
-    BUILD_DIRECTORY,
-    FORMAT_VERSION,
-    MANIFEST,
-    QUARANTINE,
-    WIDS,
-    Manifest,
-    ShardSetError,
-    check_shard_files,
-    idx_path,
-    remove_leftovers,
-    shard_name,
-    store,
-    tar_path,
-    write_atomically,
-    write_manifest,
-)
+from data_prep.shard_set import Manifest
 from data_prep.stats import Stats
 
-_TICKET = "build.json"
-_NAMED = 3  # missing shards, or refused inputs, that a message lists
+_MAX_LISTED = 3  # missing shards, or rejected inputs, in a message
 
 
-class NothingUsable(Exception):
-    """Every input was refused: there is no set."""
+class NoUsableInput(UserError):
+    """Every input was rejected, so there is no set."""
 
 
 @dataclass(frozen=True)
 class BuildState:
-    """identity: the manifest's fields that tell one build from another. refused: quarantine entries of inputs
-    that are in no shard's plan. root: the source, for messages."""
+    """What is being built, and what its plan knows that no shard's record does."""
 
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # the manifest's fields that distinguish one build from another
     num_shards: int
     inputs: int
     classes: list[str]
     class_names: list[str]
-    rejected: list[dict[str, str]]
-
-
-def refused_entries(plan: ShardPlan) -> list[dict[str, str]]:
-    """Quarantine entries of the inputs that are in no shard's plan."""
-    entries = []
-    for item in plan.rejected:
-        reason, _, detail = item.reason.partition(": ")
-        entries.append(quarantine_entry(item.location, reason, detail))
-    return entries
+    rejected: list[dict[str, str]]  # quarantine entries of the inputs that are in no shard
 
 
 def summarize(quarantine: list[dict[str, str]]) -> str:
-    """How many inputs were refused, for which reasons, with some examples: one line."""
+    """Summarize in one line how many inputs were rejected and why, with some examples."""
     counts = Counter(entry["reason"] for entry in quarantine).most_common()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
-    examples = [f"{entry['member'] or entry['source']}: {entry['detail']}" for entry in quarantine[:_NAMED]]
-    return f"{len(quarantine):,} inputs refused ({reasons}); for example {'; '.join(examples)}"
+    listed = [f"{entry['member'] or entry['source']}: {entry['detail']}" for entry in quarantine[:_MAX_LISTED]]
+    return f"{len(quarantine):,} inputs rejected ({reasons}); for example {'; '.join(listed)}"
 
 
-def build_state_of(job: Job, identity: dict[str, Any]) -> BuildState:
-    classes = job.source.classes
-    return BuildState(
-        identity,
-        job.plan.num_shards,
-        job.plan.num_inputs,
-        list(classes.names),
-        list(classes.readable),
-        refused_entries(job.plan),
-    )
+def make_build_state(job: BuildJob, identity: dict[str, Any]) -> BuildState:
+    plan, classes = job.plan, job.source.classes
+    names, readable = list(classes.names), list(classes.readable)
+    return BuildState(identity, plan.num_shards, plan.num_inputs, names, readable, plan.rejected)
+
+
+def _build_state_path(out: Path) -> Path:
+    return out / shard_set.BUILD_DIRECTORY / "build.json"
 
 
 def read_build_state(out: Path) -> BuildState | None:
-    """None where OUT holds no unfinished build. Raises UserError when it can't be read."""
-    path = out / BUILD_DIRECTORY / _TICKET
+    """Read the state of the unfinished build in `out`; None if there is none. Raises UserError if damaged."""
+    path = _build_state_path(out)
     try:
-        return BuildState(**json.loads(path.read_bytes()))
+        document = json.loads(path.read_bytes())
+        if "refused" in document:  # the former name of the field
+            document["rejected"] = document.pop("refused")
+        return BuildState(**document)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{path} can't be read: remove {out} and build again") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read; remove {out} and build again") from error
 
 
 def write_build_state(out: Path, build_state: BuildState) -> None:
+    """Create the build directory and write the build state. Raises UserError if that fails."""
+    path = _build_state_path(out)
     try:
-        (out / BUILD_DIRECTORY).mkdir(parents=True, exist_ok=True)
-        write_atomically(out / BUILD_DIRECTORY / _TICKET, json.dumps(asdict(build_state)).encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shard_set.atomic_write(path, json.dumps(asdict(build_state)).encode())
     except OSError as error:
-        raise UserError(f"OUT {out} can't be written: {error.strerror}") from None
+        raise UserError(f"OUT {out}: cannot be written: {error.strerror}") from error
 
 
 def finalize_build(out: Path, build_state: BuildState) -> Manifest:
-    """Writes quarantine, card and, last, the manifest. Raises UserError when a shard is missing,
-    NothingUsable when no input was fit for any."""
+    """Write quarantine, card and, last, the manifest. The caller holds the lock.
+
+    Raises:
+        NoUsableInput: If no shard has a sample.
+        UserError: If a shard is missing or the disk is full.
+    """
+    identity = build_state.identity
     shards, stats, quarantine, missing = [], Stats(), list(build_state.rejected), []
     for entry in build_state.rejected:
         stats.quarantine[entry["reason"]] += 1
     for number in range(build_state.num_shards):
-        name = shard_name(build_state.identity["source"], build_state.identity["split"], number)
-        record = read_record(out, name, build_state.identity["plan_sha256"])
+        name = shard_set.shard_name(identity["source"], identity["split"], number)
+        record = read_record(out, name, identity["plan_sha256"])
         if record is None:
             missing.append(name)
             continue
@@ -128,16 +109,16 @@ def finalize_build(out: Path, build_state: BuildState) -> Manifest:
         if record.shard is not None:
             shards.append(record.shard)
     if missing:
-        names = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        names = ", ".join(missing[:_MAX_LISTED]) + (", ..." if len(missing) > _MAX_LISTED else "")
         raise UserError(
             f"OUT {out}: {len(missing):,} of {build_state.num_shards:,} shards are not built yet ({names}); "
-            "run the build, or those of its array tasks that failed, again"
+            "run the build, or its failed array tasks, again"
         )
     if not shards:
-        raise NothingUsable(f"no readable image in SRC: {summarize(quarantine)}")
+        raise NoUsableInput(f"no usable image in SRC: {summarize(quarantine)}")
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        **build_state.identity,
+        format_version=shard_set.FORMAT_VERSION,
+        **identity,
         inputs=build_state.inputs,
         quarantined=len(quarantine),
         repairs=dict(sorted(stats.repairs.items())),
@@ -146,71 +127,65 @@ def finalize_build(out: Path, build_state: BuildState) -> Manifest:
         shards=tuple(shards),
     )
     try:
-        check_shard_files(out, manifest)
-        with ThreadPoolExecutor(1) as disk:
-            stored = disk.submit(store_shards, out, [shard.name for shard in manifest.shards])
+        shard_set.check_shard_files(out, manifest)
+        with ThreadPoolExecutor(1) as pool:
+            fsync = pool.submit(_fsync_shards, out, manifest)
             lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
-            write_atomically(out / QUARANTINE, lines.encode())
-            write_atomically(out / WIDS, _wids(manifest))
+            shard_set.atomic_write(out / shard_set.QUARANTINE, lines.encode())
+            shard_set.atomic_write(out / shard_set.WIDS, _wids_index(manifest))
             write_card(out, manifest, stats)
-            stored.result()
-        write_manifest(out, manifest)
-    except ShardSetError as error:
-        raise UserError(str(error)) from None
+            fsync.result()
+        shard_set.write_manifest(out, manifest)
     except OSError as error:
-        raise disk_full(out, error) from None
+        raise storage_error(out, error) from error
     remove_build_directory(out)
     return manifest
 
 
-def store_shards(out: Path, names: Iterable[str]) -> None:
-    """Waits until the disk has them: a manifest must not outlive its shards when the power fails."""
-    for name in names:
-        store(tar_path(out, name))
-        store(idx_path(out, name))
+def _fsync_shards(out: Path, manifest: Manifest) -> None:
+    """Flush the shards to disk: after a power failure, a manifest must not exist without its shards."""
+    for shard in manifest.shards:
+        shard_set.fsync_path(shard_set.tar_path(out, shard))
+        shard_set.fsync_path(shard_set.idx_path(out, shard))
 
 
 def finalize(out: Path) -> Manifest | None:
-    """For builds by array tasks. None when OUT is whole already. Raises UserError and ShardSetError."""
+    """Complete a build by array tasks; return None if it is complete already. Raises UserError if it cannot."""
     build_state = read_build_state(out)
-    if (out / MANIFEST).exists():
+    if (out / shard_set.MANIFEST).exists():
         remove_build_directory(out)
         return None
     if build_state is None:
-        raise UserError(f"OUT {out} holds no unfinished build; the build's own command begins one")
-    with lock(out, exclusive=True):
-        try:
-            return finalize_build(out, build_state)
-        except NothingUsable as error:
-            raise UserError(str(error)) from None
+        raise UserError(f"OUT {out}: no unfinished build; run the command that builds its shards")
+    with lock_build(out, exclusive=True):
+        return finalize_build(out, build_state)
 
 
 @contextlib.contextmanager
-def lock(out: Path, exclusive: bool) -> Iterator[None]:
-    """Keeps other builds out of the directory (array tasks share it), where the file system has locks."""
-    with open(out / BUILD_DIRECTORY / "lock", "w") as file:
-        os.register_at_fork(
-            after_in_child=file.close
-        )  # the lock ends with this process, not with a stray worker
+def lock_build(out: Path, exclusive: bool) -> Iterator[None]:
+    """Lock an unfinished build if the file system has locks. Raises UserError if another process holds it."""
+    # fcntl and not filelock: array tasks share the lock, which filelock does not support.
+    with open(out / shard_set.BUILD_DIRECTORY / "lock", "w") as file:
+        # Workers close their copy, so that the lock is released when this process ends, even if one is left.
+        os.register_at_fork(after_in_child=file.close)
         try:
             fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"OUT {out} is being built by another process") from None
+        except BlockingIOError as error:
+            raise UserError(f"OUT {out}: another process is building it; wait until it ends") from error
         except OSError:
-            pass
+            pass  # no locks on this file system
         if exclusive:
-            remove_leftovers(out)
+            shard_set.remove_temporary_files(out)
         yield
 
 
 def remove_build_directory(out: Path) -> None:
-    shutil.rmtree(out / BUILD_DIRECTORY, ignore_errors=True)
+    shutil.rmtree(out / shard_set.BUILD_DIRECTORY, ignore_errors=True)
 
 
-def _wids(manifest: Manifest) -> bytes:
+def _wids_index(manifest: Manifest) -> bytes:
     shards = [
-        {"url": f"{shard.name}.tar", "nsamples": shard.samples, "filesize": shard.bytes}
-        for shard in manifest.shards
+        {"url": f"{shard.name}.tar", "nsamples": shard.samples, "filesize": shard.bytes} for shard in manifest.shards
     ]
     index = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
     return (json.dumps(index, indent=1) + "\n").encode()

@@ -1,13 +1,12 @@
-"""One shard as bytes: USTAR members one after the other, and DALI's index of them.
+"""Shard files: write and read USTAR members and DALI's index of them.
 
-Invariant: the bytes are a pure function of the (key, files) that were added. Nothing of the machine (time,
-owner, umask) gets in, which is why the headers are made here and not by tarfile, which is also 20 times
-slower. `read_members` accepts only what `ShardWriter` writes.
+Invariant: the bytes are a pure function of the (key, files) that were added; they contain no time, owner or
+umask. Headers are therefore built here and not by tarfile, which is also 20 times slower. `read_members`
+accepts only what `ShardWriter` writes.
 """
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from io import RawIOBase
 from typing import BinaryIO, NamedTuple
@@ -15,17 +14,12 @@ from typing import BinaryIO, NamedTuple
 from data_prep.shard_set import ShardSetError
 
 BLOCK = 512
-KEY_LIMIT = 90
-"""Characters: with the longest extension a name stays inside USTAR's 100."""
-KEY = re.compile(rf"(?!__)[A-Za-z0-9_-]{{1,{KEY_LIMIT}}}")
-"""No dot, slash or space, so that DALI and webdataset agree on where the key ends."""
-
 _SIZE_LIMIT = 8**11  # eleven octal digits
 _HEADER = bytearray(BLOCK)
 _HEADER[100:108] = b"0000644\0"
 _HEADER[108:116] = _HEADER[116:124] = b"0000000\0"  # uid, gid
 _HEADER[136:148] = b"00000000000\0"  # mtime
-_HEADER[148:156] = b" " * 8  # the checksum's own field counts as spaces
+_HEADER[148:156] = b" " * 8  # the checksum is computed with its own field set to spaces
 _HEADER[156:157] = b"0"  # a regular file
 _HEADER[257:265] = b"ustar\00000"
 _HEADER_SUM = sum(_HEADER)
@@ -34,11 +28,17 @@ _PADDING = [bytes(size) for size in range(BLOCK)]
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member's data. name: at most 100 ASCII characters; size in bytes, below 8
-    GiB."""
+    """Return the 512 bytes before a member's data.
+
+    Raises:
+        ValueError: If `name` has more than 100 or non-ASCII characters, or `size` is 8 GiB or more.
+    """
     encoded = name.encode("ascii")
     if len(encoded) > 100 or not 0 <= size < _SIZE_LIMIT:
-        raise ValueError(f"{name[:120]!r} with {size} bytes does not fit into a USTAR header")
+        raise ValueError(
+            f"{name[:120]!r}: {len(name)} characters, {size} bytes; a USTAR header holds at most 100 characters "
+            "and less than 8 GiB"
+        )
     header = bytearray(_HEADER)
     header[: len(encoded)] = encoded
     digits = b"%011o\0" % size
@@ -48,7 +48,7 @@ def member_header(name: str, size: int) -> bytes:
 
 
 class ShardWriter:
-    """Packs samples into an open, unbuffered file; `finish` returns what the manifest wants to know."""
+    """Write samples into an open, unbuffered file. `samples` and `bytes` count what was written."""
 
     def __init__(self, file: RawIOBase):
         self.samples = 0
@@ -58,8 +58,7 @@ class ShardWriter:
         self._lines: list[str] = []
 
     def add(self, key: str, files: Sequence[tuple[str, bytes]]) -> None:
-        """files: (extension, data) in the order in which they are to lie. Raises OSError when writing
-        fails."""
+        """Append one sample: its (extension, data) files, in this order. Raises OSError if writing fails."""
         words, blocks = [], []
         offset = self.bytes
         for extension, data in files:
@@ -72,34 +71,38 @@ class ShardWriter:
         self.samples += 1
 
     def finish(self) -> tuple[str, bytes]:
-        """Ends the archive. Returns the tar's sha256 and the index's bytes."""
+        """Write the end of the archive. Returns the tar's sha256 and the content of its index."""
         self._write([_END])
         index = "\n".join([f"v1.2 {self.samples}", *self._lines, ""]).encode("ascii")
         return self._hash.hexdigest(), index
 
     def _write(self, blocks: list[bytes]) -> None:
-        # Hashed here, while the image is still in the processor's cache, and written without being copied.
+        # Hash while the image is in the CPU cache; writev avoids a copy.
         for block in blocks:
             self._hash.update(block)
         total = sum(map(len, blocks))
         written = os.writev(self._descriptor, blocks)
         self.bytes += total
-        if written < total:  # a full disk takes a part; the next write then says why
+        if written < total:  # a full disk accepts a part; the next write raises the reason
             rest = memoryview(b"".join(blocks))[written:]
             while rest:
                 rest = rest[os.write(self._descriptor, rest) :]
 
 
 class Member(NamedTuple):
+    """A tar member; `offset` is the position of its first data byte."""
+
     name: str
     offset: int
-    """Of the first data byte."""
     size: int
 
 
 def read_members(file: BinaryIO, where: str | os.PathLike) -> Iterator[Member]:
-    """Yields the members of a shard's tar in order. Raises ShardSetError at the first byte of structure that
-    ShardWriter would not have written."""
+    """Yield the members of a shard's tar in order.
+
+    Raises:
+        ShardSetError: At the first header or trailer that ShardWriter would not have written.
+    """
     total = file.seek(0, os.SEEK_END)
     position = 0
     while True:
@@ -113,7 +116,7 @@ def read_members(file: BinaryIO, where: str | os.PathLike) -> Iterator[Member]:
         padded = -(-member.size // BLOCK) * BLOCK
         position += BLOCK + padded
         if position > total:
-            raise ShardSetError(f"{where} ends inside of {member.name!r}")
+            raise ShardSetError(f"{where}: ends inside {member.name!r}")
         yield member
 
 
@@ -125,4 +128,4 @@ def _parse_header(header: bytes, position: int, where: str | os.PathLike) -> Mem
             return Member(name, position + BLOCK, size)
     except ValueError:
         pass
-    raise ShardSetError(f"{where}: no tar header of a shard at {position:,}")
+    raise ShardSetError(f"{where}: invalid tar header at {position:,}")

@@ -1,16 +1,15 @@
-"""Which input goes into which shard, decided before any image is looked at.
+"""Plan of a build: which input goes into which shard, decided before any image is read.
 
 Invariant: the plan is a pure function of (samples, seed, shard size). Samples are ordered by a keyed hash of
-their keys: a shuffle of the whole set that needs no random state, and that puts equal keys side by side. So
-each shard can be built alone, anywhere, any number of times, with the same result; an input that turns out to
-be bad makes its own shard smaller and touches no other.
+their keys, which shuffles the whole set without a random state and puts equal keys side by side. Therefore
+each shard can be built alone, any number of times, and an unusable input changes only its own shard.
 
 Columns instead of objects: 14 million samples take about 1.3 GB.
 """
 
 import hashlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,28 +18,19 @@ from data_prep.shard_file import BLOCK
 from data_prep.sources.sample import Location, Sample, Storage
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
-"""Only of files that would have one key do these decide, which of them is read."""
+"""Used only to choose between files with the same key."""
 _STORAGES = tuple(Storage)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSize:
-    """Exactly one is set. bytes: of the source's images with tar headers, so that the shard's own size
-    differs where images are re-encoded."""
+    """Size of a shard; exactly one field is set. Its repr is part of the plan's sha256."""
 
     samples: int | None = None
-    bytes: int | None = None
+    bytes: int | None = None  # of the source's images with tar headers; re-encoding changes a shard's own size
 
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """An input that is not read at all. reason: "code: detail"."""
-
-    location: Location
-    reason: str
-
-
-class _Texts:
+class _StringColumn:
     """Many short strings in one buffer."""
 
     def __init__(self):
@@ -58,23 +48,29 @@ class _Texts:
         start = self._ends[row - 1] if row else 0
         return self._bytes[start : self._ends[row]].decode("utf-8", "surrogateescape")
 
-    def feed(self, digest) -> None:
+    def update_digest(self, digest) -> None:
         digest.update(self._bytes)
         digest.update(self._ends)
 
 
 class ShardPlan:
-    """rows: one per sample in the source's order. order: row numbers in the order of the shards, (n,) uint32.
-    bounds: shard i holds order[bounds[i] : bounds[i + 1]]. refused: inputs that are in no shard."""
+    """Assignment of samples to shards.
+
+    Attributes:
+        order: Row numbers of the samples in shard order, uint32 (n,). Rows are in the source's order.
+        bounds: Shard i holds order[bounds[i] : bounds[i + 1]].
+        rejected: Quarantine entries of the inputs that are in no shard.
+        sha256: Identifies the plan.
+    """
 
     def __init__(self, samples: Iterable[Sample], seed: int, shard_size: ShardSize):
         self.seed = seed
-        self.rejected: list[Rejected] = []
-        self._keys, self._members, self._containers = _Texts(), _Texts(), _Texts()
+        self.rejected: list[dict[str, str]] = []
+        self._keys, self._members, self._containers = _StringColumn(), _StringColumn(), _StringColumn()
         self._container, self._offset, self._size = array("I"), array("Q"), array("Q")
         self._label, self._storage = array("i"), array("B")
-        self.order = self._shuffled(self._append_all(samples))
-        self.bounds = self._cut(shard_size)
+        self.order = self._shuffle(self._append_all(samples))
+        self.bounds = self._split(shard_size)
         self.sha256 = self._digest(shard_size)
 
     @property
@@ -93,34 +89,33 @@ class ShardPlan:
         return int(self.bounds[shard + 1] - self.bounds[shard])
 
     def shard_bytes(self, shard: int, image_limit: int | None = None) -> int:
-        """Of its tar file, metadata aside, if every image passes through, or takes image_limit bytes at
-        most."""
+        """Return the size of a shard's tar without metadata if images keep their size, or shrink to the limit."""
         rows = self.order[self.bounds[shard] : self.bounds[shard + 1]]
         sizes = np.asarray(self._size)[rows].astype(np.int64)
         if image_limit is not None:
             sizes = np.minimum(sizes, image_limit)
         labels = int((np.asarray(self._label)[rows] >= 0).sum())
-        return int((BLOCK + -(-sizes // BLOCK) * BLOCK).sum()) + 2 * BLOCK * (labels + 1)
+        return int(_padded(sizes).sum()) + 2 * BLOCK * (labels + 1)
 
-    def shard(self, shard: int) -> Iterable[Sample]:
-        """The samples of one shard, in its order."""
+    def shard(self, shard: int) -> Iterator[Sample]:
+        """Yield the samples of one shard, in its order."""
         for row in self.order[self.bounds[shard] : self.bounds[shard + 1]].tolist():
             yield self._sample(row)
 
     def _append_all(self, samples: Iterable[Sample]) -> np.ndarray:
-        """Fills the columns. Returns a hash per row, (n,) uint64."""
+        """Fill the columns. Returns a hash per row, uint64 (n,)."""
         hashes = array("Q")
         seed = hashlib.sha256(str(self.seed).encode()).digest()
         container = None
         for sample in samples:
             location = sample.location
             if sample.rejection_reason is not None:
-                self.rejected.append(Rejected(location, sample.rejection_reason))
+                reason, _, detail = sample.rejection_reason.partition(": ")
+                self.rejected.append(location.quarantine_entry(reason, detail))
                 continue
             if location.storage == Storage.FILE:
-                member = (
-                    location.container
-                )  # a container for each file would be a column of millions for nothing
+                # Stored as the member, because millions of files would each need a row in the containers.
+                member = location.container
             else:
                 member = location.member
                 if location.container != container:
@@ -137,43 +132,43 @@ class ShardPlan:
             hashes.append(int.from_bytes(digest, "little"))
         return np.array(hashes, np.uint64)
 
-    def _shuffled(self, hashes: np.ndarray) -> np.ndarray:
+    def _shuffle(self, hashes: np.ndarray) -> np.ndarray:
+        """Return the rows ordered by hash, without those whose key another row has."""
         order = np.argsort(hashes, kind="stable").astype(np.uint32)
         ordered = hashes[order]
         repeated = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
-        dropped, held, previous = [], {}, -1  # held: key to position, of those with one hash
+        dropped, position_of, previous = [], {}, -1  # position_of: by key, within a run of equal hashes
         for position in repeated.tolist():
             if position - 1 != previous:  # a new run of equal hashes: equal keys, or a rare collision
-                held = {self._keys[int(order[position - 1])]: position - 1}
+                position_of = {self._keys[int(order[position - 1])]: position - 1}
             previous, row = position, int(order[position])
             key = self._keys[row]
-            if held.setdefault(key, position) == position:
+            if position_of.setdefault(key, position) == position:
                 continue
-            winner, loser = held[key], position
-            if self._named_like_image(row) and not self._named_like_image(int(order[winner])):
-                winner, loser = loser, winner  # a photograph does not give way to its caption
-            held[key] = winner
-            twin = self._sample(int(order[winner])).location
-            reason = f"duplicate_key: its key {key!r} is that of {twin}"
-            self.rejected.append(Rejected(self._sample(int(order[loser])).location, reason))
-            dropped.append(loser)
+            kept, duplicate = position_of[key], position
+            if self._has_image_ending(row) and not self._has_image_ending(int(order[kept])):
+                kept, duplicate = duplicate, kept  # keep an image, not its caption
+            position_of[key] = kept
+            locations = [self._sample(int(order[i])).location for i in (kept, duplicate)]
+            detail = f"its key {key!r} is that of {locations[0]}"
+            self.rejected.append(locations[1].quarantine_entry("duplicate_key", detail))
+            dropped.append(duplicate)
         return np.delete(order, dropped)
 
-    def _named_like_image(self, row: int) -> bool:
+    def _has_image_ending(self, row: int) -> bool:
         return str(self._sample(row).location).lower().endswith(IMAGE_ENDINGS)
 
-    def _cut(self, shard_size: ShardSize) -> np.ndarray:
+    def _split(self, shard_size: ShardSize) -> np.ndarray:
         count = len(self.order)
         if shard_size.samples is not None:
             return np.append(np.arange(0, count, shard_size.samples, dtype=np.int64), count)
-        sizes = np.asarray(self._size)[self.order].astype(np.int64)
-        ends = np.cumsum(BLOCK + -(-sizes // BLOCK) * BLOCK)
+        assert shard_size.bytes is not None
+        ends = np.cumsum(_padded(np.asarray(self._size)[self.order].astype(np.int64)))
         bounds = [0]
         while bounds[-1] < count:
-            used = int(ends[bounds[-1] - 1]) if bounds[-1] else 0
-            bounds.append(
-                max(bounds[-1] + 1, int(np.searchsorted(ends, used + shard_size.bytes, side="right")))
-            )
+            start = int(ends[bounds[-1] - 1]) if bounds[-1] else 0
+            stop = int(np.searchsorted(ends, start + shard_size.bytes, side="right"))
+            bounds.append(max(bounds[-1] + 1, stop))
         return np.array(bounds, np.int64)
 
     def _sample(self, row: int) -> Sample:
@@ -186,7 +181,12 @@ class ShardPlan:
     def _digest(self, shard_size: ShardSize) -> str:
         digest = hashlib.sha256(f"{self.seed} {shard_size} {len(self.rejected)} {len(self._label)}".encode())
         for texts in (self._keys, self._members, self._containers):
-            texts.feed(digest)
+            texts.update_digest(digest)
         for column in (self._container, self._offset, self._size, self._label, self._storage):
             digest.update(column)
         return digest.hexdigest()
+
+
+def _padded(sizes: np.ndarray) -> np.ndarray:
+    """Return the bytes that files of these sizes take in a tar, with their headers."""
+    return BLOCK + -(-sizes // BLOCK) * BLOCK

@@ -1,28 +1,27 @@
-"""A shard set on disk: its names, its manifest, its indexes. Nothing else in the project knows the format.
+"""Shard sets on disk: file names, manifest, indexes. The only module that knows the format.
 
-    imagenet-train-000000.tar   USTAR: for each sample KEY.jpg, then KEY.cls and KEY.json where there are any
+    imagenet-train-000000.tar   USTAR; per sample KEY.jpg, then KEY.cls (label) and KEY.json (metadata) if any
     imagenet-train-000000.idx   DALI's index: "v1.2 SAMPLES", then per sample "EXTENSION OFFSET SIZE NAME ..."
-    manifest.json               what the set is; sizes and sha256 of every shard and index
-    quarantine.jsonl            every input that is not in the shards, and why
-    wids.json                   the list of shards as the wids library reads it
-    card.md, card.json, contact_sheet.png   counts and pictures, for people
+    manifest.json               source, options, classes; size and sha256 of every shard and index
+    quarantine.jsonl            every input that is not in the shards, with the reason
+    wids.json                   the list of shards in the format of the wids library
+    card.md, card.json, contact_sheet.png   counts, histograms, thumbnails
 
-Invariant: a directory with a readable manifest.json is a whole set. The manifest is written last and
-atomically, and whatever differs from what it says is an error that names the file. Everything read here is
-treated as foreign: a damaged file raises ShardSetError, never anything else.
+Invariant: a set is complete if its manifest exists, because the manifest is written last and atomically.
+Every file read here is untrusted: a missing or damaged one raises ShardSetError and no other exception.
 """
 
 import errno
 import hashlib
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from data_prep.errors import UserError
 
@@ -31,50 +30,47 @@ FORMAT_VERSION = 1
 MANIFEST, QUARANTINE, WIDS = "manifest.json", "quarantine.jsonl", "wids.json"
 CARD, CARD_JSON, CONTACT_SHEET = "card.md", "card.json", "contact_sheet.png"
 BUILD_DIRECTORY = ".build"
-"""Where an unfinished build keeps its state; a whole set has none."""
+"""Holds the state of an unfinished build; a complete set has none."""
 
-_SHARD_NAME = re.compile(r"[a-z0-9]+-[A-Za-z0-9_]+-[0-9]{6,9}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MANIFEST_LIMIT = 1 << 30  # bytes; a million shards need a quarter of it
+_Count = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# The pattern also prevents a manifest from naming files outside its directory.
+_ShardName = Annotated[str, Field(pattern=r"^[a-z0-9]+-[A-Za-z0-9_]+-[0-9]{6,9}$")]
 
 
 class ShardSetError(UserError):
-    """A shard set that is missing, unfinished or damaged: one line with what, where and what to do."""
+    """A shard set that is missing, unfinished or damaged."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest says about one shard. Sizes in bytes."""
+    """One shard's entry in the manifest. Sizes in bytes."""
 
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
-    index_bytes: int
-    index_sha256: str
+    name: _ShardName
+    samples: Annotated[_Count, Field(ge=1)]
+    bytes: _Count
+    sha256: _Sha256
+    index_bytes: _Count
+    index_sha256: _Sha256
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says.
+    """The content of manifest.json."""
 
-    `classes` is empty when the set has no labels; otherwise KEY.cls holds a position in it. `class_names` are
-    readable names, position by position, or empty. `inputs` counts everything the source listed, so that
-    `inputs == num_samples + quarantined`. `repairs` counts samples by what was mended in them.
-    """
-
-    format_version: int
+    format_version: _Count
     source: str
     split: str
-    seed: int
+    seed: _Count
     options: Mapping[str, Any]
-    plan_sha256: str
-    inputs: int
-    quarantined: int
-    repairs: Mapping[str, int]
-    classes: tuple[str, ...]
-    class_names: tuple[str, ...]
-    shards: tuple[Shard, ...] = field(repr=False)
+    plan_sha256: _Sha256
+    inputs: _Count  # what the source listed: num_samples + quarantined
+    quarantined: _Count
+    repairs: Mapping[str, _Count]  # number of samples per kind of repair
+    classes: tuple[str, ...]  # KEY.cls holds a position in it; empty if the set has no labels
+    class_names: tuple[str, ...]  # readable names of `classes`, position by position, or empty
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1)] = field(repr=False)
 
     @property
     def num_samples(self) -> int:
@@ -82,15 +78,18 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tar files."""
+        """Size of all tar files in bytes."""
         return sum(shard.bytes for shard in self.shards)
+
+
+_MANIFEST_SCHEMA = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples' files with one extension lie in a tar, in tar order.
+    """Keys and positions of the files with one extension in a tar, in tar order.
 
-    offsets, sizes: int64 (n,), in bytes; the file of sample i is tar[offsets[i] : offsets[i] + sizes[i]].
+    offsets and sizes are int64 (n,), in bytes; sample i's file is tar[offsets[i] : offsets[i] + sizes[i]].
     """
 
     keys: list[str]
@@ -111,15 +110,15 @@ def idx_path(directory: str | os.PathLike, shard: Shard | str) -> Path:
 
 
 def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
-    """Makes the set whole. To be called last."""
+    """Write manifest.json, which completes the set. All other files must be there and on disk."""
     document = {"format": FORMAT, **asdict(manifest), "samples": manifest.num_samples}
-    store(directory)  # the shards' names are on the disk before the manifest's
-    write_atomically(Path(directory) / MANIFEST, (json.dumps(document, indent=1) + "\n").encode())
-    store(directory)
+    fsync_path(directory)  # the shards' directory entries must be durable before the manifest is
+    atomic_write(Path(directory) / MANIFEST, (json.dumps(document, indent=1) + "\n").encode())
+    fsync_path(directory)
 
 
-def store(path: str | os.PathLike) -> None:
-    """Waits until a file's content, or a directory's names, are on the disk, where the file system can."""
+def fsync_path(path: str | os.PathLike) -> None:
+    """Flush a file's content, or a directory's entries, to disk if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -130,21 +129,20 @@ def store(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def remove_leftovers(directory: Path, process: int | str = "*") -> None:
-    """Temporary files of a process that was killed, or of any."""
+def remove_temporary_files(directory: Path, process: int | str = "*") -> None:
+    """Remove the temporary files that one killed process, or any, left behind."""
     for pattern in (f".*.{process}.tmp", f"{BUILD_DIRECTORY}/*.{process}.tmp"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, data: bytes, stored: bool = True) -> None:
-    """Under its name there is either the whole of `data` or what was there before. stored: also after a power
-    cut."""
+def atomic_write(path: Path, data: bytes, fsync: bool = True) -> None:
+    """Replace `path` by `data` atomically; with `fsync` also with respect to a power failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
-            if stored:
+            if fsync:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -153,70 +151,63 @@ def write_atomically(path: Path, data: bytes, stored: bool = True) -> None:
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:
-    """The manifest of the set in `directory`.
+    """Read the manifest of a complete set.
 
-    Raises ShardSetError: no such directory, no whole set in it, or a manifest that is damaged or of another
-    version.
+    Raises:
+        ShardSetError: If `directory` does not exist or holds no complete set, or if the manifest is damaged
+            or of another version.
     """
     directory = Path(directory)
     path = directory / MANIFEST
     if not directory.is_dir():
-        what = "is a file, not the directory of a shard set" if directory.exists() else "does not exist"
+        problem = "is a file, not a shard set" if directory.exists() else "does not exist"
         raise ShardSetError(
-            f"{directory} {what}; `python -m data_prep folder IMAGES OUT` makes a shard set OUT"
+            f"{directory}: {problem}; check the path, or build a shard set with `python -m data_prep folder IMAGES OUT`"
         )
     try:
         with open(path, "rb") as file:
             data = file.read(_MANIFEST_LIMIT + 1)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
         if (directory / BUILD_DIRECTORY).is_dir():
             raise ShardSetError(
-                f"{directory} is an unfinished shard set (no {MANIFEST}): the `python -m data_prep` "
-                "command that began it, run again, finishes it"
-            ) from None
+                f"{directory}: unfinished shard set (no {MANIFEST}); run its `python -m data_prep` command "
+                "again to finish it"
+            ) from error
         raise ShardSetError(
-            f"{directory} is no shard set (no {MANIFEST}); where it holds images, "
-            f"`python -m data_prep folder {directory} OUT` makes a shard set OUT of them"
-        ) from None
+            f"{directory}: no shard set (no {MANIFEST}); if it holds images, build one with "
+            f"`python -m data_prep folder {directory} OUT`"
+        ) from error
     except OSError as error:
-        raise ShardSetError(f"{path} can't be read: {error.strerror}") from None
+        raise _unreadable(path, error) from error
     return parse_manifest(data, path)
 
 
 def parse_manifest(data: bytes, where: str | os.PathLike = MANIFEST) -> Manifest:
-    """`where` is for the messages. Raises ShardSetError."""
+    """Parse and validate the content of manifest.json; `where` is its path or URL for messages.
+
+    Raises:
+        ShardSetError: If it is damaged, of another version or no manifest at all.
+    """
     if len(data) > _MANIFEST_LIMIT:
-        raise ShardSetError(f"{where} is larger than {_MANIFEST_LIMIT:,} bytes: it is no manifest")
+        raise ShardSetError(f"{where}: larger than {_MANIFEST_LIMIT:,} bytes, so not a manifest")
     try:
         document = json.loads(data)
-    except (ValueError, RecursionError):
-        raise _damaged(where, "no JSON") from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(where, "invalid JSON") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ShardSetError(f"{where} is no manifest of a shard set (its 'format' is not {FORMAT!r})")
+        raise ShardSetError(f"{where}: not the manifest of a shard set ('format' is not {FORMAT!r})")
     version = document.get("format_version")
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise ShardSetError(
-            f"{where} has format version {str(version)[:20]}, this program reads version {FORMAT_VERSION}: "
-            "build the set again, or use the ShardMAE that built it"
+            f"{where}: format version {str(version)[:20]}, but this program reads version {FORMAT_VERSION}; "
+            "build the set again, or use the ShardMAE version that built it"
         )
-    fields = _Fields(document, str(where))
-    shards = document.get("shards")
-    if not isinstance(shards, list) or not shards:
-        raise _damaged(where, "'shards' must be a list with at least one shard")
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        source=fields.text("source"),
-        split=fields.text("split"),
-        seed=fields.integer("seed"),
-        options=fields.mapping("options"),
-        plan_sha256=fields.digest("plan_sha256"),
-        inputs=fields.integer("inputs"),
-        quarantined=fields.integer("quarantined"),
-        repairs=fields.mapping("repairs"),
-        classes=fields.names("classes"),
-        class_names=fields.names("class_names"),
-        shards=tuple(_shard(entry, number, str(where)) for number, entry in enumerate(shards)),
-    )
+    try:
+        manifest = _MANIFEST_SCHEMA.validate_python(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))[:80]
+        raise _damaged(where, f"{key}: {first['msg']}") from error
     if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
         raise _damaged(where, "a shard is listed twice")
     if document.get("samples") != manifest.num_samples:
@@ -224,90 +215,42 @@ def parse_manifest(data: bytes, where: str | os.PathLike = MANIFEST) -> Manifest
     return manifest
 
 
-def _damaged(where: str | os.PathLike, what: str) -> ShardSetError:
-    return ShardSetError(f"{where} is damaged ({what}): restore the file or build the set again")
+def _damaged(where: str | os.PathLike, problem: str) -> ShardSetError:
+    return ShardSetError(f"{where}: damaged ({problem}); restore it or build the set again")
 
 
-def _shard(entry: object, number: int, where: str) -> Shard:
-    place = f"{where}, shard {number}"
-    if not isinstance(entry, dict):
-        raise _damaged(place, "not an object")
-    fields = _Fields(entry, place)
-    name = fields.text("name")
-    if not _SHARD_NAME.fullmatch(name):  # also keeps a foreign manifest from naming files elsewhere
-        raise _damaged(place, f"{name[:80]!r} is no shard's name")
-    shard = Shard(
-        name=name,
-        samples=fields.integer("samples"),
-        bytes=fields.integer("bytes"),
-        sha256=fields.digest("sha256"),
-        index_bytes=fields.integer("index_bytes"),
-        index_sha256=fields.digest("index_sha256"),
-    )
-    if shard.samples < 1:
-        raise _damaged(place, "it has no sample")
-    return shard
-
-
-class _Fields:
-    """Typed access to one JSON object; every failure is a ShardSetError that names the field."""
-
-    def __init__(self, document: dict, where: str):
-        self.document, self.where = document, where
-
-    def _get(self, name: str, kind: type) -> Any:
-        value = self.document.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise _damaged(self.where, f"'{name}' is missing or of a wrong type")
-        return value
-
-    def text(self, name: str) -> str:
-        return self._get(name, str)
-
-    def integer(self, name: str) -> int:
-        value = self._get(name, int)
-        if not 0 <= value < 1 << 63:
-            raise _damaged(self.where, f"'{name}' is out of range")
-        return value
-
-    def mapping(self, name: str) -> dict:
-        return self._get(name, dict)
-
-    def digest(self, name: str) -> str:
-        value = self._get(name, str)
-        if not _SHA256.fullmatch(value):
-            raise _damaged(self.where, f"'{name}' is no sha256")
-        return value
-
-    def names(self, name: str) -> tuple[str, ...]:
-        value = self._get(name, list)
-        if not all(isinstance(item, str) for item in value):
-            raise _damaged(self.where, f"'{name}' must be a list of names")
-        return tuple(value)
+def _unreadable(path: Path, error: OSError) -> ShardSetError:
+    return ShardSetError(f"{path}: cannot be read: {error.strerror}")
 
 
 def read_index(directory: str | os.PathLike, shard: Shard, extension: str = "jpg") -> ShardIndex:
-    """Where each sample's `extension` file lies. Raises ShardSetError when the index is missing or damaged,
-    is not the one that the manifest means, or a sample has no such file."""
+    """Read the index of the shard's files that end with `extension`.
+
+    Raises:
+        ShardSetError: If the index is missing, damaged or not the manifest's, or a sample has no such file.
+    """
     path = idx_path(directory, shard)
-    return verified_index(_read_exactly(path, shard.index_bytes), shard, extension, path)
+    _check_size(path, shard.index_bytes)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return verified_index(data, shard, extension, path)
 
 
-def verified_index(
-    data: bytes, shard: Shard, extension: str = "jpg", where: str | os.PathLike = "index"
-) -> ShardIndex:
-    """As `read_index`, from bytes that were read elsewhere. `where` is for the messages."""
+def verified_index(data: bytes, shard: Shard, extension: str = "jpg", where: str | os.PathLike = "index") -> ShardIndex:
+    """Parse an index after comparing its sha256 with the manifest's. See parse_index()."""
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise ShardSetError(
-            f"{where} is not the index that {MANIFEST} describes (its sha256 differs): restore it"
-        )
+        raise _damaged(where, f"its sha256 differs from {MANIFEST}")
     return parse_index(data, shard, extension, where)
 
 
-def parse_index(
-    data: bytes, shard: Shard, extension: str = "jpg", where: str | os.PathLike = "index"
-) -> ShardIndex:
-    """`where` is for the messages. Raises ShardSetError."""
+def parse_index(data: bytes, shard: Shard, extension: str = "jpg", where: str | os.PathLike = "index") -> ShardIndex:
+    """Parse the content of an index; `where` is its path or URL for messages.
+
+    Raises:
+        ShardSetError: If the index is damaged or a sample has no `extension` file.
+    """
     keys, offsets, sizes = [], [], []
     suffix = "." + extension
     for number, files in enumerate(parse_index_lines(data, shard.samples, shard.bytes, where)):
@@ -322,26 +265,28 @@ def parse_index(
     return ShardIndex(keys, np.array(offsets, np.int64), np.array(sizes, np.int64))
 
 
-def parse_index_lines(data: bytes, samples: int, tar_bytes: int, where: str | os.PathLike):
-    """Yields each sample's files as a list of (extension, offset, size, name). Raises ShardSetError."""
+def parse_index_lines(
+    data: bytes, samples: int, tar_bytes: int, where: str | os.PathLike
+) -> Iterator[list[tuple[str, int, int, str]]]:
+    """Yield each sample's files as (extension, offset, size, name). Raises ShardSetError if damaged."""
     try:
         lines = data.decode("ascii").split("\n")
-    except UnicodeDecodeError:
-        raise ShardSetError(f"{where} is damaged: not plain text") from None
+    except UnicodeDecodeError as error:
+        raise _damaged(where, "not ASCII") from error
     if lines[0] != f"v1.2 {samples}" or lines[-1] != "" or len(lines) != samples + 2:
-        raise ShardSetError(f"{where} is damaged: it does not hold {samples} samples as DALI's index v1.2")
-    for number, line in enumerate(lines[1:-1]):
+        raise _damaged(where, f"not a DALI index v1.2 of {samples} samples")
+    for number, line in enumerate(lines[1:-1], 2):
         words = line.split(" ")
         if len(words) % 4:
-            raise ShardSetError(f"{where} is damaged in line {number + 2}")
+            raise _damaged(where, f"line {number}")
         files = []
         for i in range(0, len(words), 4):
             extension, offset, size, name = words[i : i + 4]
             if not (_is_number(offset) and _is_number(size) and name.endswith("." + extension)):
-                raise ShardSetError(f"{where} is damaged in line {number + 2}")
+                raise _damaged(where, f"line {number}")
             start, length = int(offset), int(size)
             if start % 512 or start < 512 or start + length > tar_bytes:
-                raise ShardSetError(f"{where} is damaged in line {number + 2}: outside of the tar file")
+                raise _damaged(where, f"line {number}: outside the tar file")
             files.append((extension, start, length, name))
         yield files
 
@@ -351,51 +296,36 @@ def _is_number(word: str) -> bool:
 
 
 def is_header_of(block: bytes, name: str, size: int) -> bool:
-    """Whether the 512 bytes before a member's data are the header of `name` with `size` bytes."""
+    """Whether a 512-byte tar header belongs to the member `name` with `size` bytes."""
     return block[:100] == name.encode("ascii").ljust(100, b"\0") and block[124:136] == b"%011o\0" % size
 
 
 def check_shard_files(directory: str | os.PathLike, manifest: Manifest) -> None:
-    """Cheap: every shard and index is there and has the size that the manifest says.
-
-    Raises ShardSetError naming the first that is not.
-    """
+    """Check the size of every shard and index, without reading them. Raises ShardSetError for the first fault."""
     for shard in manifest.shards:
         _check_size(tar_path(directory, shard), shard.bytes)
         _check_size(idx_path(directory, shard), shard.index_bytes)
 
 
 def check_shard_bytes(directory: str | os.PathLike, shard: Shard) -> None:
-    """Reads the whole tar file and compares its sha256. Raises ShardSetError."""
+    """Compare a tar file's sha256 with the manifest's. Raises ShardSetError if it differs."""
     path = tar_path(directory, shard)
     _check_size(path, shard.bytes)
     try:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ShardSetError(f"{path} can't be read: {error.strerror}") from None
+        raise _unreadable(path, error) from error
     if digest != shard.sha256:
-        raise ShardSetError(
-            f"{path} is damaged (its sha256 is not the manifest's): restore or rebuild the set"
-        )
+        raise _damaged(path, f"its sha256 differs from {MANIFEST}")
 
 
 def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
-    except FileNotFoundError:
-        raise ShardSetError(f"{path} is missing: restore or rebuild the set") from None
+    except FileNotFoundError as error:
+        raise ShardSetError(f"{path}: missing; restore it or build the set again") from error
     except OSError as error:
-        raise ShardSetError(f"{path} can't be read: {error.strerror}") from None
+        raise _unreadable(path, error) from error
     if size != expected:
-        raise ShardSetError(
-            f"{path} has {size:,} bytes, the manifest says {expected:,}: restore or rebuild the set"
-        )
-
-
-def _read_exactly(path: Path, expected: int) -> bytes:
-    _check_size(path, expected)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ShardSetError(f"{path} can't be read: {error.strerror}") from None
+        raise _damaged(path, f"{size:,} bytes, but {MANIFEST} says {expected:,}")

@@ -1,8 +1,7 @@
-"""Reads the bytes of one planned image from wherever it lies.
+"""Read the bytes of one planned image from its file or archive.
 
-Invariant: exactly the planned bytes come back, or UserError says which source can't be read: a build must not
-go on over a source that is changing or failing under it. What is wrong with one image alone is an ImageError.
-No read takes more memory than IMAGE_BYTES_LIMIT.
+Invariant: exactly the planned bytes are returned. A source that changes or fails during the build raises
+UserError; a problem of one image alone raises ImageError. A read takes at most IMAGE_BYTES_LIMIT of memory.
 """
 
 import os
@@ -15,11 +14,11 @@ from data_prep.sources.containers import open_gzip
 from data_prep.sources.sample import Location, Storage
 
 IMAGE_BYTES_LIMIT = 512 << 20
-_OPEN_FILES = 256
+_MAX_OPEN_FILES = 256
 
 
-class Reader:
-    """Keeps archives open between reads; one per process."""
+class SourceReader:
+    """Keep archives open between reads; one per process."""
 
     def __init__(self, root: str):
         self._root = root
@@ -27,20 +26,20 @@ class Reader:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
     def read(self, location: Location) -> bytes:
-        """Raises UserError, and ImageError for what is too large or does not inflate."""
+        """Read one image.
+
+        Raises:
+            UserError: If the source cannot be read or has changed since it was planned.
+            ImageError: If the file is too large or cannot be decompressed.
+        """
         if location.size > IMAGE_BYTES_LIMIT:
             raise ImageError("too_large", f"a file of {location.size:,} bytes")
         try:
             data = self._read(location)
         except OSError as error:
-            raise UserError(
-                f"{location} can't be read from {self._root}: {error.strerror or error}"
-            ) from None
+            raise UserError(f"{location}: cannot be read from {self._root}: {error.strerror or error}") from error
         if len(data) != location.size:
-            raise UserError(
-                f"{location} in {self._root} has changed since the build was planned: it no longer has "
-                f"{location.size:,} bytes"
-            )
+            raise UserError(f"{location}: has changed in {self._root} since the build was planned; restore it")
         return _inflate(data) if location.storage == Storage.DEFLATED else data
 
     def _read(self, location: Location) -> bytes:
@@ -61,7 +60,7 @@ class Reader:
         if path in self._descriptors:
             self._descriptors.move_to_end(path)
         else:
-            if len(self._descriptors) >= _OPEN_FILES:
+            if len(self._descriptors) >= _MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
             self._descriptors[path] = os.open(path, os.O_RDONLY)
         return self._descriptors[path]
@@ -72,7 +71,7 @@ def _inflate(data: bytes) -> bytes:
     try:
         inflated = stream.decompress(data, IMAGE_BYTES_LIMIT)
     except zlib.error as error:
-        raise ImageError("damaged_member", f"the archive's member does not inflate ({error})") from None
+        raise ImageError("damaged_member", f"the archive's member does not inflate ({error})") from error
     if not stream.eof:
         reason = "too_large" if stream.unconsumed_tail else "damaged_member"
         raise ImageError(reason, "the archive's member does not inflate to its end")

@@ -1,6 +1,6 @@
-"""Counts that a build keeps about its samples, for the card and the manifest.
+"""Statistics of the samples of a build, for the card and the manifest.
 
-Invariant: counts of a set are the sums of its shards' counts, in any order; so each shard stores its own.
+Invariant: a set's statistics are the sum of its shards' in any order, so each shard stores its own.
 """
 
 from bisect import bisect_right
@@ -12,17 +12,15 @@ from typing import Any
 from data_prep.images import Prepared
 
 SHORTER_SIDE_EDGES = (64, 128, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
-"""Pixels; a value belongs to the last edge that is not above it."""
+"""Pixels; a bin is named by its lower edge, which belongs to it."""
 KILOBYTE_EDGES = (4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 ASPECT_EDGES = (0.25, 0.5, 0.67, 0.75, 0.9, 1.1, 1.33, 1.5, 2.0, 4.0)
-"""Width over height."""
-_NAMES = {edges: ("0", *map(str, edges)) for edges in (SHORTER_SIDE_EDGES, KILOBYTE_EDGES, ASPECT_EDGES)}
+"""Width / height."""
 
 
 @dataclass
 class Stats:
-    """Every field counts samples (`quarantine` inputs) by something; keys are strings, so that JSON keeps
-    them."""
+    """Number of samples (in `quarantine` of inputs) per bin; keys are strings, as in JSON."""
 
     shorter_side: Counter = field(default_factory=Counter)
     kilobytes: Counter = field(default_factory=Counter)
@@ -36,7 +34,7 @@ class Stats:
         self.shorter_side[_bin(min(image.width, image.height), SHORTER_SIDE_EDGES)] += 1
         self.kilobytes[_bin(len(image.data) / 1000, KILOBYTE_EDGES)] += 1
         self.aspect[_bin(image.width / image.height, ASPECT_EDGES)] += 1
-        self.color["grey" if image.grey else "RGB"] += 1
+        self.color["grey" if image.gray else "RGB"] += 1
         if image.repairs:
             self.repairs.update(image.repairs)
         if label >= 0:
@@ -55,4 +53,4 @@ class Stats:
 
 
 def _bin(value: float, edges: tuple[float, ...]) -> str:
-    return _NAMES[edges][bisect_right(edges, value)]
+    return str((0, *edges)[bisect_right(edges, value)])

@@ -1,7 +1,7 @@
-"""Proves that a shard set is what its manifest says.
+"""Verify that a shard set is what its manifest says.
 
-Invariant: verify trusts no part of the set: tar, index and manifest are each read by themselves and compared.
-It goes on after a fault, so that one run names them all.
+Invariant: no part of the set is trusted: tar, index and manifest are read independently and compared. A fault
+does not stop the verification, so one run reports all of them.
 """
 
 import hashlib
@@ -14,83 +14,74 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.shard_file import KEY, read_members
-from data_prep.shard_set import (
-    BUILD_DIRECTORY,
-    MANIFEST,
-    QUARANTINE,
-    Manifest,
-    Shard,
-    ShardSetError,
-    check_shard_bytes,
-    idx_path,
-    parse_index_lines,
-    read_index,
-    read_manifest,
-    tar_path,
-)
+from data_prep import shard_set
+from data_prep.shard_file import read_members
+from data_prep.shard_set import Manifest, Shard, ShardSetError
+from data_prep.sources.sample import KEY
 
 
 def find_faults(directory: Path, deep: bool = False) -> Iterator[str]:
-    """Yields one line for each fault that is found; nothing for a set that is whole and true. deep: decode
-    every image with DALI.
+    """Yield a line per fault of a shard set; none if it is complete and correct.
 
-    Raises ShardSetError when the manifest can't be used at all.
+    Args:
+        directory: The shard set.
+        deep: Whether to decode every image with DALI, too.
+
+    Raises:
+        ShardSetError: If the manifest cannot be used at all.
     """
-    manifest = read_manifest(directory)
+    manifest = shard_set.read_manifest(directory)
     keys = array("Q")
     for shard in manifest.shards:
         yield from _shard_faults(directory, manifest, shard, keys)
     yield from _repeated_keys(directory, manifest, keys)
     if deep:
-        from data_prep.verify_with_dali import undecodable
+        from data_prep.verify_with_dali import find_undecodable
 
         for shard in manifest.shards:
-            yield from undecodable(directory, shard)
+            yield from find_undecodable(directory, shard)
     yield from _quarantine_faults(directory, manifest)
-    yield from _stray_files(directory, manifest)
+    yield from _unlisted_files(directory, manifest)
 
 
 def _shard_faults(directory: Path, manifest: Manifest, shard: Shard, keys: array) -> Iterator[str]:
-    sound = True
-    for check in (check_shard_bytes, read_index):
+    is_sound = True
+    for check in (shard_set.check_shard_bytes, shard_set.read_index):
         try:
             check(directory, shard)
         except ShardSetError as error:
-            sound = False
+            is_sound = False
             yield str(error)
-    if not tar_path(directory, shard).exists() or not idx_path(directory, shard).exists():
+    path, index = shard_set.tar_path(directory, shard), shard_set.idx_path(directory, shard)
+    if not path.exists() or not index.exists():
         return
     try:
-        with open(tar_path(directory, shard), "rb") as tar:
-            yield from _content_faults(directory, manifest, shard, keys, tar)
+        with open(path, "rb") as tar:
+            yield from _content_faults(manifest, shard, keys, tar, index)
     except ShardSetError as error:
-        if sound:  # otherwise it only says once more what was said above
+        if is_sound:  # otherwise the fault is already reported
             yield str(error)
     except OSError as error:
-        yield f"{error.filename} can't be read: {error.strerror}"
+        yield f"{error.filename}: cannot be read: {error.strerror}"
 
 
-def _content_faults(
-    directory: Path, manifest: Manifest, shard: Shard, keys: array, tar: BinaryIO
-) -> Iterator[str]:
-    """Raises ShardSetError and OSError."""
-    index = idx_path(directory, shard)
+def _content_faults(manifest: Manifest, shard: Shard, keys: array, tar: BinaryIO, index: Path) -> Iterator[str]:
     members = [(member.offset, member.size, member.name) for member in read_members(tar, tar.name)]
     listed = []
-    for files in parse_index_lines(index.read_bytes(), shard.samples, tar.seek(0, os.SEEK_END), index):
+    tar_bytes = tar.seek(0, os.SEEK_END)
+    for files in shard_set.parse_index_lines(index.read_bytes(), shard.samples, tar_bytes, index):
         listed += [(offset, length, name) for _, offset, length, name in files]
         yield from _key_faults(shard, files, keys)
         yield from _label_faults(tar, manifest, shard, files)
     if listed != members:
-        yield f"{index} lists other files than {tar.name} holds"
+        yield f"{index}: lists other files than {tar.name} holds"
 
 
 def _key_faults(shard: Shard, files: list, keys: array) -> Iterator[str]:
     names = {name.removesuffix("." + extension) for extension, _, _, name in files}
     key = names.pop()
     if names or not KEY.fullmatch(key):
-        yield f"{shard.name}: sample {key!r} is no single, well-formed key"
+        yield f"{shard.name}: sample {key!r} has several keys or an invalid one"
     keys.append(_hash(key))
 
 
@@ -99,18 +90,18 @@ def _hash(key: str) -> int:
 
 
 def _repeated_keys(directory: Path, manifest: Manifest, keys: array) -> Iterator[str]:
-    """Eight bytes a key are kept; only when two are equal are the indexes read again for the names."""
+    """Find keys that occur twice. Only hashes are in memory; if two are equal, the indexes are read again."""
     ordered = np.sort(np.asarray(keys))
-    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    seen: dict[str, str] = {}
-    for shard in manifest.shards if suspects else ():
+    repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    shard_of: dict[str, str] = {}
+    for shard in manifest.shards if repeated else ():
         try:
-            for key in read_index(directory, shard).keys:
-                if _hash(key) not in suspects:
+            for key in shard_set.read_index(directory, shard).keys:
+                if _hash(key) not in repeated:
                     continue
-                if key in seen:
-                    yield f"{shard.name}: key {key!r} is also in {seen[key]}"
-                seen[key] = shard.name
+                if key in shard_of:
+                    yield f"{shard.name}: key {key!r} is also in {shard_of[key]}"
+                shard_of[key] = shard.name
         except ShardSetError:
             continue
 
@@ -119,36 +110,36 @@ def _label_faults(tar: BinaryIO, manifest: Manifest, shard: Shard, files: list) 
     labels = [(offset, size) for extension, offset, size, _ in files if extension == "cls"]
     name = files[0][3]
     if bool(labels) != bool(manifest.classes):
-        yield f"{shard.name}: {name} has {'a' if labels else 'no'} label, against the manifest"
+        yield f"{shard.name}: {name} has {'a' if labels else 'no'} label, unlike {shard_set.MANIFEST}"
     for offset, size in labels:
         tar.seek(offset)
         text = tar.read(min(size, 20))
         if not text.isdigit() or int(text) >= len(manifest.classes):
-            yield f"{shard.name}: the label of {name}, {text!r}, is none of {len(manifest.classes):,} classes"
+            yield f"{shard.name}: label {text!r} of {name} is none of {len(manifest.classes):,} classes"
 
 
 def _quarantine_faults(directory: Path, manifest: Manifest) -> Iterator[str]:
-    path = directory / QUARANTINE
+    path = directory / shard_set.QUARANTINE
     try:
         with open(path, encoding="utf-8") as file:
             entries = [json.loads(line) for line in file]
     except FileNotFoundError:
-        yield f"{path} is missing"
+        yield f"{path}: missing"
         return
     except (OSError, ValueError):
-        yield f"{path} is damaged"
+        yield f"{path}: damaged"
         return
     if len(entries) != manifest.quarantined:
-        yield f"{path} has {len(entries):,} lines, the manifest says {manifest.quarantined:,}"
+        yield f"{path}: {len(entries):,} lines, but {shard_set.MANIFEST} says {manifest.quarantined:,}"
     if manifest.num_samples + manifest.quarantined != manifest.inputs:
-        yield f"{directory / MANIFEST}: samples and quarantined inputs don't add up to the inputs"
+        yield f"{directory / shard_set.MANIFEST}: samples and quarantined inputs do not add up to the inputs"
 
 
-def _stray_files(directory: Path, manifest: Manifest) -> Iterator[str]:
-    """A shard that the manifest does not list would be read by any loader that goes by file names."""
+def _unlisted_files(directory: Path, manifest: Manifest) -> Iterator[str]:
+    """Find shards that the manifest does not list; loaders that go by file names would read them."""
     known = {f"{shard.name}{suffix}" for shard in manifest.shards for suffix in (".tar", ".idx")}
     for name in sorted(os.listdir(directory)):
         if name.endswith((".tar", ".idx")) and name not in known:
-            yield f"{directory / name} is not in the manifest"
-    if (directory / BUILD_DIRECTORY).exists():
-        yield f"{directory / BUILD_DIRECTORY} is left over; the build command, run again, removes it"
+            yield f"{directory / name}: not in {shard_set.MANIFEST}"
+    if (directory / shard_set.BUILD_DIRECTORY).exists():
+        yield f"{directory / shard_set.BUILD_DIRECTORY}: left over; run the build again to remove it"

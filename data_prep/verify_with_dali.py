@@ -1,7 +1,6 @@
-"""Decodes every image of a shard with DALI on the CPU, as training will.
+"""Decode every image of a shard with DALI on the CPU, as training does.
 
-Invariant: every image that DALI refuses is named, and only those: a batch that fails is decoded again in
-halves.
+Invariant: exactly the images that DALI cannot decode are reported; a failing batch is split in halves.
 """
 
 from collections.abc import Iterator
@@ -14,12 +13,12 @@ from data_prep.shard_set import Shard, ShardSetError, read_index, tar_path
 _BATCH = 64
 
 
-def undecodable(directory: Path, shard: Shard) -> Iterator[str]:
-    """Yields one line for each image. A shard that can't be read yields nothing: others report that."""
+def find_undecodable(directory: Path, shard: Shard) -> Iterator[str]:
+    """Yield a line per image that DALI cannot decode. Yields nothing for an unreadable shard."""
     try:
         index = read_index(directory, shard)
-        file = open(tar_path(directory, shard), "rb")  # noqa: SIM115 (its errors are ShardSetError's equals here)
-    except (ShardSetError, OSError):
+        file = open(tar_path(directory, shard), "rb")  # noqa: SIM115 (closed below)
+    except (ShardSetError, OSError):  # find_faults() reports them
         return
     with file:
         for start in range(0, shard.samples, _BATCH):
@@ -27,33 +26,34 @@ def undecodable(directory: Path, shard: Shard) -> Iterator[str]:
             for i in range(start, min(start + _BATCH, shard.samples)):
                 file.seek(index.offsets[i])
                 batch.append((index.keys[i], np.frombuffer(file.read(index.sizes[i]), np.uint8)))
-            for key in _refused(batch):
-                yield f"{shard.name}: DALI can't decode {key}"
+            for key in _find_undecodable_keys(batch):
+                yield f"{shard.name}: DALI cannot decode {key}"
 
 
-def _refused(batch: list[tuple[str, np.ndarray]]) -> Iterator[str]:
-    if _decodes([data for _, data in batch]):
+def _find_undecodable_keys(batch: list[tuple[str, np.ndarray]]) -> Iterator[str]:
+    if _can_decode([data for _, data in batch]):
         return
     if len(batch) == 1:
         yield batch[0][0]
         return
     half = len(batch) // 2
-    yield from _refused(batch[:half])
-    yield from _refused(batch[half:])
+    yield from _find_undecodable_keys(batch[:half])
+    yield from _find_undecodable_keys(batch[half:])
 
 
-def _decodes(images: list[np.ndarray]) -> bool:
-    from nvidia.dali import fn, pipeline_def, types
-
-    @pipeline_def(batch_size=len(images), num_threads=2, device_id=None, prefetch_queue_depth=1)
-    def decode():
-        encoded = fn.external_source(lambda: images, dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=False)
+def _can_decode(images: list[np.ndarray]) -> bool:
+    from nvidia.dali import fn
+    from nvidia.dali.pipeline import Pipeline
+    from nvidia.dali.types import DALIDataType, DALIImageType
 
     if any(not data.size for data in images):
         return False
+    pipeline = Pipeline(batch_size=len(images), num_threads=2, device_id=None, prefetch_queue_depth=1)
+    with pipeline:
+        encoded = fn.external_source(lambda: images, dtype=DALIDataType.UINT8, ndim=1)
+        decoded = fn.decoders.image(encoded, output_type=DALIImageType.RGB, adjust_orientation=False)
+        pipeline.set_outputs(decoded)
     try:
-        pipeline = decode()
         pipeline.build()
         pipeline.run()
     except RuntimeError:

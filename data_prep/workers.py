@@ -1,7 +1,7 @@
-"""Builds shards in several processes.
+"""Build shards in several processes.
 
-Invariant: no process outlives its use. A worker that loses its parent ends at the next image; a worker that
-dies or fails ends the others, and the build stops with one clear error and every finished shard kept.
+Invariant: no process outlives the build. A worker whose parent is gone exits after the current image. If a
+worker dies or fails, the others are ended, and the build stops with one error and keeps every finished shard.
 """
 
 import contextlib
@@ -13,85 +13,88 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from multiprocessing.process import BaseProcess
 
-from data_prep.build_shard import Job, build_shard, is_finished
+from data_prep.build_shard import BuildJob, build_shard, is_finished
 from data_prep.errors import StoppedEarly, UserError
-from data_prep.shard_set import remove_leftovers
-from data_prep.source_reader import Reader
+from data_prep.shard_set import remove_temporary_files
+from data_prep.source_reader import SourceReader
 
 _REPORT_SECONDS = 0.2
+_RESUME_HINT = "finished shards are kept; run the same command again to continue"
 
 Totals = tuple[int, int, int, int, int]
-"""Since the last report: images, bytes read, bytes packed, repaired, quarantined."""
+"""Since the last report: images, bytes read, bytes written, repaired, quarantined."""
 
 
-def build_shards(
-    job: Job, numbers: Iterable[int], workers: int, on_progress: Callable[[Totals], None]
-) -> None:
-    """Builds the shards `numbers` that are not finished yet; workers >= 1.
+def build_shards(job: BuildJob, numbers: Iterable[int], workers: int, on_progress: Callable[[Totals], None]) -> None:
+    """Build those of the shards `numbers` that are not finished, in up to `workers` processes.
 
-    Raises UserError (source or disk), StoppedEarly (a worker was killed, or this process was told to stop).
+    Raises:
+        UserError: If the source or the disk fails.
+        StoppedEarly: If a worker was killed, or this process received SIGTERM or SIGINT.
     """
     numbers = list(numbers)
     workers = min(workers, len(numbers))
-    context = multiprocessing.get_context("fork")  # the plan of millions of samples is shared, not sent
-    connections: list[Connection] = []
-    processes = []
+    context = multiprocessing.get_context("fork")  # shares the plan's memory instead of sending it
+    processes: dict[Connection, BaseProcess] = {}
     stop_reader, stop_writer = context.Pipe(duplex=False)
 
     def stop(_signal, _frame) -> None:
-        # Raising here could happen anywhere, also where Python swallows it: the loop below is told instead.
+        # An exception raised here could be lost in code that suppresses it, so wake up _dispatch instead.
         stop_writer.send(None)
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(job, theirs, [*connections, ours]), daemon=True)
+            parent_end, worker_end = context.Pipe()
+            process = context.Process(target=_work, args=(job, worker_end, [*processes, parent_end]), daemon=True)
             process.start()
-            theirs.close()
-            connections.append(ours)
-            processes.append(process)
-        _dispatch(numbers, dict(zip(connections, processes, strict=True)), stop_reader, on_progress)
+            worker_end.close()
+            processes[parent_end] = process
+        _dispatch(numbers, dict(processes), stop_reader, on_progress)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for connection in connections:
+        for connection, process in processes.items():
             connection.close()
-        for process in processes:
             process.terminate()
-        for process in processes:
+        for process in processes.values():
             process.join()
-        for process in processes:
-            remove_leftovers(job.directory, process.pid)
+            assert process.pid is not None
+            remove_temporary_files(job.directory, process.pid)
 
 
-def _dispatch(numbers: list[int], owner: dict[Connection, Any], stop: Connection, on_progress) -> None:
-    """owner: the process behind each connection. stop: becomes readable when this process is to stop."""
-    waiting = iter(numbers)
-    for connection in owner:
-        _send_task(connection, next(waiting, None))
-    while owner:
-        for connection in wait([stop, *owner]):
-            if connection is stop:
-                raise StoppedEarly("stopped; finished shards are kept and the same command continues")
+def _dispatch(
+    numbers: list[int],
+    processes: dict[Connection, BaseProcess],
+    stop: Connection,
+    on_progress: Callable[[Totals], None],
+) -> None:
+    """Hand out shard numbers until all are built. `stop` becomes readable on a signal to this process."""
+    pending = iter(numbers)
+    for connection in processes:
+        _send_task(connection, next(pending, None))
+    while processes:
+        ready = wait([stop, *processes])
+        if stop in ready:
+            raise StoppedEarly(f"stopped; {_RESUME_HINT}")
+        for connection in [connection for connection in processes if connection in ready]:
             try:
                 kind, content = connection.recv()
-            except (EOFError, ConnectionResetError):
-                process = owner.pop(connection)
+            except (EOFError, ConnectionResetError) as error:
+                process = processes.pop(connection)
                 process.join()
-                raise StoppedEarly(
-                    f"a worker was killed ({_ending(process.exitcode)}; out of memory, perhaps); "
-                    "finished shards are kept and the same command continues"
-                ) from None
+                code = process.exitcode or 0
+                ending = f"signal {-code}" if code < 0 else f"exit code {code}"
+                raise StoppedEarly(f"a worker was killed ({ending}; possibly out of memory); {_RESUME_HINT}") from error
             if kind == "progress":
                 on_progress(content)
             elif kind == "done":
-                number = next(waiting, None)
+                number = next(pending, None)
                 _send_task(connection, number)
                 if number is None:
-                    owner.pop(connection)
+                    processes.pop(connection)
             elif kind == "user_error":
                 raise UserError(content)
             else:
@@ -99,43 +102,41 @@ def _dispatch(numbers: list[int], owner: dict[Connection, Any], stop: Connection
 
 
 def _send_task(connection: Connection, number: int | None) -> None:
-    with contextlib.suppress(
-        BrokenPipeError, ConnectionResetError
-    ):  # receiving from it will say that it is dead
+    # If the worker is dead, receiving from it raises the error.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         connection.send(number)
 
 
-def _work(job: Job, connection: Connection, others: list[Connection]) -> None:
-    for other in others:  # an inherited end would keep a pipe open after its owner died
+def _work(job: BuildJob, connection: Connection, inherited: list[Connection]) -> None:
+    for other in inherited:  # an inherited end would keep a pipe open after its owner died
         other.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends its workers
     parent = os.getppid()
-    reader = Reader(job.source.root)
-    totals, last = [0] * 5, time.monotonic()
+    reader = SourceReader(job.source.root)
+    totals, last_report = [0] * 5, time.monotonic()
 
-    def report(*counts: int) -> None:
-        nonlocal last
+    def count_input(*counts: int) -> None:
         if os.getppid() != parent:
             os._exit(1)
         totals[0] += 1
         for i, count in enumerate(counts, 1):
             totals[i] += count
-        if time.monotonic() - last > _REPORT_SECONDS:
-            flush()
+        if time.monotonic() - last_report > _REPORT_SECONDS:
+            report()
 
-    def flush() -> None:
-        nonlocal last
+    def report() -> None:
+        nonlocal last_report
         connection.send(("progress", tuple(totals)))
-        totals[:], last = [0] * 5, time.monotonic()
+        totals[:], last_report = [0] * 5, time.monotonic()
 
     try:
         while (number := connection.recv()) is not None:
             if not is_finished(job, number):
-                build_shard(job, number, reader, report)
-                flush()
+                build_shard(job, number, reader, count_input)
+                report()
             connection.send(("done", number))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):  # the parent is gone or has closed the connection
         os._exit(1)
     except UserError as error:
         connection.send(("user_error", str(error)))
@@ -143,7 +144,3 @@ def _work(job: Job, connection: Connection, others: list[Connection]) -> None:
         connection.send(("crash", traceback.format_exc()))
     finally:
         sys.stderr.flush()
-
-
-def _ending(exitcode: int | None) -> str:
-    return f"signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"exit code {exitcode}"

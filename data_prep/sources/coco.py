@@ -1,6 +1,6 @@
-"""COCO: images as {split}2017.zip or a folder of that name, annotations as their zip or folder.
+"""Source: COCO. Images as {split}2017.zip or a folder of that name, annotations as their zip or folder.
 
-Invariant: an image without annotations is a sample like any other; its json then has empty lists.
+Invariant: an image without annotations is a sample like any other; its json has empty lists.
 
 The json of a sample: file_name, coco_url, license ({name, url}), width, height (as annotated), captions
 (texts), instances ([{bbox: [x, y, width, height] in pixels, category, category_id, area, iscrowd,
@@ -15,61 +15,62 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from data_prep.sources.containers import entries
-from data_prep.sources.sample import NO_DETAILS, Details, PlainSource, Sample, key_of
+from data_prep.sources.containers import iter_entries
+from data_prep.sources.sample import Details, Sample, Source, make_key
 
-SPLITS = ("train", "val", "test", "unlabeled")
 _PUBLISHED = {"train2017": 118_287, "val2017": 5_000, "test2017": 40_670, "unlabeled2017": 123_403}
+_IMAGE_FIELDS = ("file_name", "coco_url", "width", "height")
+_INSTANCE_FIELDS = ("bbox", "category_id", "area", "iscrowd", "segmentation")
 
 
-class CocoSource(PlainSource):
-    """split: one of SPLITS, with the year ("train2014") where SRC has several. Raises UserError when SRC has
-    no images of it."""
+class CocoSource(Source):
+    """COCO 2014 or 2017, detection and captions.
+
+    Args:
+        root: Folder with the downloaded zips or their content.
+        split: "train", "val", "test" or "unlabeled", with the year ("train2014") if SRC has several.
+    """
 
     def __init__(self, root: Path, split: str):
         if not root.is_dir():
-            raise UserError(f"SRC {root} is no folder")
-        self._container = _images(root, split)
+            raise UserError(f"SRC {root}: not a folder")
+        self._container = _find_images(root, split)
         name = Path(self._container).name.removesuffix(".zip")
-        tables = [
-            _annotations(root, f"{kind}_{name}.json") for kind in ("instances", "captions", "image_info")
-        ]
+        tables = [_read_annotations(root, f"{kind}_{name}.json") for kind in ("instances", "captions", "image_info")]
         self._annotated = any(table is not None for table in tables)
         layout = "zip" if self._container.endswith(".zip") else "folder"
         layout += " with annotations" if self._annotated else " without annotations"
         super().__init__("coco", layout, str(root), expected=_PUBLISHED.get(name))
-        self._details = _by_image(tables, root)
+        self._details = _group_by_image(tables, root)
 
     def samples(self) -> Iterator[Sample]:
-        for entry in entries(self.root, self._container):
-            yield Sample(key_of(entry.base), entry.location, -1, entry.rejection_reason)
+        for entry in iter_entries(self.root, self._container):
+            yield Sample(make_key(entry.basename), entry.location, -1, entry.rejection_reason)
 
     def details(self, key: str) -> Details:
         if not self._annotated:
-            return NO_DETAILS
+            return Details()
         stored = self._details.get(key)
         return Details(json.loads(stored) if stored else {"captions": [], "instances": []})
 
 
-def _images(root: Path, split: str) -> str:
+def _find_images(root: Path, split: str) -> str:
     pattern = re.compile(re.escape(split) + ("" if split[-1].isdigit() else "[0-9]{4}") + r"(\.zip)?")
-    found = {}
-    for folder in (".", "images"):
-        if (root / folder).is_dir():
-            for path in sorted(
-                (root / folder).iterdir(), reverse=True
-            ):  # the zip before the folder made of it
-                if pattern.fullmatch(path.name):
-                    found.setdefault(path.name.removesuffix(".zip"), str(path.relative_to(root)))
-    if len(found) > 1:
-        raise UserError(f"SRC {root} holds {', '.join(sorted(found))}: say which with --split")
-    if not found:
-        raise UserError(f"SRC {root} holds no {split} images: expected {split}2017.zip or {split}2017/")
-    return next(iter(found.values()))
+    containers = {}
+    for folder in (root, root / "images"):
+        # In reverse order a zip comes before the folder that was unpacked from it.
+        for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
+            if pattern.fullmatch(path.name):
+                containers.setdefault(path.name.removesuffix(".zip"), str(path.relative_to(root)))
+    if len(containers) > 1:
+        raise UserError(f"SRC {root}: has {', '.join(sorted(containers))}; choose one with --split")
+    if not containers:
+        raise UserError(f"SRC {root}: no {split} images; expected {split}2017.zip or {split}2017/")
+    return next(iter(containers.values()))
 
 
-def _annotations(root: Path, name: str) -> dict[str, Any] | None:
-    """One annotation file, from a folder or from any annotations zip below root; None where there is none."""
+def _read_annotations(root: Path, name: str) -> dict[str, Any] | None:
+    """Read an annotation file from a folder or an annotations zip below root; None if there is none."""
     try:
         for path in (root / name, root / "annotations" / name):
             if path.is_file():
@@ -79,42 +80,31 @@ def _annotations(root: Path, name: str) -> dict[str, Any] | None:
                 if f"annotations/{name}" in archive.namelist():
                     return json.loads(archive.read(f"annotations/{name}"))
     except (OSError, ValueError, zipfile.BadZipFile, RuntimeError) as error:
-        raise UserError(f"{root}: {name} can't be read ({error}): download it again") from None
+        raise UserError(f"SRC {root}: {name} cannot be read ({error}); download it again") from error
     return None
 
 
-def _by_image(tables: list[dict[str, Any] | None], root: Path) -> dict[str, bytes]:
-    """Key -> the sample's json. Kept as text: parsed, COCO's polygons are ten times as large."""
+def _group_by_image(tables: list[dict[str, Any] | None], root: Path) -> dict[str, bytes]:
+    """Return key -> json of the sample. Parsed, COCO's polygons would take ten times the memory."""
     images: dict[int, dict[str, Any]] = {}
     try:
         for table in filter(None, tables):
             licenses = {
-                entry["id"]: {"name": entry["name"], "url": entry["url"]}
-                for entry in table.get("licenses", ())
+                entry["id"]: {"name": entry["name"], "url": entry["url"]} for entry in table.get("licenses", ())
             }
             categories = {entry["id"]: entry["name"] for entry in table.get("categories", ())}
             for entry in table["images"]:
-                images.setdefault(entry["id"], _image(entry, licenses))
+                image = {name: entry[name] for name in _IMAGE_FIELDS if name in entry}
+                image |= {"license": licenses.get(entry.get("license")), "captions": [], "instances": []}
+                images.setdefault(entry["id"], image)
             for entry in table.get("annotations", ()):
                 if "caption" in entry:
                     images[entry["image_id"]]["captions"].append(entry["caption"])
                 elif "bbox" in entry:
-                    images[entry["image_id"]]["instances"].append(_instance(entry, categories))
+                    instance = {name: entry[name] for name in _INSTANCE_FIELDS if name in entry}
+                    instance["category"] = categories.get(entry["category_id"])
+                    images[entry["image_id"]]["instances"].append(instance)
             table.clear()
-        return {key_of(image["file_name"]): json.dumps(image).encode() for image in images.values()}
+        return {make_key(image["file_name"]): json.dumps(image).encode() for image in images.values()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{root}: the annotations are not COCO's (at {error})") from None
-
-
-def _image(entry: dict[str, Any], licenses: dict) -> dict[str, Any]:
-    kept = {name: entry[name] for name in ("file_name", "coco_url", "width", "height") if name in entry}
-    return kept | {"license": licenses.get(entry.get("license")), "captions": [], "instances": []}
-
-
-def _instance(entry: dict[str, Any], categories: dict) -> dict[str, Any]:
-    kept = {
-        name: entry[name]
-        for name in ("bbox", "category_id", "area", "iscrowd", "segmentation")
-        if name in entry
-    }
-    return kept | {"category": categories.get(entry["category_id"])}
+        raise UserError(f"SRC {root}: not COCO's annotation format (at {error})") from error

@@ -1,11 +1,12 @@
-"""What lies in an archive, without unpacking it: tar, tar.gz, zip, and tars inside of tars.
+"""List the files of folders, tar, tar.gz and zip archives, and of tars inside tars, without unpacking.
 
-Invariant: only regular files with names inside of the archive are ever offered for reading; links, devices,
-absolute and climbing names come out as refused entries. A damaged archive raises UserError; it never hangs,
-and never makes us read more than a header's worth into memory.
+Invariant: only regular files with names inside the archive are offered for reading; links, devices, absolute
+and climbing names become rejected entries. A damaged archive raises UserError; it never causes an endless
+loop, nor a read of more than a header's size into memory.
 """
 
 import functools
+import io
 import os
 import stat
 import struct
@@ -16,59 +17,68 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from data_prep.errors import UserError
-from data_prep.sources.folder import files_below
+from data_prep.sources.folder import iter_files
 from data_prep.sources.sample import Location, Storage
 
-_HEADER_LIMIT = 1 << 20  # bytes; pax and long-name headers that tarfile reads in one piece
+_HEADER_LIMIT = 1 << 20  # bytes; tarfile reads pax and long-name headers at once
 _ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
+# What tarfile, zipfile and indexed_gzip raise for damaged archives, besides their own errors.
+_READ_ERRORS = (OSError, EOFError, ValueError, LookupError, OverflowError, RuntimeError, struct.error)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """name: path inside of the archive or folder. refusal: "code: detail" when it must not be read."""
+    """A file in a container; `rejection_reason` is "code: detail" if it must not be read."""
 
     name: str
     location: Location
     rejection_reason: str | None = None
 
     @property
-    def base(self) -> str:
+    def basename(self) -> str:
         return self.name.rpartition("/")[2]
 
 
-def entries(root: str | os.PathLike, container: str) -> Iterator[Entry]:
-    """Every file in a folder, tar, tar.gz or zip, in the archive's order (a folder's by name). container:
-    path below root. Raises UserError when it can't be read to its end."""
+def iter_entries(root: str | os.PathLike, container: str) -> Iterator[Entry]:
+    """Yield every file in a folder (ordered by name), tar, tar.gz or zip (in the archive's order).
+
+    Args:
+        root: The source's root.
+        container: Path of the folder or archive below `root`; "" for `root` itself.
+
+    Raises:
+        UserError: If it cannot be read to its end.
+    """
     path = os.path.join(root, container) if container else os.fspath(root)
     if os.path.isdir(path):
-        for name, size, rejection_reason in files_below(path):
+        for name, size, rejection_reason in iter_files(path):
             below = f"{container}/{name}" if container else name
             yield Entry(name, Location(below, "", 0, size, Storage.FILE), rejection_reason)
     elif _starts_with(path, b"PK"):
         yield from _zip_entries(path, container)
     else:
         file, storage = open_container(path)
-        yield from _tar_entries(
-            file, os.path.getsize(path) if storage == Storage.STORED else None, container, storage
-        )
+        size = os.path.getsize(path) if storage == Storage.STORED else None
+        yield from _tar_entries(file, size, container, storage)
 
 
-def entries_inside(root: str | os.PathLike, outer: Entry) -> Iterator[Entry]:
-    """The entries of a tar that is itself a member of a tar, or a file of a folder."""
+def iter_nested_entries(root: str | os.PathLike, outer: Entry) -> Iterator[Entry]:
+    """Yield the entries of an archive that is a member of a tar, or a file of a folder.
+
+    Raises:
+        UserError: If it is compressed inside another archive, or cannot be read to its end.
+    """
     location = outer.location
     if location.storage == Storage.FILE:
-        yield from entries(root, location.container)
+        yield from iter_entries(root, location.container)
         return
-    if location.storage == Storage.DEFLATED or outer.base.endswith("gz"):
-        raise UserError(
-            f"{location} is a compressed archive inside of an archive: unpack the outer one first"
-        )
-    file, storage = open_container(
-        os.path.join(root, location.container) if location.container else os.fspath(root)
-    )
-    inner = _tar_entries(_Part(file, location.offset, location.size), location.size, str(location), storage)
-    for entry in inner:
+    if location.storage == Storage.DEFLATED or outer.basename.endswith("gz"):
+        raise UserError(f"{location}: a compressed archive inside an archive; unpack the outer one first")
+    path = os.path.join(root, location.container) if location.container else os.fspath(root)
+    file, storage = open_container(path)
+    part = _Part(file, location.offset, location.size)
+    for entry in _tar_entries(part, location.size, str(location), storage):
         offset = location.offset + entry.location.offset
         member = f"{location.member}/{entry.name}"
         place = entry.location._replace(container=location.container, member=member, offset=offset)
@@ -76,28 +86,26 @@ def entries_inside(root: str | os.PathLike, outer: Entry) -> Iterator[Entry]:
 
 
 def open_container(path: str) -> tuple[BinaryIO, Storage]:
-    """A seekable file of the archive's (gunzipped) bytes."""
+    """Open a seekable file of an archive's (decompressed) bytes."""
     if _starts_with(path, b"\x1f\x8b"):
         return open_gzip(path), Storage.GZIPPED
     try:
         return open(path, "rb"), Storage.STORED
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 @functools.cache
 def open_gzip(path: str) -> BinaryIO:
-    """Random access to a gzip file's content. What it learns while the build is planned, forked workers
-    inherit."""
+    """Open a gzip file for random access. Forked workers inherit the index that planning has built."""
     import indexed_gzip
 
-    # Each point to start from takes 32 kB: at most 128 MB a file, however large it is.
+    # Each seek point takes 32 kB: at most 128 MB per file, whatever its size.
     spacing = max(1 << 20, os.path.getsize(path) // 4096)
     return indexed_gzip.IndexedGzipFile(path, spacing=spacing, drop_handles=True)
 
 
-def unsafe_name(name: str) -> str | None:
-    """Why a member's name must not be trusted, or None."""
+def _unsafe_name(name: str) -> str | None:
     if name.startswith("/") or "\\" in name or (len(name) > 1 and name[1] == ":"):
         return "unsafe_name: an absolute name"
     if ".." in name.split("/"):
@@ -107,15 +115,16 @@ def unsafe_name(name: str) -> str | None:
     return None
 
 
-def _tar_entries(file: BinaryIO, size: int | None, where: str, storage: Storage) -> Iterator[Entry]:
-    """size: bytes of the archive where they are known, to tell a cut one."""
+def _tar_entries(file: "BinaryIO | _Part", size: int | None, where: str, storage: Storage) -> Iterator[Entry]:
+    """Yield a tar's entries; `size` is the archive's in bytes if known, to detect a truncated one."""
     part = _Part(file, 0, size)
     last = -1
     try:
         with tarfile.open(fileobj=part, mode="r:", errorlevel=2) as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps every header it has seen
-                # 3.11's tarfile follows negative sizes backwards, for ever
+                # tarfile keeps every header in this list, which typeshed lacks.
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+                # Python 3.11's tarfile follows negative sizes backwards in an endless loop.
                 if member.size < 0 or tar.offset <= last:
                     raise tarfile.ReadError("a member of negative size")
                 last = tar.offset
@@ -125,31 +134,17 @@ def _tar_entries(file: BinaryIO, size: int | None, where: str, storage: Storage)
                 location = Location(where, name, member.offset_data, member.size, storage)
                 if size is not None and location.offset + location.size > size:
                     raise tarfile.ReadError("unexpected end of data")
-                yield Entry(name, location, _tar_refusal(member) or unsafe_name(name))
+                yield Entry(name, location, _tar_rejection_reason(member) or _unsafe_name(name))
             _check_end(part, tar.offset)
-    except UserError:
-        raise
-    except (
-        tarfile.TarError,
-        OSError,
-        EOFError,
-        ValueError,
-        OverflowError,
-        RecursionError,
-        IndexError,
-        KeyError,
-        struct.error,
-    ) as error:
-        raise UserError(f"{where} is damaged or ends early ({error}): download or copy it again") from None
-    except Exception as error:  # indexed_gzip's own errors have no common base
-        if type(error).__module__.startswith("indexed_gzip"):
-            raise UserError(
-                f"{where} is damaged or ends early ({error}): download or copy it again"
-            ) from None
-        raise
+    except (tarfile.TarError, *_READ_ERRORS) as error:
+        raise _damaged(where, error) from error
 
 
-def _tar_refusal(member: tarfile.TarInfo) -> str | None:
+def _damaged(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: damaged or truncated ({error}); download or copy it again")
+
+
+def _tar_rejection_reason(member: tarfile.TarInfo) -> str | None:
     if member.issym() or member.islnk():
         return "link: a link, which is never followed"
     if not member.isreg() or member.issparse():
@@ -158,7 +153,7 @@ def _tar_refusal(member: tarfile.TarInfo) -> str | None:
 
 
 def _check_end(part: "_Part", offset: int) -> None:
-    """An archive ends with a block of zeros; where the file just stops, what followed is lost."""
+    """Check for the block of zeros at the end of an archive; without it, members may be missing."""
     part.seek(max(0, offset - tarfile.BLOCKSIZE))
     tail = part.read(2 * tarfile.BLOCKSIZE)
     if bytes(tarfile.BLOCKSIZE) not in tail:
@@ -179,21 +174,13 @@ def _zip_entries(path: str, container: str) -> Iterator[Entry]:
                 offset = info.header_offset + _ZIP_LOCAL_HEADER.size + name_length + extra_length
                 storage = Storage.DEFLATED if info.compress_type == zipfile.ZIP_DEFLATED else Storage.STORED
                 location = Location(container, info.filename, offset, info.compress_size, storage)
-                yield Entry(info.filename, location, _zip_refusal(info) or unsafe_name(info.orig_filename))
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        OSError,
-        ValueError,
-        struct.error,
-        OverflowError,
-        RuntimeError,
-        IndexError,
-    ) as error:
-        raise UserError(f"{path} is damaged or ends early ({error}): download or copy it again") from None
+                rejection_reason = _zip_rejection_reason(info) or _unsafe_name(info.orig_filename)
+                yield Entry(info.filename, location, rejection_reason)
+    except (zipfile.BadZipFile, *_READ_ERRORS) as error:
+        raise _damaged(path, error) from error
 
 
-def _zip_refusal(info: zipfile.ZipInfo) -> str | None:
+def _zip_rejection_reason(info: zipfile.ZipInfo) -> str | None:
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind == stat.S_IFLNK:
         return "link: a link, which is never followed"
@@ -211,13 +198,13 @@ def _starts_with(path: str, magic: bytes) -> bool:
         with open(path, "rb") as file:
             return file.read(len(magic)) == magic
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-class _Part:
-    """A read-only view of a stretch of a file, as tarfile wants one; refuses reads that no header needs."""
+class _Part(io.RawIOBase):
+    """A read-only view of a range of a file for tarfile; rejects reads that no header needs."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int | None):
+    def __init__(self, file: "BinaryIO | _Part", start: int, size: int | None):
         self._file, self._start, self._size, self._position = file, start, size, 0
 
     def seek(self, position: int, whence: int = 0) -> int:
@@ -229,7 +216,7 @@ class _Part:
     def tell(self) -> int:
         return self._position
 
-    def read(self, count: int) -> bytes:
+    def read(self, count: int = -1) -> bytes:
         if not 0 <= count <= _HEADER_LIMIT:
             raise tarfile.ReadError("a header of impossible size")
         if self._size is not None:

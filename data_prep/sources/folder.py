@@ -1,7 +1,7 @@
-"""A folder of images. Sub-folders, where there are any, are classes.
+"""Source: a folder of images, whose subfolders are classes.
 
-Invariant: every file below the folder is an input, whatever its ending; links, special files and hidden ones
-are refused, so that nothing outside of the folder is ever read. Files come in the order of their names.
+Invariant: every file below the folder is an input, whatever its name ends with; links, special files and
+hidden ones are rejected, so nothing outside the folder is read. Files are in the order of their names.
 """
 
 import os
@@ -9,61 +9,64 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.images import sniff
-from data_prep.pixels import ImageError
-from data_prep.sources.sample import Classes, Location, PlainSource, Sample, Storage, key_of
+from data_prep.images import is_image
+from data_prep.sources.sample import Classes, Location, Sample, Source, Storage, make_key
 
-LABELS = ("auto", "folders", "none")
 HIDDEN = "hidden: its name begins with a dot"
 
 
-class FolderSource(PlainSource):
-    """labels: "folders" takes the first folder of a file's path as its class, "none" gives no labels, "auto"
-    gives them when there are sub-folders and no image lies beside them.
+class FolderSource(Source):
+    """A folder of images.
 
-    Raises UserError when there is no such folder or nothing in it.
+    Args:
+        root: The folder.
+        labels: "folders" takes the first folder of a path as the class; "none" gives no labels; "auto" gives
+            labels if there are subfolders and no image is next to them.
     """
 
     def __init__(self, root: Path, labels: str = "auto"):
-        if not root.exists():
-            raise UserError(f"SRC {root} does not exist")
         if not root.is_dir():
-            raise UserError(f"SRC {root} is no folder")
+            raise UserError(f"SRC {root}: not a folder")
         entries = [entry for entry in _scan(root) if not entry.name.startswith(".")]
         folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        loose = (entry.path for entry in entries if entry.is_file(follow_symlinks=False))
-        labelled = labels == "folders" or (
-            labels == "auto" and bool(folders) and not any(_begins_like_an_image(path) for path in loose)
+        files = (entry.path for entry in entries if entry.is_file(follow_symlinks=False))
+        labeled = labels == "folders" or (
+            labels == "auto" and bool(folders) and not any(_is_image_file(path) for path in files)
         )
-        names = tuple(name for name in folders if next(files_below(root, name), None)) if labelled else ()
+        names = tuple(name for name in folders if next(iter_files(root, name), None)) if labeled else ()
         super().__init__("folder", "class folders" if names else "plain folder", str(root), Classes(names))
 
     def samples(self) -> Iterator[Sample]:
-        number = {name: label for label, name in enumerate(self.classes.names)}
-        found = False
-        for name, size, rejection_reason in files_below(self.root):
-            found = True
-            label = number.get(name.split("/", 1)[0], -1)
-            if number and label < 0 and rejection_reason is None:
+        label_of = {name: label for label, name in enumerate(self.classes.names)}
+        empty = True
+        for name, location, rejection_reason in self._inputs():
+            empty = False
+            label = label_of.get(name.split("/", 1)[0], -1) if "/" in name else -1
+            if label_of and label < 0 and rejection_reason is None:
                 rejection_reason = "no_class: lies beside the class folders"
-            yield Sample(key_of(name), Location(name, "", 0, size, Storage.FILE), label, rejection_reason)
-        if not found:
-            raise UserError(f"SRC {self.root} is empty: it holds no file at all")
+            yield Sample(make_key(name), location, label, rejection_reason)
+        if empty:
+            raise UserError(f"SRC {self.root}: contains no file")
+
+    def _inputs(self) -> Iterator[tuple[str, Location, str | None]]:
+        """Yield (name, location, rejection reason or None) of every file."""
+        for name, size, rejection_reason in iter_files(self.root):
+            yield name, Location(name, "", 0, size, Storage.FILE), rejection_reason
 
 
-def files_below(root: str | os.PathLike, below: str = "") -> Iterator[tuple[str, int, str | None]]:
-    """(path below root with "/", bytes, refusal or None) of every file, in the order of names."""
-    waiting = _scan(os.path.join(root, below))[::-1]  # of folders inside of folders, the innermost last
+def iter_files(root: str | os.PathLike, below: str = "") -> Iterator[tuple[str, int, str | None]]:
+    """Yield (path below root with "/", bytes, rejection reason or None) of every file, ordered by name."""
+    stack = _scan(os.path.join(root, below))[::-1]
     start = len(os.path.join(root, ""))
-    while waiting:
-        entry = waiting.pop()
+    while stack:
+        entry = stack.pop()
         name = entry.path[start:]
         if entry.name.startswith("."):
             yield name, 0, HIDDEN
         elif entry.is_file(follow_symlinks=False):
             yield name, entry.stat(follow_symlinks=False).st_size, None
         elif entry.is_dir(follow_symlinks=False):
-            waiting += reversed(_scan(entry.path))
+            stack += reversed(_scan(entry.path))
         elif entry.is_symlink():
             yield name, 0, "link: a symbolic link, which is never followed"
         else:
@@ -75,14 +78,12 @@ def _scan(folder: str | os.PathLike) -> list[os.DirEntry]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name.encode("utf-8", "surrogateescape"))
     except OSError as error:
-        raise UserError(f"{folder} can't be read: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
 
 
-def _begins_like_an_image(path: str) -> bool:
+def _is_image_file(path: str) -> bool:
     try:
         with open(path, "rb") as file:
-            return bool(sniff(file.read(64)))
-    except ImageError as error:
-        return error.reason == "no_decoder"
+            return is_image(file.read(64))
     except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error

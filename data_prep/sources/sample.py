@@ -1,40 +1,45 @@
-"""What a source says about one image, before anyone has looked at its bytes.
+"""Samples and the base class of data sources.
 
-Invariant: a sample is plain data with no open file, so that a plan of millions can be kept in columns and a
-worker in another process can read any of them by itself. Its key depends on its name alone.
+Invariant: a Sample is plain data without open files, so a plan of millions of samples is kept in columns and
+any process can read any of them. Its key depends only on its name.
+
+To add a source:
+1. Write a module in `data_prep/sources` with a subclass of `Source`, or a function that returns one. It is
+   called with (root, split, **options) and raises UserError if SRC holds no such data set. `containers.py`
+   lists the files of folders, tar, tar.gz and zip archives.
+2. Add it to `registry.SOURCES`, with its help, splits and options. That makes it a command.
+3. If its images are stored in a way that `Storage` lacks, add a member there and a branch in
+   `SourceReader._read`.
 """
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from data_prep.shard_file import KEY, KEY_LIMIT
-
-_UNFIT = re.compile(r"[^A-Za-z0-9_-]+")
+KEY_LIMIT = 90
+"""Characters; with the longest extension a name still fits USTAR's limit of 100."""
+KEY = re.compile(rf"(?!__)[A-Za-z0-9_-]{{1,{KEY_LIMIT}}}")
+"""No dot, slash or space, so that DALI and webdataset split names into the same key and extension."""
 
 
 class Storage(IntEnum):
-    """How an image's bytes lie in its container (a file below the source's root)."""
+    """How an image is stored in its container, a file below the source's root. Part of the plan's sha256."""
 
-    FILE = 0
-    """The container is the image."""
-    STORED = 1
-    """container[offset : offset + size]."""
-    DEFLATED = 2
-    """The same range, to be inflated (a zip member)."""
-    GZIPPED = 3
-    """The range in the container's gunzipped bytes."""
+    FILE = 0  # the container is the image
+    STORED = 1  # the bytes container[offset : offset + size]
+    DEFLATED = 2  # the same range, compressed with deflate (a zip member)
+    GZIPPED = 3  # the same range of the container's decompressed content
 
 
 class Location(NamedTuple):
-    """container: path below the source's root ("" for the root itself), member: name inside of it, for
-    people. offset, size: bytes, of what is read from the container."""
+    """Position of an image's bytes; offset and size in bytes."""
 
-    container: str
-    member: str = ""
+    container: str  # path below the source's root; "" for the root itself
+    member: str = ""  # name inside the container, for messages and the quarantine
     offset: int = 0
     size: int = 0
     storage: Storage = Storage.FILE
@@ -42,74 +47,62 @@ class Location(NamedTuple):
     def __str__(self) -> str:
         return f"{self.container}!{self.member}" if self.member else self.container
 
+    def quarantine_entry(self, reason: str, detail: str) -> dict[str, str]:
+        return {"source": self.container, "member": self.member, "reason": reason, "detail": detail}
+
 
 class Sample(NamedTuple):
-    """label: position in the source's classes, -1 without. refusal: why it must not be read at all, or None;
-    such a sample is an input like any other, and ends in quarantine."""
+    """One input of a source."""
 
-    key: str
+    key: str  # name in the shards, from `make_key`
     location: Location
-    label: int = -1
-    rejection_reason: str | None = None
+    label: int = -1  # position in the source's classes, -1 without a label
+    rejection_reason: str | None = None  # "code: detail" if the input must not be read; it is then quarantined
 
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """What a source knows about a sample beyond its bytes; asked for when the sample is packed.
+    """What a source knows about a sample besides its bytes and label."""
 
-    metadata: for KEY.json, or None. rotation: degrees counter-clockwise to turn the pixels.
-    """
-
-    metadata: Mapping[str, Any] | None = None
-    rotation: int = 0
+    metadata: Mapping[str, Any] | None = None  # content of KEY.json; None for no such file
+    rotation: int = 0  # degrees counter-clockwise, a multiple of 90, by which to turn the pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """names decide the label numbers; readable are for people, position by position, or empty."""
+    """Class names in the order of the labels."""
 
     names: tuple[str, ...] = ()
-    readable: tuple[str, ...] = ()
+    readable: tuple[str, ...] = ()  # for people, position by position, or empty
 
 
-class Source(Protocol):
-    """kind: the name in shard names. layout: what was recognised, for the log."""
+@dataclass
+class Source(ABC):
+    """A data set to build shards from. It is opened before the workers are forked, which inherit it."""
 
-    kind: str
-    layout: str
-    classes: Classes
-    root: str
-    """Containers are paths below it."""
-    expected: int | None
-
-    def samples(self) -> Iterator[Sample]: ...
-
-    def details(self, key: str) -> Details: ...
-
-
-NO_DETAILS = Details()
-
-
-@dataclass(slots=True)
-class PlainSource:
-    """A source whose samples have nothing but bytes and labels."""
-
-    kind: str
-    layout: str
-    root: str
+    kind: str  # name in shard names; lower case letters and digits
+    layout: str  # which form of the data set was found; part of the build's identity
+    root: str  # path below which containers are found
     classes: Classes = field(default_factory=Classes)
-    expected: int | None = None
-    """Samples of the whole data set as it was published, where that is known."""
+    expected: int | None = None  # number of images of the data set as published, if known
+
+    @abstractmethod
+    def samples(self) -> Iterator[Sample]:
+        """Yield every input, usable or not, in an order that depends on the content of SRC alone.
+
+        Raises:
+            UserError: If SRC cannot be read to its end.
+        """
 
     def details(self, key: str) -> Details:
-        return NO_DETAILS
+        """Return the metadata of one sample. Called by the workers, when the sample is written."""
+        return Details()
 
 
-def key_of(name: str) -> str:
-    """A shard key for a file's name: the name without its ending where that is fit to be a key.
+def make_key(name: str) -> str:
+    """Make a shard key from a file's name: without its ending, folders joined by "_".
 
-    Otherwise what is unfit becomes "_" and eight digits of the whole name's hash follow, so that names which
-    differ only there stay apart. Folders are joined by "_".
+    If characters have to be replaced, a hash of the name follows, so that different names keep different keys.
     """
     folder, _, last = name.rpartition("/")
     stem = last.rpartition(".")[0] or last
@@ -117,5 +110,5 @@ def key_of(name: str) -> str:
     if KEY.fullmatch(plain):
         return plain
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    fit = _UNFIT.sub("_", plain).strip("_")[: KEY_LIMIT - 9]
-    return f"{fit or 'image'}-{digest}"
+    valid = re.sub(r"[^A-Za-z0-9_-]+", "_", plain).strip("_")[: KEY_LIMIT - 9]
+    return f"{valid or 'image'}-{digest}"

@@ -1,10 +1,10 @@
-"""The things that real image archives hold beside sound photographs, made from a sound one."""
+"""Unusual and damaged files as in real image archives, made from a valid photograph."""
 
 import io
 import struct
 
 import numpy as np
-from bytes_of import picture_bytes
+from file_contents import encode_image
 from PIL import Image
 
 
@@ -15,18 +15,18 @@ def exif(orientation: int) -> bytes:
 
 
 def huge_header(photograph: bytes, side: int = 30_000) -> bytes:
-    """A JPEG whose frame header claims side x side pixels."""
+    """Return a JPEG whose frame header claims side x side pixels."""
     place = next(i for i in range(len(photograph)) if photograph[i : i + 2] in (b"\xff\xc0", b"\xff\xc2"))
     return photograph[: place + 5] + struct.pack(">HH", side, side) + photograph[place + 9 :]
 
 
 def with_segment(photograph: bytes, content: bytes) -> bytes:
-    """content goes into an APP1 segment at the front."""
+    """Insert an APP1 segment at the front."""
     return photograph[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + photograph[2:]
 
 
 def oddities(photograph: bytes) -> dict[str, tuple[bytes, str]]:
-    """Name -> (file, where it must end): "same", "repaired: REASON" or "quarantined: REASON"."""
+    """Return name -> (file, expected result): "same", "repaired: KIND" or "quarantined: REASON"."""
     image = Image.open(io.BytesIO(photograph)).convert("RGB")
     small = image.resize((48, 32))
     deep = (np.asarray(small.convert("L")).astype(np.uint16) << 8) + 7
@@ -34,19 +34,19 @@ def oddities(photograph: bytes) -> dict[str, tuple[bytes, str]]:
     clear.putalpha(Image.linear_gradient("L").resize(clear.size))
     return {
         "sound": (photograph, "same"),
-        "progressive": (picture_bytes(small, "JPEG", progressive=True), "same"),
-        "grey": (picture_bytes(small.convert("L"), "JPEG"), "same"),
-        "png": (picture_bytes(small, "PNG"), "repaired: png"),
-        "gif": (picture_bytes(small, "GIF"), "repaired: gif"),
-        "webp": (picture_bytes(small, "WEBP"), "repaired: webp"),
-        "tiff": (picture_bytes(small, "TIFF"), "repaired: tiff"),
-        "bmp": (picture_bytes(small, "BMP"), "repaired: bmp"),
-        "deep": (picture_bytes(Image.fromarray(deep), "PNG"), "repaired: 16_bit"),
-        "clear": (picture_bytes(clear, "PNG"), "repaired: alpha"),
-        "cmyk": (picture_bytes(small.convert("CMYK"), "JPEG"), "repaired: cmyk"),
+        "progressive": (encode_image(small, "JPEG", progressive=True), "same"),
+        "grey": (encode_image(small.convert("L"), "JPEG"), "same"),
+        "png": (encode_image(small, "PNG"), "repaired: png"),
+        "gif": (encode_image(small, "GIF"), "repaired: gif"),
+        "webp": (encode_image(small, "WEBP"), "repaired: webp"),
+        "tiff": (encode_image(small, "TIFF"), "repaired: tiff"),
+        "bmp": (encode_image(small, "BMP"), "repaired: bmp"),
+        "deep": (encode_image(Image.fromarray(deep), "PNG"), "repaired: 16_bit"),
+        "clear": (encode_image(clear, "PNG"), "repaired: alpha"),
+        "cmyk": (encode_image(small.convert("CMYK"), "JPEG"), "repaired: cmyk"),
         "broken_exif": (with_segment(photograph, b"Exif\0\0MM\0*\xff\xff\xff\xff"), "repaired: broken_exif"),
         "truncated": (photograph[: len(photograph) // 2], "quarantined: truncated"),
-        "cut_png": (picture_bytes(small, "PNG")[:-900], "quarantined: undecodable"),
+        "cut_png": (encode_image(small, "PNG")[:-900], "quarantined: undecodable"),
         "ended_early": (photograph[: len(photograph) // 2] + b"\xff\xd9", "quarantined: undecodable"),
         "empty": (b"", "quarantined: empty"),
         "page": (b"\n<html><body>Not found</body></html>", "quarantined: not_an_image"),

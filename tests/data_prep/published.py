@@ -1,4 +1,4 @@
-"""Small archives in the very layouts in which the data sets are published."""
+"""Small archives in the layouts in which the data sets are published."""
 
 import csv
 import io
@@ -12,11 +12,11 @@ import numpy as np
 WNIDS = ("n01440764", "n02077923", "n07583066")
 WORDS = ("tench, Tinca tinca", "sea lion", "guacamole")
 VAL_IDS = (3, 1, 2)
-"""ILSVRC2012_ID of WNIDS: in another order than the sorted wnids, as in the real devkit."""
+"""ILSVRC2012_ID of WNIDS, in another order than the sorted wnids, as in the real devkit."""
 
 
 def tar_of(files: dict[str, bytes], *extra: tarfile.TarInfo, mode: str = "w") -> bytes:
-    """A tar of files, then of members without data (links, devices)."""
+    """Return a tar of files, followed by members without data (links, devices)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as tar:
         for name, data in files.items():
@@ -43,8 +43,7 @@ def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
 
 
 def devkit(truth: list[int]) -> bytes:
-    """ILSVRC2012_devkit_t12.tar.gz with meta.mat as a MATLAB struct array, an inner node among the
-    synsets."""
+    """Return ILSVRC2012_devkit_t12.tar.gz; its meta.mat is a MATLAB struct array with an inner node."""
     from scipy.io import savemat
 
     kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
@@ -75,37 +74,20 @@ def write_tree(root: Path, files: dict[str, bytes | str]) -> Path:
 
 
 def coco_annotations(names: list[str]) -> dict[str, bytes]:
-    """Instances and captions for all but the last image, with category ids that have gaps."""
+    """Return instances and captions for all but the last image, with gaps in the category ids."""
     license_ = {"id": 3, "name": "Attribution", "url": "http://creativecommons.org/licenses/by/2.0/"}
+    image = {"width": 160, "height": 190, "license": 3}
     images = [
-        {
-            "id": 100 + i,
-            "file_name": name,
-            "width": 160,
-            "height": 190,
-            "license": 3,
-            "coco_url": f"http://coco/{name}",
-        }
-        for i, name in enumerate(names)
+        {"id": 100 + i, "file_name": name, **image, "coco_url": f"http://coco/{name}"} for i, name in enumerate(names)
     ]
-    boxes = [
-        {
-            "id": i,
-            "image_id": 100 + i,
-            "category_id": 90,
-            "bbox": [1.0, 2.0, 30.5, 40.0],
-            "area": 9.0,
-            "iscrowd": 0,
-            "segmentation": [[1, 2, 3, 4, 5, 6]],
-        }
-        for i in range(len(names) - 1)
-    ]
+    box = {"category_id": 90, "bbox": [1.0, 2.0, 30.5, 40.0], "area": 9.0, "iscrowd": 0}
+    box |= {"segmentation": [[1, 2, 3, 4, 5, 6]]}
+    boxes = [{"id": i, "image_id": 100 + i, **box} for i in range(len(names) - 1)]
     captions = [{"id": i, "image_id": 100 + i, "caption": f"photograph {i}"} for i in range(len(names) - 1)]
     shared = {"images": images, "licenses": [license_]}
     categories = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
-    return {
-        "annotations/instances_val2017.json": json.dumps(
-            {**shared, "annotations": boxes, "categories": categories}
-        ).encode(),
-        "annotations/captions_val2017.json": json.dumps({**shared, "annotations": captions}).encode(),
+    tables = {
+        "instances": {**shared, "annotations": boxes, "categories": categories},
+        "captions": {**shared, "annotations": captions},
     }
+    return {f"annotations/{kind}_val2017.json": json.dumps(table).encode() for kind, table in tables.items()}

@@ -1,4 +1,4 @@
-"""Reads a shard set by its manifest and indexes alone."""
+"""Read a shard set through its manifest and indexes."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,14 @@ from data_prep.shard_set import QUARANTINE, read_index, read_manifest, tar_path
 
 
 def samples(directory: Path, extension: str = "jpg") -> dict[str, bytes]:
-    """Key -> the bytes of its file, in the set's order."""
-    found = {}
+    """Return key -> content of the sample's file, in the set's order."""
+    contents = {}
     for shard in read_manifest(directory).shards:
         index = read_index(directory, shard, extension)
         data = tar_path(directory, shard).read_bytes()
         for key, offset, size in zip(index.keys, index.offsets, index.sizes, strict=True):
-            found[key] = data[offset : offset + size]
-    return found
+            contents[key] = data[offset : offset + size]
+    return contents
 
 
 def metadata(directory: Path) -> dict[str, dict]:
@@ -27,6 +27,6 @@ def class_of(directory: Path) -> dict[str, str]:
 
 
 def quarantine(directory: Path) -> dict[str, str]:
-    """Where an input was -> the reason."""
+    """Return input (its name in the archive, or its path) -> reason."""
     entries = [json.loads(line) for line in (directory / QUARANTINE).read_text().splitlines()]
     return {entry["member"] or entry["source"]: entry["reason"] for entry in entries}
