@@ -1,1 +1,1 @@
-"""Feeding the engine: `order` says which sample comes when, `crops` how it is cut, `dali` decodes it."""
+"""From shard sets to batches on the device: `sampler` orders the samples, `loader` crops, `dali` decodes."""

@@ -1,294 +1,321 @@
-"""DALI: encoded images in, pixels on the device out. The only file that imports it.
+"""DALI: encoded images in, float32 pixels on the device out. The only module that imports it.
 
-Invariant: DALI decides nothing. It is given each image's bytes and where to cut it; the same inputs give the
-same pixels, Pillow's (bicubic, antialiased) to less than half a level of 255 on average. An image that DALI
-cannot decode costs its batch nothing: it is found, replaced by whoever feeds the decoder, and every other
-image of the batch comes out as if nothing had been.
+    source (PrefetchThread)  batches with encoded images and crops, built in advance
+      -> DALI pipeline       decodes in its own threads; on a GPU it also resizes, flips and normalizes
+      -> postprocess         on the CPU: torch resizes and numpy normalizes in a thread pool, because DALI's
+                             CPU resize takes several times as long
+      -> Decoder.next()
 
-On a GPU DALI does everything. On the CPU it decodes, and `pixels` resizes and normalises, in as many threads:
-DALI's own resize takes several times as long there.
+Invariant: an image's pixels are a function of its bytes and crops alone: DALI draws no random numbers, and an
+undecodable image changes no other image of its batch. They match Pillow's (bicubic, antialiased) with a mean
+absolute difference below 0.5 of 255 levels.
 
-The pixels are float32 whatever the model's precision: targets are computed from them, DALI has no bfloat16,
-and the patch embedding casts them anyway.
+DALI fails on a whole batch if one of its images cannot be decoded, and a failed pipeline is unusable. `Decoder`
+then decodes each image of the batches in flight alone, lets `replace` substitute those that fail, and runs the
+same batches through a new pipeline.
+
+Pixels are float32 in bf16 runs too: targets are computed from them, DALI has no bfloat16, and the patch
+embedding casts its input.
 """
 
 import atexit
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import fn as dali_fn
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
 from pipeline.data.pixels import normalize, resize, single_threaded
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.recipe.sections import DataSection
 
+fn: Any = dali_fn  # in DALI's stubs an operator returns a union that no operator accepts
+
+Inputs = tuple[list[np.ndarray] | np.ndarray, ...]
+"""Of n images: first a list of the encoded images, uint8 (bytes,); then int32 arrays (n, ...)."""
+
 
 class PipelineInput(Protocol):
-    """A batch for the decoder."""
+    """A batch to decode."""
 
-    def inputs(self, rows: slice = slice(None)) -> tuple[Sequence[np.ndarray], ...]:
-        """Of some of its images: the encoded ones, uint8 (bytes,) each, then the graph's other inputs, int32,
-        a row an image."""
+    def inputs(self, rows: slice = slice(None)) -> Inputs:
+        """Return the inputs of these images of the batch, in the order that the PipelineDef expects."""
+        ...
 
 
 class PipelineDef(NamedTuple):
-    """What is computed."""
+    """What to compute from the inputs of a batch."""
 
-    num_inputs: int
-    """The first so many of a batch's inputs go to DALI."""
-    build: Callable
-    """Connects DALI's operators from these inputs to the output."""
-    shape: tuple[int, ...] = ()
-    """Of the pixels of an image."""
-    postprocess: Callable[[tuple, int, torch.Tensor, torch.Tensor], None] | None = None
-    """On the CPU: given the batch's inputs, a row in them and what DALI decoded for it, (h, w, 3) uint8,
-    writes its pixels into the last argument, float32 of `shape`."""
-
-
-T = TypeVar("T", bound=PipelineInput)
+    num_dali_inputs: int
+    """DALI reads the first ones of the batch's inputs; `postprocess` reads all."""
+    build_graph: Callable
+    """Connects DALI operators: takes a DataNode for each DALI input, returns the output's DataNode."""
+    image_shape: tuple[int, ...] = ()
+    """Shape of an image's pixels after `postprocess`."""
+    postprocess: Callable[[Inputs, int, torch.Tensor, torch.Tensor], None] | None = None
+    """None on a GPU. On the CPU: (inputs, row, image that DALI decoded for this row, (h, w, 3) uint8, out)
+    -> None; writes the row's pixels to `out`, float32 of `image_shape`."""
 
 
-class Decoder(Generic[T]):
-    """Decodes the batches of a source in their order, `prefetch` of them ahead."""
+BatchT = TypeVar("BatchT", bound=PipelineInput)
+
+
+class Decoder(Generic[BatchT]):
+    """Decodes the batches of a source in order, `prefetch` batches ahead.
+
+    Args:
+        source: batches of at most `batch_size` images; stopped by `close`.
+        replace: (batch, row, reason) -> the batch with another image in the row that DALI cannot decode.
+        threads: decoding threads; on the CPU as many again for `postprocess`.
+    """
 
     def __init__(
         self,
         pipeline_def: PipelineDef,
-        source: PrefetchThread[T],
-        replace: Callable[[T, int, str], T],
-        batch: int,
+        source: PrefetchThread[BatchT],
+        replace: Callable[[BatchT, int, str], BatchT],
+        batch_size: int,
         device: torch.device,
         threads: int,
         prefetch: int,
     ):
-        """source: the batches, of at most `batch` images. replace: given a batch, the row of an image that
-        DALI cannot decode and why, returns the batch with another image there, or raises."""
-        self._graph, self._source, self._replace, self._device = pipeline_def, source, replace, device
-        self._in_flight: deque[tuple[T, tuple]] = deque()
-        self._again: deque[T] = deque()
-        self._probe: Pipeline | None = None
-        self._build = lambda: _pipeline(pipeline_def, self._feed, batch, device, threads, prefetch)
+        self._def, self._source, self._replace, self._device = pipeline_def, source, replace, device
+        self._in_flight: deque[tuple[BatchT, Inputs]] = deque()  # fed to DALI, not yet decoded
+        self._resubmit: deque[BatchT] = deque()  # to be fed again after an error, before new batches
+        self._build = lambda: _build_pipeline(pipeline_def, self._feed, batch_size, device, threads, prefetch)
         self._pipeline: Pipeline | None = self._build()
-        self._finished: PrefetchThread | None = None
+        self._single_inputs: Inputs = ()
+        self._single_pipeline: Pipeline | None = None
+        self._postprocess_thread: PrefetchThread[tuple[BatchT, torch.Tensor]] | None = None
         if pipeline_def.postprocess:
             self._threads = threads
             self._pool = ThreadPoolExecutor(threads, initializer=single_threaded)
-            self._finished = PrefetchThread(self._postprocess(), prefetch)
-        atexit.register(self.close)  # a thread that still runs DALI when the interpreter ends would abort it
+            self._postprocess_thread = PrefetchThread(self._postprocessed(pipeline_def.postprocess), prefetch)
+        atexit.register(self.close)  # a thread running DALI at interpreter exit would abort the process
 
-    def next(self) -> tuple[T, torch.Tensor]:
-        """The next batch and its images. StopIteration at the end, RuntimeError where DALI fails on a batch
-        but on none of its images."""
-        if self._finished is None:
-            item, _, decoded = self._decode()
-            images = torch.from_dlpack(decoded.as_tensor())
-            # A copy on a GPU costs nothing and leaves no doubt whose memory it is; DALI uses torch's stream.
-            return item, images.clone() if self._device.type == "cuda" else images
+    def next(self) -> tuple[BatchT, torch.Tensor]:
+        """Return the next batch and its images, float32 on the device.
+
+        Raises:
+            StopIteration: After the last batch.
+            RuntimeError: If DALI fails on a batch, but on none of its images alone.
+            Exception: What the source or `replace` raised, after the batches before it.
+        """
         try:
-            return self._finished.take()
+            if self._postprocess_thread:
+                return self._postprocess_thread.get()
+            batch, _, decoded = self._decode()
         except StopIteration:
-            if self._finished.failure:
-                raise self._finished.failure from None
+            for thread in (self._postprocess_thread, self._source):
+                if thread and thread.error:
+                    raise thread.error from None
             raise
+        images = torch.from_dlpack(decoded.as_tensor())
+        # DALI may reuse the memory once `decoded` is freed; the copy is on DALI's stream, torch's current one.
+        return batch, images.clone() if self._device.type == "cuda" else images
 
     def close(self) -> None:
-        """Stops the source, too."""
+        """Stop the source and free DALI's pipelines."""
         atexit.unregister(self.close)
         self._source.stop()
-        if self._finished:
-            self._finished.close()
+        if self._postprocess_thread:
+            self._postprocess_thread.close()
             self._pool.shutdown()
-        self._pipeline = self._probe = None
+        self._pipeline = self._single_pipeline = None
 
-    def _postprocess(self) -> Iterator[tuple[T, torch.Tensor]]:
-        """On the CPU, in a thread of its own: what DALI has decoded, resized and normalised."""
+    def _postprocessed(self, postprocess: Callable) -> Iterator[tuple[BatchT, torch.Tensor]]:
+        """Yield decoded batches after `postprocess`, in a thread of their own."""
         while True:
             try:
-                item, inputs, decoded = self._decode()
+                batch, inputs, decoded = self._decode()
             except StopIteration:
                 return
-            images = torch.empty(len(decoded), *self._graph.shape)
+            images = torch.empty(len(decoded), *self._def.image_shape)
 
-            def postprocess(first: int, inputs=inputs, decoded=decoded, images=images) -> None:
+            def postprocess_rows(first: int, inputs=inputs, decoded=decoded, images=images) -> None:
                 for row in range(first, len(decoded), self._threads):
-                    self._graph.postprocess(inputs, row, torch.from_dlpack(decoded[row]), images[row])
+                    postprocess(inputs, row, torch.from_dlpack(decoded[row]), images[row])
 
-            list(self._pool.map(postprocess, range(self._threads)))
-            yield item, images
+            list(self._pool.map(postprocess_rows, range(self._threads)))
+            yield batch, images
 
-    def _decode(self) -> tuple[T, tuple, object]:
-        """The next batch, its inputs, and what DALI put out for it."""
+    def _decode(self) -> tuple[BatchT, Inputs, Any]:
+        """Return the next batch, its inputs and DALI's output for it, a TensorList."""
         on_gpu = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device) if on_gpu else None
         while True:
+            assert self._pipeline is not None
             try:
                 (decoded,) = self._pipeline.run(stream)
-                break
+                return *self._in_flight.popleft(), decoded
             except RuntimeError as error:
                 self._recover(error)
-        return *self._in_flight.popleft(), decoded
 
-    def _feed(self) -> tuple:
-        item = self._again.popleft() if self._again else self._source.take()
-        inputs = item.inputs()
-        self._in_flight.append((item, inputs))  # DALI reads the arrays in place
-        return inputs[: self._graph.num_inputs]
+    def _feed(self) -> Inputs:
+        """Return DALI's inputs of the next batch; DALI calls this up to `prefetch` batches ahead."""
+        batch = self._resubmit.popleft() if self._resubmit else self._source.get()
+        inputs = batch.inputs()
+        self._in_flight.append((batch, inputs))  # also keeps the arrays alive, which DALI reads in place
+        return inputs[: self._def.num_dali_inputs]
 
     def _recover(self, error: RuntimeError) -> None:
-        """Find what cannot be decoded in the batches on their way, replace it, and begin anew with them."""
+        """Replace the undecodable images of the batches in flight and submit these to a new pipeline."""
         self._pipeline = None
-        waiting = [*(item for item, _ in self._in_flight), *self._again]
-        mended = [self._replace_undecodable(item) for item in waiting]
-        if all(before is after for before, after in zip(waiting, mended, strict=True)):
+        batches = [*(batch for batch, _ in self._in_flight), *self._resubmit]
+        replaced = [self._replace_undecodable(batch) for batch in batches]
+        if all(before is after for before, after in zip(batches, replaced, strict=True)):
             raise error
         self._in_flight.clear()
-        self._again = deque(mended)
+        self._resubmit = deque(replaced)
         self._pipeline = self._build()
 
-    def _replace_undecodable(self, item: T) -> T:
-        for row in range(len(item.inputs()[0])):
-            while reason := self._failure(item.inputs(slice(row, row + 1))):
-                item = self._replace(item, row, reason)
-        return item
+    def _replace_undecodable(self, batch: BatchT) -> BatchT:
+        for row in range(len(batch.inputs()[0])):
+            while reason := self._decode_error(batch.inputs(slice(row, row + 1))):
+                batch = self._replace(batch, row, reason)
+        return batch
 
-    def _failure(self, inputs: tuple) -> str | None:
-        """Why DALI cannot decode a single image; None where it can."""
-        self._single = inputs
-        if self._probe is None:
-            self._probe = _pipeline(
-                self._graph,
-                lambda: self._single[: self._graph.num_inputs],
-                1,
-                self._device,
+    def _decode_error(self, inputs: Inputs) -> str | None:
+        """Decode a single image; return DALI's error message, or None."""
+        self._single_inputs = inputs[: self._def.num_dali_inputs]
+        if self._single_pipeline is None:
+            self._single_pipeline = _build_pipeline(
+                self._def,
+                lambda: self._single_inputs,
+                batch_size=1,
+                device=self._device,
                 threads=1,
                 prefetch=1,
             )
         try:
-            self._probe.run()
+            self._single_pipeline.run()
         except RuntimeError as error:
-            self._probe = None  # a pipeline that has failed once is of no use
-            return _reason(error)
+            self._single_pipeline = None  # unusable after an error
+            message = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
+            return f"DALI: {' '.join(message.split())}"
         return None
 
 
-def training_pipeline_def(data: DataSection, on_gpu: bool, last: str = "augment") -> PipelineDef:
-    """Decode a box of each image, cut its crops out of it, resize, mirror, normalise.
+def training_pipeline_def(
+    data: DataSection, on_gpu: bool, last_stage: Literal["decode", "augment"] = "augment"
+) -> PipelineDef:
+    """Decode the box of each image that contains all its crops; then crop, resize, flip and normalize.
 
-    Inputs: encoded, the box's (x, y) and (width, height); then for each crop its (x, y) inside that box and
-    (width, height), which a single crop has not, and whether it is mirrored. Output: (n, 3, H, W) float32, or
-    (n, crops, 3, H, W). last: "decode" gives no more than the decoded boxes' shapes, to measure it.
+    Inputs: encoded images; (x, y) and (width, height) of the box; then for each crop, with several crops,
+    its (x, y) in the box and its (width, height), and always whether it is flipped.
+    Output: (n, 3, H, W) float32, or (n, crops, 3, H, W) with several crops.
+
+    Args:
+        last_stage: "decode" stops after decoding and outputs only the boxes' shapes, for benchmarks.
     """
-    crops, size = data.crops_per_image, [data.image_size, data.image_size]
-    shape = (3, *size) if crops == 1 else (crops, 3, *size)
+    num_crops, size = data.crops_per_image, [data.image_size, data.image_size]
 
     def decode(encoded, anchor, extent):
-        return fn.decoders.image_slice(encoded, anchor, extent, axis_names="WH", **_decoding(on_gpu))
+        return fn.decoders.image_slice(encoded, anchor, extent, axis_names="WH", **_decoder_options(on_gpu))
 
-    def build(encoded, anchor, extent, *views):
+    def augment(image, flip):
+        return _normalize(fn.resize(image, size=size, **RESIZE_OPTIONS), data, mirror=flip)
+
+    def decode_and_augment(encoded, anchor, extent, *crops):
         box = decode(encoded, anchor, extent)
-        if crops == 1:
-            return _augmented(box, size, views[0], data)
-        cut = [
-            _augmented(fn.slice(box, *views[at : at + 2], axis_names="WH"), size, views[at + 2], data)
-            for at in range(0, 3 * crops, 3)
-        ]
-        return fn.stack(*cut)
+        if num_crops == 1:
+            return augment(box, crops[0])
+        views = []
+        for first in range(0, 3 * num_crops, 3):
+            xy, crop_extent, flip = crops[first : first + 3]
+            views.append(augment(fn.slice(box, xy, crop_extent, axis_names="WH"), flip))
+        return fn.stack(*views)
 
-    def postprocess(inputs: tuple, row: int, box: torch.Tensor, out: torch.Tensor) -> None:
-        views = [view[row].tolist() for view in inputs[3:]]
-        if crops == 1:
-            normalize(resize(box, size), data, out, mirror=views[0])
+    def postprocess(inputs: Inputs, row: int, box: torch.Tensor, out: torch.Tensor) -> None:
+        crops = [values[row].tolist() for values in inputs[3:]]
+        if num_crops == 1:
+            normalize(resize(box, size), data, out, flip=crops[0])
             return
-        for crop in range(crops):
-            (x, y), (w, h), mirror = views[3 * crop : 3 * crop + 3]
-            normalize(resize(box[y : y + h, x : x + w], size), data, out[crop], mirror)
+        for crop in range(num_crops):
+            (x, y), (w, h), flip = crops[3 * crop : 3 * crop + 3]
+            normalize(resize(box[y : y + h, x : x + w], size), data, out[crop], flip)
 
-    if last == "decode":
+    if last_stage == "decode":
         return PipelineDef(3, lambda *inputs: decode(*inputs).shape())
     if on_gpu:
-        return PipelineDef(4 if crops == 1 else 3 + 3 * crops, build)
-    return PipelineDef(3, decode, shape, postprocess)
+        return PipelineDef(4 if num_crops == 1 else 3 + 3 * num_crops, decode_and_augment)
+    return PipelineDef(3, decode, (3, *size) if num_crops == 1 else (num_crops, 3, *size), postprocess)
 
 
 def eval_pipeline_def(data: DataSection, on_gpu: bool) -> PipelineDef:
-    """Decode each image whole, resize it, cut a square out of it, normalise.
+    """Decode whole images, resize them, cut out a square and normalize.
 
-    Inputs: encoded, the size it takes (height, width), the square's (x, y) in it. Output: (n, 3, H, W)
-    float32.
+    Inputs: encoded images; (height, width) to resize to; (x, y) of the square in the resized image.
+    Output: (n, 3, H, W) float32.
     """
     side = data.image_size
 
     def decode(encoded):
-        return fn.decoders.image(encoded, **_decoding(on_gpu))
+        return fn.decoders.image(encoded, **_decoder_options(on_gpu))
 
-    def build(encoded, size, anchor):
-        image = fn.resize(decode(encoded), size=fn.cast(size, dtype=types.FLOAT), **RESIZE)
-        square = np.array([side, side], np.int32)
-        return _normalized(fn.slice(image, anchor, square, axis_names="WH"), None, data)
+    def decode_and_crop(encoded, size, anchor):
+        image = fn.resize(decode(encoded), size=fn.cast(size, dtype=DALIDataType.FLOAT), **RESIZE_OPTIONS)
+        return _normalize(fn.slice(image, anchor, np.array([side, side], np.int32), axis_names="WH"), data)
 
-    def postprocess(inputs: tuple, row: int, image: torch.Tensor, out: torch.Tensor) -> None:
+    def postprocess(inputs: Inputs, row: int, image: torch.Tensor, out: torch.Tensor) -> None:
         size, (x, y) = inputs[1][row].tolist(), inputs[2][row].tolist()
         normalize(resize(image, size)[y : y + side, x : x + side], data, out)
 
-    return PipelineDef(3, build) if on_gpu else PipelineDef(1, decode, (3, side, side), postprocess)
+    return PipelineDef(3, decode_and_crop) if on_gpu else PipelineDef(1, decode, (3, side, side), postprocess)
 
 
-RESIZE = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+RESIZE_OPTIONS = {"interp_type": DALIInterpType.INTERP_CUBIC, "antialias": True}
 
 
-def _decoding(on_gpu: bool) -> dict:
+def _decoder_options(on_gpu: bool) -> dict:
     return {
-        "device": "mixed" if on_gpu else "cpu",
-        "output_type": types.RGB,
-        "jpeg_fancy_upsampling": True,  # as libjpeg-turbo, and so Pillow, does on the CPU
-        "adjust_orientation": False,  # orientation is the shard builder's business
+        "device": "mixed" if on_gpu else "cpu",  # mixed: on the GPU, with its hardware JPEG decoder if it has one
+        "output_type": DALIImageType.RGB,
+        "jpeg_fancy_upsampling": True,  # as libjpeg-turbo and Pillow
+        "adjust_orientation": False,  # the shard builder applies the EXIF orientation
     }
 
 
-def _augmented(image, size: list[int], mirror, data: DataSection):
-    return _normalized(fn.resize(image, size=size, **RESIZE), mirror, data)
-
-
-def _normalized(image, mirror, data: DataSection):
+def _normalize(image, data: DataSection, **options):
     return fn.crop_mirror_normalize(
         image,
-        **({} if mirror is None else {"mirror": mirror}),
-        dtype=types.FLOAT,
+        **options,
+        dtype=DALIDataType.FLOAT,
         output_layout="CHW",
         mean=[255 * value for value in data.mean],
         std=[255 * value for value in data.std],
     )
 
 
-def _pipeline(
-    pipeline_def: PipelineDef, feed: Callable, batch: int, device: torch.device, threads: int, prefetch: int
+def _build_pipeline(
+    pipeline_def: PipelineDef,
+    feed: Callable[[], Inputs],
+    batch_size: int,
+    device: torch.device,
+    threads: int,
+    prefetch: int,
 ) -> Pipeline:
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
-        batch_size=batch,
+        batch_size=batch_size,
         num_threads=threads,
         device_id=device.index if on_gpu else None,
         prefetch_queue_depth=prefetch,
-        exec_dynamic=True,  # outputs stay as long as somebody refers to them
+        exec_dynamic=True,  # an output stays valid while it is referenced
     )
     with pipeline:
         inputs = fn.external_source(
             source=feed,
-            num_outputs=pipeline_def.num_inputs,
+            num_outputs=pipeline_def.num_dali_inputs,
             batch=True,
-            dtype=[types.UINT8] + (pipeline_def.num_inputs - 1) * [types.INT32],
-            no_copy=not on_gpu,  # a GPU may still read them when the batch is handed out
+            dtype=[DALIDataType.UINT8] + (pipeline_def.num_dali_inputs - 1) * [DALIDataType.INT32],
+            no_copy=not on_gpu,  # a GPU may still read the inputs after its batch is returned
         )
-        pipeline.set_outputs(pipeline_def.build(*inputs))
+        pipeline.set_outputs(pipeline_def.build_graph(*inputs))
     pipeline.build()
     return pipeline
-
-
-def _reason(error: RuntimeError) -> str:
-    """What DALI says went wrong, without where in the graph."""
-    reason = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
-    return f"DALI: {' '.join(reason.split())}"

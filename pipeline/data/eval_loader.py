@@ -1,21 +1,21 @@
-"""Images as evaluation sees them: shorter side resized, centre cropped, each sample exactly once.
+"""Loader for evaluation: resize the shorter side, center crop, each sample exactly once.
 
-Invariant: the samples come in the order of the shard set, and the ranks have consecutive, disjoint parts of
-it that differ by at most one batch; no sample is repeated to fill one. Which samples share a batch does not
-depend on the number of ranks, so neither does what a model makes of them. The pixels are torchvision's, of
-Resize (bicubic, antialiased) and CenterCrop on a Pillow image, to less than half a level of 255 on average.
-Nothing stands in for an image that cannot be decoded: a figure is of all samples or there is none.
+Invariant: samples come in the order of the shard set. The ranks read consecutive, disjoint parts that differ
+by at most one batch; no sample is repeated to fill a batch. Batches do not depend on the world size, so neither
+do a model's outputs. Pixels match torchvision's Resize (bicubic, antialiased) and CenterCrop on a Pillow image
+with a mean absolute difference below 0.5 of 255 levels. Undecodable images are not substituted; one ends the
+evaluation.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
-from pipeline.data.dali import Decoder, eval_pipeline_def
-from pipeline.data.jpeg import jpeg_size
+from pipeline.data.dali import Decoder, Inputs, eval_pipeline_def
 from pipeline.data.loader import prefetch_depth
+from pipeline.data.pixels import jpeg_size
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
 from pipeline.data.sampler import SampleLocation
@@ -24,34 +24,43 @@ from pipeline.recipe.sections import DataSection
 
 
 class EvalBatch(NamedTuple):
-    """Some samples, on the device."""
+    """A batch of B images on the device."""
 
     images: torch.Tensor
-    """(B, 3, H, W) float32, normalised."""
+    """(B, 3, H, W) float32, normalized."""
     labels: torch.Tensor | None
-    """(B,) int64, positions in the manifest's `classes`; None where the shard set has no labels."""
-    samples: np.ndarray
-    """(B,) int64, positions in the shard set."""
+    """(B,) int64 indexes of the manifest's `classes`; None if the set has no labels."""
+    sample_ids: np.ndarray
+    """(B,) int64 positions in the shard set."""
 
 
 class EvalBatchSpec(NamedTuple):
-    """A batch before decoding."""
+    """A batch of n images before decoding."""
 
     locations: SampleLocation
     labels: np.ndarray | None
     encoded: list[np.ndarray]
     sizes: np.ndarray
-    """(n, 2): height and width that each image is resized to."""
+    """(n, 2): height and width after the resize."""
     corners: np.ndarray
-    """(n, 2): x and y of the square that is cut out of it."""
+    """(n, 2): x and y of the crop in the resized image."""
 
-    def inputs(self, rows: slice = slice(None)) -> tuple:
-        """For `dali.evaluation_graph`."""
+    def inputs(self, rows: slice = slice(None)) -> Inputs:
+        """Return the inputs of `eval_pipeline_def` for these images."""
         return self.encoded[rows], self.sizes[rows], self.corners[rows]
 
 
 class EvalLoader:
-    """Iterates over a rank's part of a shard set; each iteration begins anew."""
+    """Iterates over a rank's part of a shard set; can be iterated repeatedly.
+
+    Args:
+        reader: of a single shard set; several would each have their own classes.
+        data: image size, mean, standard deviation and prefetch.
+        batch: images in a batch; the last one may have fewer.
+        threads: decoding threads.
+        resize: pixels of the shorter side, at least the image size.
+        samples: number of samples from the start of the set; None: all.
+    """
 
     def __init__(
         self,
@@ -65,90 +74,80 @@ class EvalLoader:
         resize: int = 256,
         samples: int | None = None,
     ):
-        """data: image size, mean, standard deviation and prefetch; resize: pixels of the shorter side, at
-        least the image size; samples: so many, the first of the set; None: all. UserError where there are
-        several shard sets: classes are a single set's."""
         if resize < data.image_size:
-            raise ValueError(f"a shorter side of {resize} px holds no square of {data.image_size}")
+            raise ValueError(f"resize: {resize} px is less than the image size, {data.image_size}")
         self.classes = reader.manifest.classes
         self.reader, self.data, self.batch, self.device = reader, data, batch, device
         self.threads, self.resize = threads, resize
         samples = min(samples or reader.num_samples, reader.num_samples)
         batches = -(-samples // batch)
-        self.first, self.end = (
-            min(samples, batch * (batches * part // world_size)) for part in (rank, rank + 1)
-        )
+        self.first, self.end = (min(samples, batch * (batches * part // world_size)) for part in (rank, rank + 1))
 
     def __len__(self) -> int:
-        """Samples of this rank."""
+        """Return the number of samples, not batches, of this rank."""
         return self.end - self.first
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        """Batches of `batch` samples, the last one of what is left. UserError where a sample cannot be read
-        or decoded."""
-        prefetch = prefetch_depth(self.data, self.device)
-        ahead = PrefetchThread(self._plan(), prefetch)
+        """Yield the batches. Raise UserError if a sample cannot be read or decoded."""
+        depth = prefetch_depth(self.data, self.device)
+        specs = PrefetchThread(self._build_batches(), depth)
         pipeline_def = eval_pipeline_def(self.data, self.device.type == "cuda")
-        decoder = Decoder(pipeline_def, ahead, self._blame, self.batch, self.device, self.threads, prefetch)
+        decoder = Decoder(pipeline_def, specs, self._replace, self.batch, self.device, self.threads, depth)
         try:
             for _ in range(self.first, self.end, self.batch):
-                try:
-                    spec, images = decoder.next()
-                except StopIteration:
-                    raise ahead.failure from None
+                spec, images = decoder.next()
                 labels = spec.labels
                 if labels is not None:
                     labels = torch.from_numpy(labels).to(self.device, non_blocking=True)
-                yield EvalBatch(images, labels, spec.locations.sample)
+                yield EvalBatch(images, labels, spec.locations.sample_id)
         finally:
             decoder.close()
-            ahead.close()
+            specs.close()
 
-    def _plan(self) -> Iterator[EvalBatchSpec]:
+    def _build_batches(self) -> Iterator[EvalBatchSpec]:
         ends = np.cumsum(self.reader.shard_sizes)
         starts = ends - self.reader.shard_sizes
-        labels: dict[int, np.ndarray] = {}
+        shard_labels: dict[int, np.ndarray] = {}  # of the last shard
         for start in range(self.first, self.end, self.batch):
-            sample = np.arange(start, min(start + self.batch, self.end))
-            shard = np.searchsorted(ends, sample, side="right")
-            locations = SampleLocation(np.zeros_like(sample), shard, sample - starts[shard], sample)
-            encoded, found = [], []
+            sample_id = np.arange(start, min(start + self.batch, self.end))
+            shard = np.searchsorted(ends, sample_id, side="right")
+            locations = SampleLocation(np.zeros_like(sample_id), shard, sample_id - starts[shard], sample_id)
+            encoded, labels = [], []
             for number in np.unique(shard).tolist():
-                indexes = locations.index[shard == number]
+                indexes = locations.index_in_shard[shard == number]
                 encoded += self.reader.read_many(number, indexes.tolist())
                 if self.classes:
-                    if number not in labels:
-                        labels = {number: self.reader.labels(number)}
-                    found.append(labels[number][indexes])
+                    if number not in shard_labels:
+                        shard_labels = {number: self.reader.labels(number)}
+                    labels.append(shard_labels[number][indexes])
             sizes = np.array([self._size(locations, row, image) for row, image in enumerate(encoded)])
-            yield EvalBatchSpec(
-                locations,
-                np.concatenate(found) if self.classes else None,
-                encoded,
-                *resized_and_cropped(sizes, self.resize, self.data.image_size),
-            )
+            geometry = resize_and_crop_geometry(sizes, self.resize, self.data.image_size)
+            yield EvalBatchSpec(locations, np.concatenate(labels) if labels else None, encoded, *geometry)
 
     def _size(self, locations: SampleLocation, row: int, image: np.ndarray) -> tuple[int, int]:
         try:
-            return jpeg_size(image.data)
+            return jpeg_size(image)
         except ValueError as error:
-            raise self._undecodable(locations, row, str(error)) from None
+            raise self._undecodable_error(locations, row, str(error)) from error
 
-    def _blame(self, spec: EvalBatchSpec, row: int, reason: str) -> EvalBatchSpec:
-        raise self._undecodable(spec.locations, row, reason)
+    def _replace(self, spec: EvalBatchSpec, row: int, reason: str) -> NoReturn:
+        raise self._undecodable_error(spec.locations, row, reason)
 
-    def _undecodable(self, locations: SampleLocation, row: int, reason: str) -> UserError:
-        shard, index = int(locations.shard[row]), int(locations.index[row])
+    def _undecodable_error(self, locations: SampleLocation, row: int, reason: str) -> UserError:
+        shard, index = int(locations.shard[row]), int(locations.index_in_shard[row])
         return UserError(
-            f"{self.reader.name(shard)}, sample {self.reader.key(shard, index)!r}: cannot be decoded: "
+            f"{self.reader.shard_path(shard)}, sample {self.reader.key(shard, index)!r}: cannot be decoded: "
             f"{reason}; {self.reader.repair_hint(shard)}"
         )
 
 
-def resized_and_cropped(sizes: np.ndarray, resize: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
-    """torchvision's Resize(resize) and CenterCrop(crop) for images of `sizes` (n, 2), width and height: the
-    (height, width) after the resize and the crop's (x, y) in it, int32 (n, 2) each."""
+def resize_and_crop_geometry(sizes: np.ndarray, resize: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Compute torchvision's Resize(resize) and CenterCrop(crop) for `sizes` (n, 2), width and height.
+
+    Returns:
+        (height, width) after the resize, and (x, y) of the crop in the resized image, int32 (n, 2) each.
+    """
     short = sizes.min(axis=1, keepdims=True)
-    resized = (resize * sizes / short).astype(np.int64)  # rounded down, as there
-    corners = np.rint((resized - crop) / 2)  # halves to even, as Python's round
+    resized = (resize * sizes / short).astype(np.int64)  # rounded down, as in torchvision
+    corners = np.rint((resized - crop) / 2)  # half to even, as Python's round
     return resized[:, ::-1].astype(np.int32), corners.astype(np.int32)

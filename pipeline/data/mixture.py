@@ -1,95 +1,86 @@
-"""Several streams in one, by weight: which source gives the sample at a position.
+"""Weighted mixture of several samplers.
 
-Invariant: the mix is a pure function of (seed, weights), and the k-th time a source is drawn it gives
-position k of its own endless stream: each of its own epochs reads each of its samples exactly once, whatever
-the weights. Positions come in blocks of B. After b blocks a source was drawn its share of b B times, rounded
-down or up (largest remainders, Hamilton's method), so shares are exact in the long run; inside a block the
-draws are permuted. B is such that every source is drawn in every block.
+Invariant: the mixture is a pure function of (seed, weights), and the k-th draw of a source returns position k
+of that source's own endless stream, so each epoch of a source reads each of its samples exactly once, whatever
+the weights. Positions come in blocks of B. After b blocks a source was drawn b B times its share, rounded down
+or up (largest remainders, Hamilton's method), so shares are exact in the long run. Within a block the draws
+are permuted. B is large enough that every block draws every source.
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 
 from pipeline.data.philox import Purpose, permutation
 from pipeline.data.sampler import SampleLocation, ShardedSampler
 
-SMALLEST_BLOCK = 4096
-BLOCKS_KEPT = 4
+MIN_BLOCK_SIZE = 4096
+CACHED_BLOCKS = 4
 
 
 class MixtureSampler:
-    """The stream of samples of several lists of shards, with the interface of `Stream`.
+    """Maps stream positions to samples of several lists of shards, with the interface of `ShardedSampler`.
 
-    Shards and samples are numbered through: those of the first source, then those of the second, and so on.
-    An epoch in `Located` is the source's own.
+    Shards and samples are numbered consecutively: those of the first source, then those of the second, and so
+    on. `SampleLocation.epoch` is the epoch of the sample's source.
+
+    Args:
+        source_sizes: for each source (S_i,) samples in each shard.
+        weights: one for each source, positive, with any sum; memory is O(sum / smallest weight).
+        window: number of shards in a shuffle window of each source.
     """
 
-    def __init__(
-        self, source_sizes: Sequence[np.ndarray], weights: Sequence[Fraction], seed: int, window: int
-    ):
-        """source_sizes: for each source (S_i,) samples in each shard. weights: positive, any sum; memory
-        is O(sum / least). window: shards, of each source.
-        """
+    def __init__(self, source_sizes: Sequence[np.ndarray], weights: Sequence[Fraction], seed: int, window: int):
         self.seed = seed
-        self.streams = [
-            ShardedSampler(sizes, seed, window, number) for number, sizes in enumerate(source_sizes)
-        ]
-        self.num_samples = sum(stream.num_samples for stream in self.streams)
+        self.samplers = [ShardedSampler(sizes, seed, window, source) for source, sizes in enumerate(source_sizes)]
+        self.num_samples = sum(sampler.num_samples for sampler in self.samplers)
         self.shares = [Fraction(weight) / sum(map(Fraction, weights)) for weight in weights]
-        self.block = max(SMALLEST_BLOCK, math.ceil(1 / min(self.shares)))
-        shards = [len(stream.shard_sizes) for stream in self.streams]
-        samples = [stream.num_samples for stream in self.streams]
-        self._first_shard = np.cumsum([0, *shards])
-        self._first_sample = np.cumsum([0, *samples])
-        self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self.block_size = max(MIN_BLOCK_SIZE, math.ceil(1 / min(self.shares)))
+        self._first_shard = np.cumsum([0, *(len(sampler.shard_sizes) for sampler in self.samplers)])
+        self._first_sample = np.cumsum([0, *(sampler.num_samples for sampler in self.samplers)])
+        self._block = lru_cache(CACHED_BLOCKS)(self._draw_block)
 
     def locate(self, positions: np.ndarray) -> SampleLocation:
-        """The samples at stream positions, int64 (n,), each at least 0. O(1) each, amortised."""
-        source, turn = self.draws(positions)
-        locations = SampleLocation(*(np.empty_like(turn) for _ in SampleLocation._fields))
-        for number in np.unique(source):
-            rows = np.flatnonzero(source == number)
-            own = self.streams[number].locate(turn[rows])
-            locations.epoch[rows] = own.epoch
-            locations.shard[rows] = own.shard + self._first_shard[number]
-            locations.index[rows] = own.index
-            locations.sample[rows] = own.sample + self._first_sample[number]
+        """Return the samples at stream positions, int64 (n,), each at least 0; amortized O(1) for each."""
+        sources, turns = self.draw_sources(positions)
+        locations = SampleLocation(*(np.empty_like(turns) for _ in SampleLocation._fields))
+        for source in np.unique(sources):
+            rows = np.flatnonzero(sources == source)
+            drawn = self.samplers[source].locate(turns[rows])
+            locations.epoch[rows] = drawn.epoch
+            locations.shard[rows] = drawn.shard + self._first_shard[source]
+            locations.index_in_shard[rows] = drawn.index_in_shard
+            locations.sample_id[rows] = drawn.sample_id + self._first_sample[source]
         return locations
 
-    def draws(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which source each position draws, and which position of that source's own stream; int64 (n,)."""
-        blocks, offsets = np.divmod(np.asarray(positions, np.int64), self.block)
-        source, turn = np.empty_like(blocks), np.empty_like(blocks)
+    def draw_sources(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return each position's source and its position in that source's own stream, int64 (n,) each."""
+        blocks, offsets = np.divmod(np.asarray(positions, np.int64), self.block_size)
+        sources, turns = np.empty_like(blocks), np.empty_like(blocks)
         for block in np.unique(blocks):
-            here = blocks == block
-            sources, turns = self._block(int(block))
-            source[here], turn[here] = sources[offsets[here]], turns[offsets[here]]
-        return source, turn
+            rows = blocks == block
+            block_sources, block_turns = self._block(int(block))
+            sources[rows], turns[rows] = block_sources[offsets[rows]], block_turns[offsets[rows]]
+        return sources, turns
 
-    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        if block not in self._blocks:
-            before, after = self._drawn(block), self._drawn(block + 1)
-            quotas = after - before
-            shuffled = permutation(self.seed, Purpose.MIXTURE, 0, block, self.block)
-            sources = np.repeat(np.arange(len(quotas)), quotas)[shuffled]
-            turns = np.empty_like(sources)
-            for number, (start, quota) in enumerate(zip(before, quotas, strict=True)):
-                turns[sources == number] = start + np.arange(quota)
-            self._blocks[block] = sources, turns
-            while len(self._blocks) > BLOCKS_KEPT:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(block)
-        return self._blocks[block]
+    def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        before, after = self._draw_counts(block), self._draw_counts(block + 1)
+        quotas = after - before
+        shuffled = permutation(self.seed, Purpose.MIXTURE, 0, block, self.block_size)
+        sources = np.repeat(np.arange(len(quotas)), quotas)[shuffled]
+        turns = np.empty_like(sources)
+        for source, (start, quota) in enumerate(zip(before, quotas, strict=True)):
+            turns[sources == source] = start + np.arange(quota)
+        return sources, turns
 
-    def _drawn(self, blocks: int) -> np.ndarray:
-        """How often each source is drawn in the first `blocks` blocks, int64 (sources,)."""
-        exact = [share * blocks * self.block for share in self.shares]
-        drawn = np.array([math.floor(value) for value in exact], np.int64)
-        remainders = [math.floor(value) - value for value in exact]  # negative: the largest comes first
-        left = blocks * self.block - int(drawn.sum())
-        drawn[np.argsort(np.array(remainders, object), kind="stable")[:left]] += 1
-        return drawn
+    def _draw_counts(self, num_blocks: int) -> np.ndarray:
+        """Return how often the first `num_blocks` blocks draw each source, int64 (sources,)."""
+        exact = [share * num_blocks * self.block_size for share in self.shares]
+        counts = np.array([math.floor(value) for value in exact], np.int64)
+        remainders = [math.floor(value) - value for value in exact]  # negated: the largest sorts first
+        missing = num_blocks * self.block_size - int(counts.sum())
+        counts[np.argsort(np.array(remainders, object), kind="stable")[:missing]] += 1
+        return counts

@@ -1,9 +1,9 @@
-"""Random numbers without state: a number is a pure function of (seed, purpose, epoch, item, index).
+"""Counter-based random numbers: each is a pure function of (seed, purpose, epoch, item, index).
 
-Invariant: nobody's random numbers depend on who asks, in what order, on how many ranks, or after which
-restart. The generator is Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011),
-the one that CUDA's and PyTorch's GPU generators use. It is written out here because the streams of numpy's
-Generator may change from one numpy to the next, and a run must continue after an upgrade.
+Invariant: a random number does not depend on call order, world size or restarts. The generator is Philox4x32-10
+(Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011), which CUDA and PyTorch use on GPUs. It is
+implemented here because the streams of numpy's Generator may change with numpy's version, and a run must be
+able to resume after an upgrade.
 """
 
 from enum import IntEnum
@@ -18,7 +18,7 @@ HALF = np.uint64(32)
 
 
 class Purpose(IntEnum):
-    """What a number is for. The values are part of every run's history: never renumber them."""
+    """Use of a random number. Existing runs depend on the values: never renumber them."""
 
     SHARDS = 0
     WINDOW = 1
@@ -29,7 +29,7 @@ class Purpose(IntEnum):
 
 
 def philox(counter: np.ndarray, key: int) -> np.ndarray:
-    """Philox4x32-10: counter (..., 4) of 32-bit words and a 64-bit key to (..., 4) random uint32."""
+    """Map counters (..., 4) of 32-bit words and a 64-bit key to (..., 4) random uint32."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32)
     for _ in range(ROUNDS):
@@ -44,13 +44,11 @@ def philox(counter: np.ndarray, key: int) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
-def random_bits(
-    seed: int, purpose: Purpose, epoch: int | np.ndarray, item: int | np.ndarray, count: int
-) -> np.ndarray:
-    """`count` random uint32 for each item: shape (..., count), where (...) is what epoch and item broadcast
-    to.
+def random_bits(seed: int, purpose: Purpose, epoch: int | np.ndarray, item: int | np.ndarray, count: int) -> np.ndarray:
+    """Return random uint32 (..., count), where (...) is the broadcast shape of epoch and item.
 
-    seed in [0, 2^64), epoch in [0, 2^32), item in [0, 2^56).
+    Args:
+        seed: in [0, 2^64). epoch: in [0, 2^32). item: in [0, 2^56).
     """
     epoch, item = np.broadcast_arrays(np.asarray(epoch, np.uint64), np.asarray(item, np.uint64))
     blocks = -(-count // 4)
@@ -62,16 +60,13 @@ def random_bits(
     return philox(counter, seed).reshape(*item.shape, blocks * 4)[..., :count]
 
 
-def uniform(
-    seed: int, purpose: Purpose, epoch: int | np.ndarray, item: int | np.ndarray, count: int
-) -> np.ndarray:
-    """As `random_bits`, but float32 in [0, 1): multiples of 2^-24."""
-    return (random_bits(seed, purpose, epoch, item, count) >> np.uint32(8)).astype(np.float32) * np.float32(
-        2**-24
-    )
+def uniform(seed: int, purpose: Purpose, epoch: int | np.ndarray, item: int | np.ndarray, count: int) -> np.ndarray:
+    """Return float32 (..., count) in [0, 1), multiples of 2^-24; arguments as for `random_bits`."""
+    bits = random_bits(seed, purpose, epoch, item, count)
+    return (bits >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
 
 
 def permutation(seed: int, purpose: Purpose, epoch: int, item: int, size: int) -> np.ndarray:
-    """A random permutation of range(size), int64: the argsort of `size` random 64-bit numbers."""
+    """Return a random permutation of range(size), int64: the argsort of `size` random 64-bit numbers."""
     bits = random_bits(seed, purpose, epoch, item, 2 * size).astype(np.uint64)
     return np.argsort(bits[0::2] << HALF | bits[1::2], kind="stable")

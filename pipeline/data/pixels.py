@@ -1,33 +1,51 @@
-"""Pixels on the CPU: Pillow's resize, and what follows it.
+"""Pixel operations on the CPU: image size, Pillow's resize, normalization.
 
-torch's resize of uint8 images is Pillow's arithmetic (bicubic, antialiased, rounded to a level), vectorised.
-It and numpy let other threads run. A pool calls them for many images, each of its threads `one_thread` first.
+torch's resize of uint8 images is Pillow's arithmetic (bicubic, antialiased, rounded to integer levels),
+vectorized. It and numpy release the GIL, so a thread pool can process the images of a batch in parallel; each
+of its threads must call `single_threaded` first.
 """
 
+import io
+
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from pipeline.recipe.sections import DataSection
 
 
+def jpeg_size(encoded: np.ndarray) -> tuple[int, int]:
+    """Read (width, height) from a JPEG header, before EXIF rotation. Raise ValueError if it is damaged."""
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
+        return int(width), int(height)
+    except ValueError as error:
+        try:  # simplejpeg rejects rare chroma subsamplings that DALI decodes
+            with Image.open(io.BytesIO(encoded.data), formats=["JPEG"]) as image:
+                return image.size
+        except Exception:
+            raise error from None
+
+
 def single_threaded() -> None:
-    """Keep what torch computes in this thread to it; torch.set_num_threads would reach every thread's MKL."""
-    torch.get_num_threads()  # where torch settles how many this thread would start, so that it does not later
+    """Run torch operators in the calling thread only; torch.set_num_threads would affect all threads."""
+    torch.get_num_threads()  # makes torch initialize this thread's setting now and not override it later
     threadpool_limits(limits=1, user_api="openmp")
 
 
 def resize(image: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """(h, w, 3) uint8 to (*size, 3) uint8."""
+    """Resize (h, w, 3) uint8 to (*size, 3) uint8."""
     channels_last = image.contiguous().permute(2, 0, 1)[None]
     return F.interpolate(channels_last, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
 
 
-def normalize(image: torch.Tensor, data: DataSection, out: torch.Tensor, mirror: int = 0) -> None:
-    """Write (h, w, 3) uint8, mirrored or not, into `out`, (3, h, w) float32: less mean, over deviation."""
+def normalize(image: torch.Tensor, data: DataSection, out: torch.Tensor, flip: int = 0) -> None:
+    """Write (h, w, 3) uint8, flipped horizontally if `flip`, to (3, h, w) float32: (image - mean) / std."""
     levels, planes = image.numpy(), out.numpy()
-    if mirror:
+    if flip:
         levels = levels[:, ::-1]
     for channel, (mean, std) in enumerate(zip(data.mean, data.std, strict=True)):
         np.multiply(levels[..., channel], np.float32(1 / (255 * std)), out=planes[channel])

@@ -1,4 +1,4 @@
-"""A thread that works ahead."""
+"""A thread that produces the items of an iterator in advance."""
 
 import queue
 import threading
@@ -7,29 +7,28 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 END = object()
-POLL = 0.2  # seconds between two looks at whether it was closed
+POLL_S = 0.2
 
 
 class PrefetchThread(Generic[T]):
-    """Items of an iterator, made by a thread of its own, at most `depth` ahead of whoever takes them."""
+    """Iterates over `items` in a background thread, at most `depth` items ahead of the consumer."""
 
     def __init__(self, items: Iterator[T], depth: int):
-        self.failure: Exception | None = None
-        """What ended the iterator before its time, known as soon as it happened."""
+        self.error: Exception | None = None
+        """The error that ended the iterator early, set as soon as it is raised."""
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
+        self._stopped = threading.Event()
         self._ended = False
-        self._thread = threading.Thread(target=self._work, args=(items,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(items,), daemon=True)
         self._thread.start()
 
-    def take(self) -> T:
-        """The next item. After the last one StopIteration, however often it is asked for; also where there is
-        a `failure`, and after `stop`."""
+    def get(self) -> T:
+        """Return the next item. Raise StopIteration after the last one, after an error and after `stop`."""
         while not self._ended:
             try:
-                item = self._queue.get(timeout=POLL)
+                item = self._queue.get(timeout=POLL_S)
             except queue.Empty:
-                self._ended = self._closed.is_set()
+                self._ended = self._stopped.is_set()
                 continue
             if item is not END:
                 return item
@@ -37,27 +36,27 @@ class PrefetchThread(Generic[T]):
         raise StopIteration
 
     def stop(self) -> None:
-        """Nothing more will be taken."""
-        self._closed.set()
+        """Stop producing items, without waiting for the thread."""
+        self._stopped.set()
 
     def close(self) -> None:
-        """Stops, and waits for the thread, which ends when the iterator has made its next item."""
+        """Stop, and wait until the iterator has produced the item it is working on."""
         self.stop()
         self._thread.join()
 
-    def _work(self, items: Iterator[T]) -> None:
+    def _run(self, items: Iterator[T]) -> None:
         try:
             for item in items:
                 if not self._put(item):
                     return
-        except Exception as error:  # raised by whoever takes the items
-            self.failure = error
+        except Exception as error:  # raised by the consumer
+            self.error = error
         self._put(END)
 
     def _put(self, item: object) -> bool:
-        while not self._closed.is_set():
+        while not self._stopped.is_set():
             try:
-                self._queue.put(item, timeout=POLL)
+                self._queue.put(item, timeout=POLL_S)
                 return True
             except queue.Full:
                 continue

@@ -1,10 +1,8 @@
-"""How a sample is cut: torchvision's RandomResizedCrop and RandomHorizontalFlip as pure functions; and how
-much of an image MAE's evaluation looks at.
+"""torchvision's RandomResizedCrop and RandomHorizontalFlip as pure functions.
 
-Invariant: box and flip depend on (seed, epoch, sample, image size) alone. The law of the boxes is
-torchvision.transforms.RandomResizedCrop's on the true size of the stored image: ten tries with the area
-uniform in `scale` and the aspect ratio log-uniform in `ratio`, then the largest central box whose ratio is
-allowed.
+Invariant: box and flip depend only on (seed, epoch, sample, image size). Boxes have the distribution of
+torchvision.transforms.RandomResizedCrop on the stored image: ten tries with the area uniform in `scale` and
+the aspect ratio log-uniform in `ratio`, then the largest central box with an allowed ratio.
 """
 
 import numpy as np
@@ -14,19 +12,25 @@ from pipeline.data.philox import Purpose, random_bits
 TRIES = 10
 
 
-def crop_boxes(
+def draw_crop_boxes(
     seed: int,
     epoch: np.ndarray,
-    sample: np.ndarray,
+    sample_id: np.ndarray,
     sizes: np.ndarray,
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> np.ndarray:
-    """Boxes (x, y, width, height) in pixels, int64 (n, 4), inside images of `sizes` (n, 2): width, height.
+    """Draw one crop box for each sample.
 
-    epoch, sample: (n,). scale: share of the area, from and to; ratio: width / height, from and to.
+    Args:
+        epoch, sample_id: (n,).
+        sizes: (n, 2) width and height of the images in pixels.
+        scale: range of the box's share of the image area. ratio: range of width / height.
+
+    Returns:
+        int64 (n, 4): x, y, width and height in pixels, inside the image.
     """
-    draws = random_bits(seed, Purpose.CROP, epoch, sample, 2 * TRIES + 2) * 2.0**-32
+    draws = random_bits(seed, Purpose.CROP, epoch, sample_id, 2 * TRIES + 2) * 2.0**-32
     image_w, image_h = np.asarray(sizes, np.int64).T
     area = (image_w * image_h)[:, None] * (scale[0] + (scale[1] - scale[0]) * draws[:, :TRIES])
     log_ratio = np.log(ratio)
@@ -36,20 +40,20 @@ def crop_boxes(
     fits = (tried_w > 0) & (tried_w <= image_w[:, None]) & (tried_h > 0) & (tried_h <= image_h[:, None])
     first = fits.argmax(axis=1)
     rows = np.arange(len(first))
-    found = fits[rows, first]
+    any_fits = fits[rows, first]
 
     image_ratio = image_w / image_h
     tall, wide = image_ratio < min(ratio), image_ratio > max(ratio)
     central_w = np.where(wide, np.rint(image_h * max(ratio)).astype(np.int64), image_w)
     central_h = np.where(tall, np.rint(image_w / min(ratio)).astype(np.int64), image_h)
 
-    w = np.where(found, tried_w[rows, first], central_w)
-    h = np.where(found, tried_h[rows, first], central_h)
-    x = np.where(found, np.floor(draws[:, -2] * (image_w - w + 1)).astype(np.int64), (image_w - w) // 2)
-    y = np.where(found, np.floor(draws[:, -1] * (image_h - h + 1)).astype(np.int64), (image_h - h) // 2)
+    w = np.where(any_fits, tried_w[rows, first], central_w)
+    h = np.where(any_fits, tried_h[rows, first], central_h)
+    x = np.where(any_fits, np.floor(draws[:, -2] * (image_w - w + 1)).astype(np.int64), (image_w - w) // 2)
+    y = np.where(any_fits, np.floor(draws[:, -1] * (image_h - h + 1)).astype(np.int64), (image_h - h) // 2)
     return np.stack([x, y, w, h], axis=1)
 
 
-def flips(seed: int, epoch: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """Whether each sample is mirrored, bool (n,), true for one half."""
-    return random_bits(seed, Purpose.FLIP, epoch, sample, 1)[:, 0] >> np.uint32(31) == 1
+def draw_flips(seed: int, epoch: np.ndarray, sample_id: np.ndarray) -> np.ndarray:
+    """Draw for each sample whether it is flipped horizontally, bool (n,), with probability 1/2."""
+    return random_bits(seed, Purpose.FLIP, epoch, sample_id, 1)[:, 0] >> np.uint32(31) == 1

@@ -1,11 +1,10 @@
-"""Reading ahead: the samples of the coming micro batches, fetched in the background.
+"""Read the encoded images of coming micro batches in the background.
 
-Invariant: micro batches come out in the order in which they went in, each with its own samples; readers only
-decide when a byte is read. The look-ahead is cut into pieces of consecutive micro batches; inside a piece
-every shard is read front to back, neighbours in one read. What is held or under way is bounded by
-`limit_bytes` (but at least one micro batch), samples that are not yet read counting as their shard's mean. A
-read that fails for good is kept in `failure` at once, and raised when the micro batch that needs it is asked
-for: what was read before it can still be trained.
+Invariant: micro batches come out in the order in which they went in, each with its own samples; the threads
+only affect when a byte is read. The look-ahead is divided into groups of consecutive micro batches; within a
+group every shard is read front to back, and neighboring samples in one read. At most `max_bytes` are buffered or
+being read (but at least one micro batch); until a sample is read it counts as its shard's mean size. An error is
+raised when its micro batch is requested, so the batches before it can still be trained on.
 """
 
 import queue
@@ -21,79 +20,73 @@ from pipeline.data.retry import Cancelled
 from pipeline.data.sampler import SampleLocation
 
 TASK_BYTES = 4 << 20
-"""What a thread reads between two visits to the queue."""
+"""Approximate bytes that a thread reads at a time."""
 
 
-class _Slot:
-    """A micro batch on its way."""
+class _PendingBatch:
+    """A micro batch that is being read."""
 
     def __init__(self, locations: SampleLocation, expected_bytes: int):
         self.locations = locations
-        self.images: list[np.ndarray | None] = [None] * len(locations.sample)
-        self.missing = len(self.images)
+        self.images: list[np.ndarray] = [np.empty(0, np.uint8)] * len(locations.sample_id)
+        self.num_missing = len(self.images)
         self.bytes = expected_bytes
         self.error: Exception | None = None
 
 
-class _Wanted(NamedTuple):
-    """A sample of a task: its place in the shard, and where its image goes."""
+class _Request(NamedTuple):
+    """A sample to read, and the row of a batch to store it in."""
 
-    index: int
-    slot: _Slot
+    index_in_shard: int
+    batch: _PendingBatch
     row: int
 
 
 class _Task(NamedTuple):
     shard: int
-    wanted: list[_Wanted]
+    requests: list[_Request]
 
 
 class ReadAhead(Iterator):
-    """Iterates over (located, encoded images) of micro batches, forever."""
+    """Iterates endlessly over the (locations, encoded images) of micro batches.
 
-    def __init__(
-        self, reader: ShardReader, batches: Iterator[SampleLocation], threads: int, limit_bytes: int
-    ):
-        """batches: endless; taken from by the thread that iterates. The reader is closed with this."""
-        self._reader, self._batches, self._limit = reader, batches, limit_bytes
-        self._slots: deque[_Slot] = deque()
-        self._coming: _Slot | None = None
-        self._piece_bytes = 0
-        self._held = 0
-        self._failure: Exception | None = None
+    Args:
+        reader: closed together with this iterator.
+        batches: endless; consumed by the thread that iterates.
+        threads: number of reading threads.
+        max_bytes: limit of the buffered images.
+    """
+
+    def __init__(self, reader: ShardReader, batches: Iterator[SampleLocation], threads: int, max_bytes: int):
+        self._reader, self._batches, self._max_bytes = reader, batches, max_bytes
+        self._pending: deque[_PendingBatch] = deque()
+        self._next_batch: _PendingBatch | None = None
+        self._group_bytes = 0
+        self.buffered_bytes = 0
+        """Bytes buffered or being read."""
         self._closed = False
         self._changed = threading.Condition()
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    @property
-    def failure(self) -> Exception | None:
-        """The first error that a reader met, maybe in a micro batch that is still far ahead."""
-        return self._failure
-
-    @property
-    def held_bytes(self) -> int:
-        """What is held or under way."""
-        return self._held
-
     def __next__(self) -> tuple[SampleLocation, list[np.ndarray]]:
-        """The next micro batch. Raises what its reading raised, Stopped after `close`."""
-        self._extend()
-        slot = self._slots[0]
+        """Return the next micro batch; raise its read error, or Cancelled after `close`."""
+        self._schedule()
+        batch = self._pending[0]
         with self._changed:
-            self._changed.wait_for(lambda: slot.error or not slot.missing or self._closed)
+            self._changed.wait_for(lambda: batch.error or not batch.num_missing or self._closed)
             if self._closed:
                 raise Cancelled
-            if slot.error:
-                raise slot.error
-            self._slots.popleft()
-            self._held -= slot.bytes
-        return slot.locations, slot.images
+            if batch.error:
+                raise batch.error
+            self._pending.popleft()
+            self.buffered_bytes -= batch.bytes
+        return batch.locations, batch.images
 
     def close(self) -> None:
-        """Ends the reading, whatever it waits for."""
+        """Cancel all reads and join the threads."""
         self._reader.close()
         with self._changed:
             self._closed = True
@@ -103,73 +96,73 @@ class ReadAhead(Iterator):
         for thread in self._threads:
             thread.join()
 
-    def _extend(self) -> None:
-        """Ask for another piece where half of the limit is free.
+    def _schedule(self) -> None:
+        """Schedule another group of micro batches if half of the limit is free.
 
-        Pieces double from one micro batch up to half of the limit, so that the first one comes soon.
+        Groups double from one micro batch up to half of the limit, so that the first batch arrives early.
         """
-        if self._held > self._limit // 2:
+        if self.buffered_bytes > self._max_bytes // 2:
             return
-        target = min(2 * self._piece_bytes, self._limit // 2)
-        piece: list[_Slot] = []
+        target = min(2 * self._group_bytes, self._max_bytes // 2)
+        group: list[_PendingBatch] = []
         size = 0
-        self._coming = self._coming or self._next_slot()
-        while not (self._slots or piece) or (
-            size < target and self._held + size + self._coming.bytes <= self._limit
+        coming = self._next_batch or self._take_batch()
+        while not (self._pending or group) or (
+            size < target and self.buffered_bytes + size + coming.bytes <= self._max_bytes
         ):
-            piece.append(self._coming)
-            size += self._coming.bytes
-            self._coming = self._next_slot()
-        self._piece_bytes = max(size, self._piece_bytes)
+            group.append(coming)
+            size += coming.bytes
+            coming = self._take_batch()
+        self._next_batch = coming
+        self._group_bytes = max(size, self._group_bytes)
         with self._changed:
-            self._held += size
-        self._slots.extend(piece)
-        for task in self._tasks_of(piece):
+            self.buffered_bytes += size
+        self._pending.extend(group)
+        for task in self._split_into_tasks(group):
             self._tasks.put(task)
 
-    def _next_slot(self) -> _Slot:
+    def _take_batch(self) -> _PendingBatch:
         locations = next(self._batches)
-        return _Slot(locations, sum(map(self._reader.mean_bytes, locations.shard.tolist())))
+        return _PendingBatch(locations, sum(map(self._reader.mean_bytes, locations.shard.tolist())))
 
-    def _tasks_of(self, piece: list[_Slot]) -> Iterator[_Task]:
-        """The samples of a piece, shard by shard, front to back, about `TASK_BYTES` at a time."""
-        if not piece:
+    def _split_into_tasks(self, group: list[_PendingBatch]) -> Iterator[_Task]:
+        """Yield the samples of a group shard by shard, front to back, about `TASK_BYTES` at a time."""
+        if not group:
             return
-        shards = np.concatenate([slot.locations.shard for slot in piece])
-        indexes = np.concatenate([slot.locations.index for slot in piece])
-        goals = [(slot, row) for slot in piece for row in range(len(slot.images))]
-        task, size = None, 0
-        for number in np.lexsort((indexes, shards)).tolist():
+        shards = np.concatenate([batch.locations.shard for batch in group])
+        indexes = np.concatenate([batch.locations.index_in_shard for batch in group])
+        rows = [(batch, row) for batch in group for row in range(len(batch.images))]
+        order = np.lexsort((indexes, shards)).tolist()
+        task, size = _Task(int(shards[order[0]]), []), 0
+        for number in order:
             shard = int(shards[number])
-            if task is None or task.shard != shard or size >= TASK_BYTES:
-                if task:
-                    yield task
+            if task.shard != shard or size >= TASK_BYTES:
+                yield task
                 task, size = _Task(shard, []), 0
-            task.wanted.append(_Wanted(int(indexes[number]), *goals[number]))
+            task.requests.append(_Request(int(indexes[number]), *rows[number]))
             size += self._reader.mean_bytes(shard)
         yield task
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while (task := self._tasks.get()) is not None and not self._closed:
             try:
-                images = self._reader.read_many(task.shard, [wanted.index for wanted in task.wanted])
+                images = self._reader.read_many(task.shard, [request.index_in_shard for request in task.requests])
             except Cancelled:
                 return
-            except Exception as error:  # handed to the thread that asks for the micro batch
+            except Exception as error:  # raised by the thread that requests the micro batch
                 with self._changed:
-                    self._failure = self._failure or error
-                    for wanted in task.wanted:
-                        wanted.slot.error = wanted.slot.error or error
+                    for request in task.requests:
+                        request.batch.error = request.batch.error or error
                     self._changed.notify_all()
             else:
-                self._deliver(task, images)
+                self._store(task, images)
 
-    def _deliver(self, task: _Task, images: list[np.ndarray]) -> None:
+    def _store(self, task: _Task, images: list[np.ndarray]) -> None:
         expected = self._reader.mean_bytes(task.shard)
         with self._changed:
-            for wanted, image in zip(task.wanted, images, strict=True):
-                wanted.slot.images[wanted.row] = image
-                wanted.slot.missing -= 1
-                wanted.slot.bytes += len(image) - expected
-                self._held += len(image) - expected
+            for request, image in zip(task.requests, images, strict=True):
+                request.batch.images[request.row] = image
+                request.batch.num_missing -= 1
+                request.batch.bytes += len(image) - expected
+                self.buffered_bytes += len(image) - expected
             self._changed.notify_all()

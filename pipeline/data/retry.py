@@ -1,106 +1,110 @@
-"""Waiting for storage that is slow or fails: a bounded time, a few more tries, then one clear line.
+"""Read from slow or failing storage with timeouts, retries and backoff.
 
-Invariant: `patiently` returns or raises within `Patience.bound` seconds after the storage's last sign of
-life. A try that hangs (a stalled connection, a dead NFS server) is left behind in a thread of its own, since
-nothing can end it.
+Invariant: `retry_with_timeout` returns or raises within `RetryPolicy.max_total_s` seconds of the storage's
+last heartbeat. A hanging attempt (a stalled connection, a dead NFS server) cannot be interrupted, so each
+attempt has its own daemon thread, which is abandoned on a timeout.
 """
 
-import sys
+import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
+from pipeline.distributed.logging import ALL_RANKS
 from pipeline.errors import StorageTimeout, UserError
 from pipeline.recipe.sections import RetryPolicy
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Heartbeat = Callable[[], None]
+"""Called by a reader at every sign of progress."""
 
-QUIET = 5.0  # seconds between two lines on stderr
-STOP_POLL = 0.2  # seconds
+WARNING_INTERVAL_S = 5.0
+STOP_POLL_S = 0.2
 
 
 class Cancelled(Exception):
-    """Nobody wants the result any more."""
+    """Raised by a read after its reader was closed."""
 
 
 def retry_with_timeout(
-    attempt: Callable[[Callable[[], None]], T],
-    where: str,
+    attempt: Callable[[Heartbeat], T],
+    path: str,
     policy: RetryPolicy,
     stop: threading.Event,
     warn: Callable[[str], None],
 ) -> T:
-    """`attempt(alive)`, tried again after every OSError and after `timeout_s` without a call of `alive()`.
+    """Return `attempt(heartbeat)`, retried after each OSError and each `timeout_s` without a heartbeat.
 
-    `where` names the file in messages, and `warn` takes one for every try that failed. FileNotFoundError and
-    PermissionError are final. Raises Unanswered in the end, Stopped soon after `stop` is set.
+    Args:
+        path: the file or URL, for messages.
+        warn: called with a message for each failed attempt that is retried.
+
+    Raises:
+        UserError: If the file is missing or may not be read; neither is retried.
+        StorageTimeout: If the last retry fails.
+        Cancelled: Soon after `stop` is set.
     """
-    for number, wait in enumerate([*policy.delays_s, None]):
+    for number, delay in enumerate([*policy.delays_s, None]):
         try:
-            return _Attempt(attempt).result(policy.timeout_s, stop)
+            return _run_with_timeout(attempt, policy.timeout_s, stop)
         except FileNotFoundError:
-            raise UserError(f"{where}: is missing; restore it, or build the shard set anew") from None
+            raise UserError(f"{path}: is missing; restore it, or rebuild the shard set") from None
         except PermissionError as error:
-            raise UserError(f"{where}: must not be read: {error.strerror or error}; ask for access") from None
+            reason = error.strerror or error
+            raise UserError(f"{path}: permission denied ({reason}); ask for read access") from error
         except OSError as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if wait is None:
+            if delay is None:
                 raise StorageTimeout(
-                    f"{where}: cannot be read (tries: {number + 1}): {reason}; when the storage answers "
-                    "again, the same command continues"
-                ) from None
-            warn(f"{where}: {reason}; try {number + 2} of {policy.retries + 1} in {wait:g} s")
-            if stop.wait(wait):
+                    f"{path}: cannot be read (tries: {number + 1}): {reason}; run the same command again "
+                    "once the storage responds"
+                ) from error
+            warn(f"{path}: {reason}; try {number + 2} of {policy.retries + 1} in {delay:g} s")
+            if stop.wait(delay):
                 raise Cancelled from None
     raise AssertionError("unreachable")
 
 
-class _Attempt(threading.Thread):
-    def __init__(self, attempt: Callable[[Callable[[], None]], T]):
-        super().__init__(daemon=True)
-        self._attempt = attempt
-        self._seen = time.monotonic()
-        self._finished = threading.Event()
-        self._outcome: tuple[T | None, BaseException | None] = (None, None)
-        self.start()
+def _run_with_timeout(attempt: Callable[[Heartbeat], T], timeout_s: float, stop: threading.Event) -> T:
+    future: Future[T] = Future()
+    last_heartbeat = time.monotonic()
 
-    def run(self) -> None:
+    def heartbeat() -> None:
+        nonlocal last_heartbeat
+        last_heartbeat = time.monotonic()
+
+    def run() -> None:
         try:
-            self._outcome = self._attempt(self._heartbeat), None
+            future.set_result(attempt(heartbeat))
         except BaseException as error:
-            self._outcome = None, error
-        self._finished.set()
+            future.set_exception(error)
 
-    def _heartbeat(self) -> None:
-        self._seen = time.monotonic()
-
-    def result(self, timeout_s: float, stop: threading.Event) -> T:
-        while not self._finished.wait(min(STOP_POLL, timeout_s)):
-            if stop.is_set():
-                raise Cancelled
-            if time.monotonic() - self._seen > timeout_s:
-                raise TimeoutError(f"no answer for {timeout_s:g} s")
-        value, error = self._outcome
-        if error is not None:
-            raise error
-        return value
+    threading.Thread(target=run, daemon=True).start()
+    while not wait([future], min(STOP_POLL_S, timeout_s)).done:
+        if stop.is_set():
+            raise Cancelled
+        if time.monotonic() - last_heartbeat > timeout_s:
+            raise TimeoutError(f"no answer for {timeout_s:g} s")
+    return future.result()
 
 
 class RateLimitedWarnings:
-    """Lines on stderr, at most one every `QUIET` seconds; the next says how many were not shown."""
+    """Logs at most one warning every `WARNING_INTERVAL_S` seconds, and how many were suppressed since."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._last: float | None = None
-        self._swallowed = 0
+        self._suppressed = 0
 
-    def __call__(self, line: str) -> None:
+    def __call__(self, message: str) -> None:
         with self._lock:
             now = time.monotonic()
-            if self._last is not None and now - self._last < QUIET:
-                self._swallowed += 1
+            if self._last is not None and now - self._last < WARNING_INTERVAL_S:
+                self._suppressed += 1
                 return
-            more = f" (and {self._swallowed} like it since the last line)" if self._swallowed else ""
-            self._last, self._swallowed = now, 0
-        print(f"warning: {line}{more}", file=sys.stderr, flush=True)
+            suppressed = f" ({self._suppressed} similar warnings suppressed)" if self._suppressed else ""
+            self._last, self._suppressed = now, 0
+        logger.warning(message + suppressed, extra=ALL_RANKS)

@@ -1,9 +1,8 @@
-"""Parts of a shard set, chosen by a hash of the samples' keys.
+"""Subset and holdout of a shard set, selected by a hash of the sample keys.
 
-Invariant: whether a sample belongs to a part depends on its key and the share alone, so it survives another
-shard size, another seed of the build and samples that come or go; and a smaller share lies inside a larger
-one. The sample held out is the same whatever the subset that is trained on. A share of every class depends on
-the other samples of the class too.
+Invariant: a sample's membership depends only on its key and the share, so it survives another shard size,
+another build seed and added or removed samples. A smaller share is contained in a larger one, and the holdout
+is the same for every subset. With class-balanced subsets, membership also depends on the rest of the class.
 """
 
 import hashlib
@@ -16,42 +15,37 @@ Split = Literal["training", "held_out"]
 
 
 def select_split(
-    keys: Sequence[str], part: Split, subset: float, holdout: float, labels: np.ndarray | None = None
+    keys: Sequence[str], split: Split, subset: float, holdout: float, labels: np.ndarray | None = None
 ) -> np.ndarray:
-    """Which samples belong to a part, bool (n,).
+    """Select the samples of a split.
 
-    held_out: the share `holdout` of all samples. training: of the others, the share `subset`. With labels
-    (n,), of all samples there are, it is that share of every class, to the nearest sample and at least one:
-    as few labels are given in the literature (SimCLR's 1 % and 10 % of ImageNet).
+    Args:
+        split: "held_out" is the share `holdout` of all samples, "training" the share `subset` of the others.
+        labels: (n,) classes of all samples. Then "training" is the share `subset` of each class, to the
+            nearest sample and at least one (as SimCLR's 1 % and 10 % of ImageNet).
+
+    Returns:
+        bool (n,).
     """
-    held_out = _hashes(keys, b"holdout") < holdout
-    if part == "held_out":
+    held_out = _hash_keys(keys, b"holdout") < holdout
+    if split == "held_out":
         return held_out
-    hashes = _hashes(keys, b"subset")
+    hashes = _hash_keys(keys, b"subset")
     if labels is None:
         return ~held_out & (hashes < subset)
     order = np.lexsort((hashes, labels))
     order = order[~held_out[order]]
     classes = labels[order]
-    sizes = np.bincount(classes)
-    place = np.arange(len(order)) - (np.cumsum(sizes) - sizes)[classes]
-    wanted = np.maximum(1, np.rint(subset * sizes))
-    chosen = np.zeros(len(keys), bool)
-    chosen[order[place < wanted[classes]]] = True
-    return chosen
+    class_sizes = np.bincount(classes)
+    rank_in_class = np.arange(len(order)) - (np.cumsum(class_sizes) - class_sizes)[classes]
+    quotas = np.maximum(1, np.rint(subset * class_sizes))
+    selected = np.zeros(len(keys), bool)
+    selected[order[rank_in_class < quotas[classes]]] = True
+    return selected
 
 
-def empty_split_error(part: Split, subset: float, holdout: float, places: str) -> str:
-    """What to do where a part has no sample of `places`, in a line."""
-    if part == "held_out":
-        return f"data.holdout: {holdout:g} leaves no sample of {places} to be held out; give a larger share"
-    if subset < 1:
-        return f"data.subset: {subset:g} leaves no sample of {places}; give a larger share"
-    return f"data.holdout: {holdout:g} leaves no sample of {places} to learn from; give a smaller share"
-
-
-def _hashes(keys: Sequence[str], purpose: bytes) -> np.ndarray:
-    """A number in [0, 1) a key, float64 (n,), another one for each purpose."""
+def _hash_keys(keys: Sequence[str], purpose: bytes) -> np.ndarray:
+    """Hash each key to [0, 1), float64 (n,), independently for each purpose."""
     blake = hashlib.blake2b(digest_size=8, person=purpose)
     digests = bytearray()
     for key in keys:

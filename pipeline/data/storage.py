@@ -1,82 +1,60 @@
-"""Where a shard set lies: a directory of this machine, or a URL that fsspec opens (http, s3, gs, ...).
+"""Storage backends of shard sets: a local directory, or a URL that fsspec opens (http, s3, gs, ...).
 
-Invariant: a store gives exactly the bytes that were asked for, or raises: FileNotFoundError, PermissionError
-or UserError where trying again is useless, OSError for everything else. Stores may be used by many threads at
-once. Whoever reads calls `alive()` at every sign of progress.
+Invariant: a read returns exactly the requested bytes or raises: FileNotFoundError, PermissionError or UserError
+if a retry is useless, OSError otherwise. Storages are thread-safe. Reads call `heartbeat()` at every sign of
+progress. `read` returns spans of a file, `read_file` a small file such as a manifest or an index. `max_gap` is
+the number of bytes between two spans that are cheaper to read than to skip.
 """
 
 import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 from urllib.parse import urlsplit
 
+from pipeline.data.retry import Heartbeat
 from pipeline.errors import UserError
 
-Heartbeat = Callable[[], None]
 Span = tuple[int, int]
 """Offset and size in bytes."""
 
-OPEN_FILES = 64
-LARGEST_READ = 8 << 20
-"""Bytes that neighbours are read together, at most."""
+MAX_OPEN_FILES = 64
+MAX_READ_BYTES = 8 << 20
 
 
-class Storage(Protocol):
-    place: str
-    """The directory or URL, for messages."""
-    gap: int
-    """Bytes between two spans that are cheaper to read along than to ask twice."""
-
-    def read(self, name: str, spans: Sequence[Span], heartbeat: Heartbeat) -> list[bytes]:
-        """Parts of a file."""
-
-    def read_file(self, name: str, heartbeat: Heartbeat) -> bytes:
-        """A small file: a manifest or an index."""
-
-
-def open_storage(place: str) -> Storage:
-    """The store at a directory or a URL. UserError where the URL's kind is unknown or its library missing."""
-    if "://" not in place:
-        return LocalStorage(Path(place))
-    return (
-        LocalStorage(Path(place.removeprefix("file://")))
-        if place.startswith("file://")
-        else UrlStorage(place)
-    )
-
-
-def is_url(place: str) -> bool:
-    return "://" in place and not place.startswith("file://")
+def open_storage(path: str) -> "LocalStorage | UrlStorage":
+    """Open a directory or URL. Raise UserError if it is invalid or the library for its protocol is missing."""
+    if "://" not in path or path.startswith("file://"):
+        return LocalStorage(Path(path.removeprefix("file://")))
+    return UrlStorage(path)
 
 
 class LocalStorage:
-    """A directory. Files stay open, so one that is deleted or replaced can be read to its end."""
+    """A directory. Files stay open, so a file that is deleted or replaced can be read to its end."""
 
-    gap = 16 << 10
+    max_gap = 16 << 10
 
-    def __init__(self, directory: Path, open_files: int = OPEN_FILES):
-        self.directory, self.place, self._open_files = directory, str(directory), open_files
-        self._open: OrderedDict[str, _File] = OrderedDict()
+    def __init__(self, directory: Path, max_open_files: int = MAX_OPEN_FILES):
+        self.directory, self.path, self._max_open_files = directory, str(directory), max_open_files
+        self._open_files: OrderedDict[str, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, name: str, spans: Sequence[Span], heartbeat: Heartbeat) -> list[bytes]:
-        file = self._file(name)
+        file = self._open(name)
         parts = []
         try:
             for offset, size in spans:
                 parts.append(os.pread(file.descriptor, size, offset))
                 heartbeat()
         except OSError:
-            self.forget(name)  # a stale NFS handle: the next try opens the file anew
+            self.forget(name)  # a stale NFS handle: the retry opens the file again
             raise
         if any(len(part) != size for part, (_, size) in zip(parts, spans, strict=True)):
             raise UserError(
                 f"{self.directory / name}: ends at byte {os.fstat(file.descriptor).st_size:,}, before its "
-                "last sample: it was truncated; restore it, or build the shard set anew"
+                "last sample (truncated); restore it, or rebuild the shard set"
             )
         return parts
 
@@ -84,29 +62,29 @@ class LocalStorage:
         return (self.directory / name).read_bytes()
 
     def is_open(self, name: str) -> bool:
-        return name in self._open
+        return name in self._open_files
 
     def forget(self, name: str) -> None:
-        """Open the file anew next time."""
+        """Drop the open file, so that the next read opens it again."""
         with self._lock:
-            self._open.pop(name, None)
+            self._open_files.pop(name, None)
 
-    def _file(self, name: str) -> "_File":
+    def _open(self, name: str) -> "_OpenFile":
         with self._lock:
-            file = self._open.get(name)
+            file = self._open_files.get(name)
             if file is not None:
-                self._open.move_to_end(name)
+                self._open_files.move_to_end(name)
                 return file
-        file = _File(self.directory / name)
+        file = _OpenFile(self.directory / name)
         with self._lock:
-            self._open[name] = file
-            while len(self._open) > self._open_files:
-                self._open.popitem(last=False)
+            self._open_files[name] = file
+            while len(self._open_files) > self._max_open_files:
+                self._open_files.popitem(last=False)
         return file
 
 
-class _File:
-    """An open file. It closes itself when nobody refers to it: never under a thread that is reading."""
+class _OpenFile:
+    """A file descriptor, closed once no thread refers to it, hence never during a read."""
 
     def __init__(self, path: Path):
         self.descriptor = -1
@@ -118,66 +96,71 @@ class _File:
 
 
 class UrlStorage:
-    """A URL that fsspec knows, read by ranges."""
+    """A URL, read with range requests through fsspec."""
 
-    gap = 256 << 10
+    max_gap = 256 << 10
 
     def __init__(self, url: str):
-        import fsspec  # heavy, and most runs never need it
+        import fsspec  # slow to import, and not needed for local shard sets
 
-        bare = re.sub(r"(?<![:/])/+$", "", url.partition("?")[0])
-        self.place = re.sub(r"//[^/@]*@", "//", bare)  # without a password
+        without_query = re.sub(r"(?<![:/])/+$", "", url.partition("?")[0])
+        self.path = re.sub(r"//[^/@]*@", "//", without_query)  # without a password
         if "?" in url:
-            raise UserError(f"{self.place}: a URL with a query (?...) cannot name a directory; leave it out")
+            raise UserError(f"{self.path}: a shard set's URL cannot have a query (?...); remove it")
         try:
             parts = urlsplit(url)
             if parts.scheme in ("http", "https") and not (parts.hostname and parts.port != 0):
-                raise ValueError("it names no server")
-            self._files, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
-        except Exception as error:  # some file systems connect here, and each has its own kinds
+                raise ValueError("no server in the URL")
+            self._file_system, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
+        except Exception as error:  # some file systems connect here, each with its own exceptions
             reason = " ".join(str(error).split())
-            raise UserError(f"{self.place}: cannot be opened: {reason or type(error).__name__}") from None
+            raise UserError(f"{self.path}: cannot be opened: {reason or type(error).__name__}") from error
 
     def read(self, name: str, spans: Sequence[Span], heartbeat: Heartbeat) -> list[bytes]:
         parts = []
         for offset, size in spans:
-            part = self._get(name, start=offset, end=offset + size)
+            part = self._cat(name, start=offset, end=offset + size)
             if len(part) > size:
                 raise UserError(
-                    f"{self.place}: answers a request for {size:,} bytes of {name} with {len(part):,}; the "
-                    "server must understand range requests"
+                    f"{self.path}: returned {len(part):,} instead of {size:,} bytes of {name}; use a server "
+                    "that supports range requests"
                 )
             if len(part) < size:
-                raise OSError(f"{len(part):,} bytes came instead of {size:,}")
+                raise OSError(f"received {len(part):,} of {size:,} bytes")
             parts.append(part)
             heartbeat()
         return parts
 
     def read_file(self, name: str, heartbeat: Heartbeat) -> bytes:
-        return self._get(name)
+        return self._cat(name)
 
-    def _get(self, name: str, **part: int) -> bytes:
+    def _cat(self, name: str, **span: int) -> bytes:
         try:
-            return self._files.cat_file(f"{self._root}/{name}", **part)
+            return self._file_system.cat_file(f"{self._root}/{name}", **span)
         except (FileNotFoundError, PermissionError):
             raise
-        except Exception as error:  # every file system behind fsspec has its own kinds
-            if getattr(error, "status", None) in (401, 403):
-                raise PermissionError(f"the server says {error.status}") from error
+        except Exception as error:  # each file system of fsspec has its own exceptions
+            status = getattr(error, "status", None)
+            if status in (401, 403):
+                raise PermissionError(f"HTTP status {status}") from error
             raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def coalesced(starts: Sequence[int], ends: Sequence[int], gap: int) -> tuple[list[Span], list[int]]:
-    """Spans (offset, size) that hold the pieces [start, end), and for each piece the number of its span.
+def coalesce_spans(starts: Sequence[int], ends: Sequence[int], max_gap: int) -> tuple[list[Span], list[int]]:
+    """Merge byte ranges [start, end) into fewer reads.
 
-    A piece joins the span before it when at most `gap` bytes lie between and the span stays small enough.
+    A range joins the previous span if at most `max_gap` bytes separate them and the span stays within
+    `MAX_READ_BYTES`.
+
+    Returns:
+        The spans (offset, size), and for each range the index of its span.
     """
     spans: list[list[int]] = []
-    rows = []
+    span_of_range = []
     for start, end in zip(starts, ends, strict=True):
-        if spans and spans[-1][0] <= start <= spans[-1][1] + gap and end - spans[-1][0] <= LARGEST_READ:
+        if spans and spans[-1][0] <= start <= spans[-1][1] + max_gap and end - spans[-1][0] <= MAX_READ_BYTES:
             spans[-1][1] = max(spans[-1][1], end)
         else:
             spans.append([start, end])
-        rows.append(len(spans) - 1)
-    return [(start, end - start) for start, end in spans], rows
+        span_of_range.append(len(spans) - 1)
+    return [(start, end - start) for start, end in spans], span_of_range

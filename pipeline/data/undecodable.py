@@ -1,94 +1,89 @@
-"""Images that cannot be decoded although `verify` passed them: which they are, and what stands in for them.
+"""Undecodable samples, although the shard set was verified, and their substitutes.
 
-Invariant: the sample that stands in is the next one of the same shard (the first after the last) that can be
-decoded, so it is a function of the data alone: not of ranks, restarts, or who met the image first. It is cut,
-mirrored and masked by the random numbers of the sample in whose place it stands, which is also what the trace
-writes down.
+Invariant: the substitute of a sample is the next decodable sample of its shard (after the last comes the
+first), so it is a function of the data alone, not of ranks or restarts. It is cropped, flipped and masked with
+the random numbers of the sample it replaces, and the sample trace names that sample.
 
-A sample is counted and reported once by each rank, however many epochs meet it. What all ranks have found is
-kept in RUN/replaced/rank-R.jsonl, {"shard", "sample", "reason"} a line, and known again after a restart.
+Each rank counts and logs a sample once, and appends {"shard", "sample", "reason"} to RUN/replaced/rank-R.jsonl,
+which all ranks read when the run resumes.
 """
 
 import json
-import sys
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.data.reader import ShardReader
-from pipeline.errors import UserError
+from pipeline.distributed.logging import ALL_RANKS
+from pipeline.errors import UserError, join_names
 
-NAMED = 3
-"""Samples that the message of a run which met too many of them names."""
+logger = logging.getLogger(__name__)
 
 
 class UndecodableSamples:
-    """The samples that are known to fail. Any thread may ask."""
+    """The samples of a reader that are known to be undecodable. Thread-safe.
+
+    Args:
+        limit: number of samples above which `add` raises.
+        directory: folder of the rank-R.jsonl files; None keeps no files.
+    """
 
     def __init__(self, reader: ShardReader, limit: int, directory: Path | None = None, rank: int = 0):
-        """limit: samples; one more ends the run. directory: where they are written down, if anywhere."""
         self._reader, self._limit = reader, limit
-        self._failed: set[tuple[str, str]] = set()
-        self._known: dict[tuple[int, int], str] = {}
+        self._names: set[tuple[str, str]] = set()
+        self._reasons: dict[tuple[int, int], str] = {}
         self._lock = threading.Lock()
         self._path = directory / f"rank-{rank}.jsonl" if directory else None
         for path in sorted(directory.glob("rank-*.jsonl")) if directory else ():
-            self._failed.update((line["shard"], line["sample"]) for line in _lines(path))
+            self._names.update((line["shard"], line["sample"]) for line in _read_lines(path))
 
     @property
-    def found(self) -> int:
-        """Samples known so far, those of earlier starts among them."""
-        return len(self._failed)
+    def count(self) -> int:
+        """Samples known so far, including those of earlier starts of the run."""
+        return len(self._names)
 
     def add(self, shard: int, index: int, reason: str) -> None:
-        """This sample cannot be decoded. UserError where these are too many."""
+        """Record that a sample cannot be decoded. Raise UserError if there are more than `limit`."""
         with self._lock:
-            if (shard, index) in self._known:
+            if (shard, index) in self._reasons:
                 return
-            self._known[shard, index] = reason
-            name, key = self._reader.name(shard), self._reader.key(shard, index)
-            if (name, key) not in self._failed:
-                self._failed.add((name, key))
-                self._report(name, key, reason)
-            if len(self._failed) > self._limit:
-                raise UserError(self._too_many(shard))
+            self._reasons[shard, index] = reason
+            path, key = self._reader.shard_path(shard), self._reader.key(shard, index)
+            if (path, key) not in self._names:
+                self._names.add((path, key))
+                self._report(path, key, reason)
+            if len(self._names) > self._limit:
+                names = join_names([f"{path} sample {key!r}" for path, key in sorted(self._names)])
+                raise UserError(
+                    f"data.max_undecodable: more than {self._limit} samples cannot be decoded: {names}; "
+                    f"{self._reader.repair_hint(shard)}"
+                )
 
     def substitute(self, shard: int, index: int) -> int:
-        """The sample to read in place of this one: itself, unless it is known to fail. UserError where the
-        whole shard is."""
+        """Return the index to read for a sample: its own, unless it is known to be undecodable."""
         size = int(self._reader.shard_sizes[shard])
         for step in range(size):
             candidate = (index + step) % size
-            if (shard, candidate) not in self._known:
+            if (shard, candidate) not in self._reasons:
                 return candidate
-        raise UserError(
-            f"{self._reader.name(shard)}: none of its samples can be decoded; {self._reader.repair_hint(shard)}"
-        )
+        path, hint = self._reader.shard_path(shard), self._reader.repair_hint(shard)
+        raise UserError(f"{path}: none of its samples can be decoded; {hint}")
 
-    def _report(self, name: str, key: str, reason: str) -> None:
-        print(
-            f"{name}, sample {key!r}: cannot be decoded, the next sample stands in for it: {reason}",
-            file=sys.stderr,
-            flush=True,
+    def _report(self, path: str, key: str, reason: str) -> None:
+        logger.warning(
+            f"{path}, sample {key!r}: cannot be decoded, using the next sample instead: {reason}",
+            extra=ALL_RANKS,
         )
         if self._path:
             self._path.parent.mkdir(exist_ok=True)
             with open(self._path, "a") as file:
-                file.write(json.dumps({"shard": name, "sample": key, "reason": reason}) + "\n")
-
-    def _too_many(self, shard: int) -> str:
-        named = [f"{name}, sample {key!r}" for name, key in sorted(self._failed)[:NAMED]]
-        if len(self._failed) > NAMED:
-            named.append(f"and {len(self._failed) - NAMED} more")
-        return (
-            f"data.max_undecodable: more than {self._limit} samples cannot be decoded: {'; '.join(named)}; "
-            f"{self._reader.repair_hint(shard)}"
-        )
+                file.write(json.dumps({"shard": path, "sample": key, "reason": reason}) + "\n")
 
 
-def _lines(path: Path) -> Iterator[dict]:
+def _read_lines(path: Path) -> Iterator[dict]:
     for line in path.read_text().splitlines():
         try:
             yield json.loads(line)
-        except ValueError:  # cut short by a kill: that sample will be met again
+        except ValueError:  # truncated when the run was killed; the sample will be found again
             continue

@@ -1,4 +1,4 @@
-"""A real HTTP server of a directory that understands ranges and, told so, misbehaves."""
+"""A real HTTP server of a directory, with range requests and injected faults."""
 
 import re
 import threading
@@ -10,8 +10,8 @@ from pathlib import Path
 
 
 class HttpStore:
-    """`fault(name)` says what befalls each request: None, "stall", "cut", "short", "error", "forbidden" or
-    "whole", as from a server that ignores ranges."""
+    """`fault(name)` returns the fault of each request: None, "stall", "cut", "short", "error", "forbidden" or
+    "no_ranges"."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -20,8 +20,8 @@ class HttpStore:
         self.closing = threading.Event()
         self.url = ""
 
-    def only(self, suffix: str, fault: str, times: int = 10**9) -> None:
-        """The first `times` requests for files of that suffix fail so."""
+    def fail(self, suffix: str, fault: str, times: int = 10**9) -> None:
+        """Inject a fault into the first `times` requests of files with this suffix."""
         left = [times]
 
         def decide(name: str) -> str | None:
@@ -51,7 +51,7 @@ def serve(directory: Path):
                 return self.send_error(404)
             data = path.read_bytes()
             span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            partial = span and fault != "whole"
+            partial = span and fault != "no_ranges"
             if partial:
                 data = data[int(span[1]) : int(span[2]) + 1]
             if fault == "short":

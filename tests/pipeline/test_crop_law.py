@@ -1,7 +1,4 @@
-"""The law of the boxes is torchvision's RandomResizedCrop: Kolmogorov and Smirnov cannot tell them apart.
-
-Everything is seeded, so the test says the same every time; wrong laws show that it would say otherwise.
-"""
+"""Crop boxes have the distribution of torchvision's RandomResizedCrop (Kolmogorov-Smirnov tests, seeded)."""
 
 import numpy as np
 import pytest
@@ -9,20 +6,21 @@ import torch
 from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from pipeline.data.random_resized_crop import crop_boxes
+from pipeline.data.random_resized_crop import draw_crop_boxes
 
 COUNT = 4000
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
-SHAPES = [(500, 375), (375, 500), (256, 256), (96, 31), (400, 100), (100, 450), (40, 43)]
-"""Width and height. 400 x 100 and 100 x 450 often end in the central fallback."""
+SHAPES = [(500, 375), (375, 500), (256, 256), (96, 31), (400, 100), (100, 450), (40, 43), (33, 31), (1600, 200)]
+"""Width and height. 400 x 100, 100 x 450 and 1600 x 200 often end in the central fallback."""
 
 
 def ours(shape, scale=SCALE, ratio=RATIO, seed=0):
-    sample = np.arange(COUNT)
-    return crop_boxes(seed, np.zeros_like(sample), sample, np.tile(shape, (COUNT, 1)), scale, ratio)
+    sample_id = np.arange(COUNT)
+    sizes = np.tile(shape, (COUNT, 1))
+    return draw_crop_boxes(seed, np.zeros_like(sample_id), sample_id, sizes, scale, ratio)
 
 
-def theirs(shape, scale=SCALE, ratio=RATIO):
+def torchvisions(shape, scale=SCALE, ratio=RATIO):
     torch.manual_seed(1)
     image = torch.empty(1, shape[1], shape[0])
     boxes = [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(COUNT)]
@@ -30,7 +28,6 @@ def theirs(shape, scale=SCALE, ratio=RATIO):
 
 
 def features(boxes, shape):
-    """What is compared, each with a law of its own."""
     x, y, w, h = boxes.T.astype(float)
     return {
         "area": w * h,
@@ -48,26 +45,24 @@ def p_values(one, other, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_area_ratio_and_place_follow_torchvisions_law(shape):
-    assert min(p_values(ours(shape), theirs(shape), shape)) > 1e-3
+def test_boxes_have_torchvisions_distribution(shape):
+    assert min(p_values(ours(shape), torchvisions(shape), shape)) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("scale", "ratio"), [((0.08, 1.0), RATIO), ((0.35, 0.9), (0.5, 2.0)), ((1, 1), RATIO)]
-)
-def test_so_they_do_with_other_ranges(scale, ratio):
+@pytest.mark.parametrize(("scale", "ratio"), [((0.08, 1.0), RATIO), ((0.35, 0.9), (0.5, 2.0)), ((1, 1), RATIO)])
+def test_distribution_holds_for_other_ranges(scale, ratio):
     shape = (320, 240)
-    assert min(p_values(ours(shape, scale, ratio), theirs(shape, scale, ratio), shape)) > 1e-3
+    assert min(p_values(ours(shape, scale, ratio), torchvisions(shape, scale, ratio), shape)) > 1e-3
 
 
 @pytest.mark.parametrize("shape", [(1000, 90), (90, 1000)])
-def test_where_no_try_can_fit_the_box_is_the_central_one(shape):
-    expected = theirs(shape)
+def test_fallback_is_torchvisions_central_box(shape):
+    expected = torchvisions(shape)
     assert (expected == expected[0]).all() and (ours(shape) == expected[0]).all()
 
 
-def sampled(shape, *, uniform_ratio=False, uniform_side=False, tries=10, corner=False):
-    """RandomResizedCrop written anew, with a mistake in it if one is asked for."""
+def reimplemented(shape, *, uniform_ratio=False, uniform_side=False, tries=10, corner=False):
+    """RandomResizedCrop, optionally with a mistake."""
     random = np.random.default_rng(2)
     width, height = shape
     boxes = []
@@ -96,7 +91,7 @@ def sampled(shape, *, uniform_ratio=False, uniform_side=False, tries=10, corner=
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_wrong_law_is_found_out(mistake, shape):
-    reference = theirs(shape)
-    assert min(p_values(sampled(shape), reference, shape)) > 1e-3
-    assert min(p_values(sampled(shape, **mistake), reference, shape)) < 1e-4
+def test_a_wrong_distribution_fails_the_test(mistake, shape):
+    reference = torchvisions(shape)
+    assert min(p_values(reimplemented(shape), reference, shape)) > 1e-3
+    assert min(p_values(reimplemented(shape, **mistake), reference, shape)) < 1e-4

@@ -19,13 +19,13 @@ def mixtures(draw):
 
 @settings(deadline=None)
 @given(mixtures(), st.integers(1, 12_000))
-def test_every_epoch_of_every_source_reads_each_of_its_samples_once(mixture, count):
+def test_each_sources_epoch_reads_each_sample_once(mixture, count):
     locations = mixture.locate(np.arange(count))
     first = 0
-    for stream in mixture.streams:
-        size = stream.num_samples
-        own = (locations.sample >= first) & (locations.sample < first + size)
-        samples, epochs = locations.sample[own] - first, locations.epoch[own]
+    for sampler in mixture.samplers:
+        size = sampler.num_samples
+        rows = (locations.sample_id >= first) & (locations.sample_id < first + size)
+        samples, epochs = locations.sample_id[rows] - first, locations.epoch[rows]
         for epoch in range(len(samples) // size):
             assert sorted(samples[epoch * size : (epoch + 1) * size]) == list(range(size))
         assert (epochs == np.arange(len(samples)) // size).all()
@@ -34,45 +34,45 @@ def test_every_epoch_of_every_source_reads_each_of_its_samples_once(mixture, cou
 
 @settings(deadline=None)
 @given(mixtures())
-def test_a_samples_identity_is_its_place_among_all_sources(mixture):
-    shard_sizes = np.concatenate([stream.shard_sizes for stream in mixture.streams])
+def test_sample_id_counts_through_all_sources(mixture):
+    shard_sizes = np.concatenate([sampler.shard_sizes for sampler in mixture.samplers])
     starts = np.cumsum(shard_sizes) - shard_sizes
     locations = mixture.locate(np.arange(500))
-    assert (locations.sample == starts[locations.shard] + locations.index).all()
-    assert (locations.index < shard_sizes[locations.shard]).all()
+    assert (locations.sample_id == starts[locations.shard] + locations.index_in_shard).all()
+    assert (locations.index_in_shard < shard_sizes[locations.shard]).all()
 
 
-@example([165, 1, 1, 733], 62385)  # one share is a whole number: it must not be rounded up
+@example([165, 1, 1, 733], 62385)  # one share is an integer: it must not be rounded up
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=5), st.integers(0, 10**6))
-def test_after_any_number_of_blocks_every_source_was_drawn_its_share_to_less_than_one(weights, blocks):
+def test_shares_are_exact_to_one_draw_after_every_block(weights, blocks):
     mixture = MixtureSampler([[1]] * len(weights), weights, 0, 1)
-    drawn = mixture._drawn(blocks)
-    assert drawn.sum() == blocks * mixture.block
-    for count, weight in zip(drawn.tolist(), weights, strict=True):
-        assert abs(count - Fraction(weight, sum(weights)) * blocks * mixture.block) < 1
-    assert (mixture._drawn(blocks + 1) > drawn).all()  # every source in every block
+    counts = mixture._draw_counts(blocks)
+    assert counts.sum() == blocks * mixture.block_size
+    for count, weight in zip(counts.tolist(), weights, strict=True):
+        assert abs(count - Fraction(weight, sum(weights)) * blocks * mixture.block_size) < 1
+    assert (mixture._draw_counts(blocks + 1) > counts).all()  # every block draws every source
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.2, 0.1), (1, 1e-4)])
-def test_inside_a_block_the_draws_are_those_of_an_urn(weights):
-    """Neighbouring draws are as independent as drawing without replacement leaves them."""
+def test_draws_of_a_block_are_without_replacement(weights):
+    """Neighboring draws are as independent as drawing without replacement allows."""
     mixture = MixtureSampler([[100]] * len(weights), [Fraction(str(weight)) for weight in weights], 1, 1)
-    source, turn = mixture.draws(np.arange(20 * mixture.block))
+    sources, turns = mixture.draw_sources(np.arange(20 * mixture.block_size))
     for number, share in enumerate(map(float, mixture.shares)):
-        drawn = source == number
-        assert (turn[drawn] == np.arange(drawn.sum())).all()
+        drawn = sources == number
+        assert (turns[drawn] == np.arange(drawn.sum())).all()
         pairs = (drawn[1:] & drawn[:-1]).mean()
-        error = 5 * np.sqrt(share**2 * (1 - share**2) * 3 / len(source)) + 2 / mixture.block
+        error = 5 * np.sqrt(share**2 * (1 - share**2) * 3 / len(sources)) + 2 / mixture.block_size
         assert pairs == pytest.approx(share**2, abs=error)
 
 
-def test_no_two_blocks_draw_in_the_same_order():
+def test_blocks_have_different_orders():
     mixture = MixtureSampler([[5], [7]], [1, 3], 0, 1)
-    source, _ = mixture.draws(np.arange(8 * mixture.block))
-    assert len({tuple(block) for block in source.reshape(8, -1)}) == 8
+    sources, _ = mixture.draw_sources(np.arange(8 * mixture.block_size))
+    assert len({tuple(block) for block in sources.reshape(8, -1)}) == 8
 
 
-def test_weights_are_proportions():
+def test_only_the_proportion_of_weights_matters():
     positions = np.arange(5000)
     one, other = (MixtureSampler([[5], [7]], weights, 0, 1).locate(positions) for weights in ([1, 3], [2, 6]))
-    assert (one.sample == other.sample).all()
+    assert (one.sample_id == other.sample_id).all()

@@ -13,23 +13,21 @@ KNOWN_ANSWERS = [  # kat_vectors of the Random123 distribution, philox4x32 10
 
 
 @pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
-def test_philox_gives_the_authors_known_answers(counter, key, answer):
+def test_philox_matches_the_published_test_vectors(counter, key, answer):
     low, high = (int(word, 16) for word in key.split())
     words = philox(np.array([int(word, 16) for word in counter.split()], np.uint64), high << 32 | low)
     assert [f"{word:08x}" for word in words] == answer.split()
 
 
-@given(
-    st.integers(0, 2**63 - 1), st.sampled_from(Purpose), st.integers(0, 2**32 - 1), st.integers(0, 2**56 - 1)
-)
-def test_a_number_does_not_depend_on_who_else_asks(seed, purpose, epoch, item):
+@given(st.integers(0, 2**63 - 1), st.sampled_from(Purpose), st.integers(0, 2**32 - 1), st.integers(0, 2**56 - 1))
+def test_number_does_not_depend_on_the_other_items(seed, purpose, epoch, item):
     alone = random_bits(seed, purpose, epoch, item, 5)
     items = np.array([0, item, 7])
     assert (random_bits(seed, purpose, epoch, items, 9)[1, :5] == alone).all()
 
 
 @given(st.integers(0, 2**63 - 1))
-def test_purposes_epochs_and_items_have_numbers_of_their_own(seed):
+def test_purposes_epochs_and_items_are_independent(seed):
     rows = [
         tuple(random_bits(seed, purpose, epoch, item, 4))
         for purpose in Purpose
@@ -39,7 +37,7 @@ def test_purposes_epochs_and_items_have_numbers_of_their_own(seed):
     assert len(set(rows)) == len(rows)
 
 
-def test_uniform_numbers_fill_zero_to_one_evenly():
+def test_uniform_numbers_are_uniform():
     numbers = uniform(3, Purpose.MASK, 0, np.arange(1000), 200)
     assert numbers.dtype == np.float32 and numbers.min() >= 0 and numbers.max() < 1
     counts = np.histogram(numbers, bins=50, range=(0, 1))[0]
@@ -48,5 +46,5 @@ def test_uniform_numbers_fill_zero_to_one_evenly():
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 1000))
-def test_a_permutation_is_one(seed, size):
+def test_permutation_contains_each_index_once(seed, size):
     assert sorted(permutation(seed, Purpose.WINDOW, 1, 2, size)) == list(range(size))
