@@ -1,7 +1,7 @@
-"""Targets and losses: pure functions that compute in float32, whatever precision comes in (float64 stays).
+"""Targets and losses as pure functions, computed in float32 (or float64 for float64 inputs).
 
-Invariant: a loss is the mean over images of a per-image loss, so it does not depend on how a batch is cut
-into ranks and micro batches.
+Invariant: a loss is the mean over images of a per-image loss, so it does not depend on how a batch is split
+over ranks and micro batches.
 """
 
 from itertools import combinations
@@ -11,98 +11,114 @@ from torch.nn import functional as F
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """images (B, 3, H, W) -> patches (B, L, P*P*3): patches row by row, pixels in row, column, channel order
-    (MAE's).
+    """Cut images (B, 3, H, W) into flattened patches, as the official MAE code does.
 
-    H or W not a multiple of the patch size: ValueError.
+    Returns:
+        (B, L, P*P*3): patches in raster order, pixels of a patch in the order row, column, channel.
+
+    Raises:
+        ValueError: If H or W is not a multiple of P.
     """
     batch, channels, height, width = images.shape
     if height % patch_size or width % patch_size:
-        raise ValueError(f"a {height} x {width} image cannot be cut into patches of {patch_size} pixels")
+        raise ValueError(f"images: {height} x {width} pixels are no multiple of patch_size, {patch_size}")
     rows, columns = height // patch_size, width // patch_size
     patches = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size**2 * channels)
 
 
 def normalize_targets(patches: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Each patch (last dimension) less its mean, over its standard deviation; unbiased variance (MAE's
-    norm_pix_loss)."""
+    """Normalize each patch (last dimension) by its mean and unbiased variance (MAE's norm_pix_loss)."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + eps).sqrt()
 
 
 def denormalize(prediction: torch.Tensor, patches: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Undo `normalize_targets`: a prediction on the normalised scale, with the mean and variance of the true
-    patches."""
+    """Invert `normalize_targets` on a prediction (..., D) with statistics of the true patches (..., D)."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return prediction * (variance + eps).sqrt() + mean
 
 
 def patch_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """MAE's error of a patch: the mean over its pixels of the squared difference. (..., M, D) -> float32
-    (..., M)."""
-    return (_wide(prediction) - _wide(target)).square().mean(dim=-1)
+    """Compute the mean squared error of each patch, MAE's loss: (..., M, D) -> float32 (..., M)."""
+    return (_upcast(prediction) - _upcast(target)).square().mean(dim=-1)
 
 
 def difficulty_flatten_loss(
     error: torch.Tensor, distance: torch.Tensor, gamma: float, keep: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Efficient MAE's Difficulty-Flatten Loss, Eq. 2, with the weights d^-gamma of each image adding up to
-    one.
+    """Compute Efficient MAE's Difficulty-Flatten Loss, Eq. 2.
 
-    error (B, M), distance (B, M) > 0, keep bool (B, M) or None for all -> scalar, the mean over images.
-    Patches that are not kept, or infinitely far, have no weight; an image that keeps none counts as 0.
+    Errors are weighted by d^-gamma, normalized per image. Patches that are not kept or infinitely far have no
+    weight; an image without any weight contributes 0.
+
+    Args:
+        error: (B, M), error of each patch.
+        distance: (B, M), difficulty d > 0 of each patch.
+        gamma: Exponent, at least 0.
+        keep: bool (B, M), patches that count; default all.
+
+    Returns:
+        Scalar, the mean over images.
     """
     counted = distance.isfinite() if keep is None else keep & distance.isfinite()
-    # Filled in before the power: 0 and infinity would make its gradient NaN even where they do not count.
-    weight = _wide(distance).masked_fill(~counted, 1.0).pow(-gamma).masked_fill(~counted, 0.0)
+    # Fill before taking the power: the gradient at 0 and infinity is NaN even if masked afterwards.
+    weight = _upcast(distance).masked_fill(~counted, 1.0).pow(-gamma).masked_fill(~counted, 0.0)
     return weighted_mean(error, weight)
 
 
 def weighted_mean(error: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Per image (first dimension) the mean of its errors with these weights, then the mean over images.
+    """Average errors (B, ...) with weights (B, ...) per image, then over images -> scalar.
 
-    A patch without weight may have any error, NaN included; an image without weights counts as 0.
+    Errors without weight may be NaN; an image without any weight contributes 0.
     """
-    error, weight = _wide(error).flatten(1), weight.flatten(1)
-    total = (weight * torch.where(weight > 0, error, 0.0)).sum(dim=1)
-    everything = weight.sum(dim=1)
-    return (total / torch.where(everything > 0, everything, 1.0)).mean()
+    error, weight = _upcast(error).flatten(1), weight.flatten(1)
+    weighted_sum = (weight * torch.where(weight > 0, error, 0.0)).sum(dim=1)
+    total_weight = weight.sum(dim=1)
+    return (weighted_sum / torch.where(total_weight > 0, total_weight, 1.0)).mean()
 
 
 def self_consistency_loss(prediction: torch.Tensor, masked: torch.Tensor, kind: str = "l1") -> torch.Tensor:
-    """EMAE's self-consistency: how much the K predictions of one patch disagree.
+    """Compute EMAE's self-consistency loss between the K predictions of an image.
 
-    prediction (B, K, L, D), masked bool (B, K, L) -> scalar. For each pair of parts i < j the mean difference
-    of their predictions over the positions masked in both, averaged over an image's pairs that have such a
-    position, then over images; 0 where no pair has one (K < 3 with EMAE's own parts). `kind` as in
-    `disagreement`.
+    For each pair of parts i < j, the mean difference of their predictions over the positions masked in both;
+    averaged over an image's pairs that share such a position, then over images. 0 if no pair shares one.
+
+    Args:
+        prediction: (B, K, L, D).
+        masked: bool (B, K, L). Predictions at other positions may have any value, including NaN.
+        kind: Difference, as in `disagreement`.
+
+    Returns:
+        Scalar.
     """
-    prediction = _wide(prediction)
+    prediction = _upcast(prediction)
     total = prediction.new_zeros(len(prediction))
-    pairs = torch.zeros_like(total)
+    num_pairs = torch.zeros_like(total)
     for i, j in combinations(range(prediction.shape[1]), 2):
-        both = masked[:, i] & masked[:, j]
-        shared = both.sum(dim=1)
+        both_masked = masked[:, i] & masked[:, j]
+        num_shared = both_masked.sum(dim=1)
         difference = disagreement(prediction[:, i], prediction[:, j], kind).mean(dim=-1)  # (B, L)
-        # where, not a product: a prediction at a position that does not count may be anything, NaN included
-        total = total + torch.where(both, difference, 0.0).sum(dim=1) / shared.clamp(min=1)
-        pairs = pairs + (shared > 0)
-    return (total / pairs.clamp(min=1)).mean()
+        # torch.where instead of a product, because NaN times 0 is NaN.
+        total = total + torch.where(both_masked, difference, 0.0).sum(dim=1) / num_shared.clamp(min=1)
+        num_pairs = num_pairs + (num_shared > 0)
+    return (total / num_pairs.clamp(min=1)).mean()
 
 
 def disagreement(first: torch.Tensor, second: torch.Tensor, kind: str) -> torch.Tensor:
-    """Elementwise difference of two predictions: l1, l2 (squared) or smooth_l1 (Huber with threshold
-    1)."""
-    first, second = _wide(first), _wide(second)
+    """Compute the elementwise difference of two predictions of the same shape.
+
+    `kind` is "l1", "l2" (squared) or "smooth_l1" (Huber with threshold 1), otherwise ValueError is raised.
+    """
+    first, second = _upcast(first), _upcast(second)
     if kind == "l1":
         return (first - second).abs()
     if kind == "l2":
         return (first - second).square()
     if kind == "smooth_l1":
         return F.smooth_l1_loss(first, second, reduction="none")
-    raise ValueError(f"consistency of kind {kind!r}: expected l1, l2 or smooth_l1")
+    raise ValueError(f"kind: {kind!r} is not one of l1, l2 and smooth_l1")
 
 
-def _wide(values: torch.Tensor) -> torch.Tensor:
+def _upcast(values: torch.Tensor) -> torch.Tensor:
     return values if values.dtype == torch.float64 else values.float()

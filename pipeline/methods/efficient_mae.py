@@ -1,118 +1,122 @@
 """Efficient MAE: "Efficient MAE towards Large-Scale Vision Transformers", Han et al., WACV 2024.
 
-MAE at a higher mask ratio (0.85). The Difficulty-Flatten Loss weighs each masked patch by d^-gamma, where d
-is its difficulty, P2Dist (Eq. 1, Algorithm 1, Eq. 2); decoder masking drops patches with d > beta before the
-decoder (Section 4.2). The ablations of Tables 5 (`metric`) and 6 (`scheduler`) are options.
+MAE at mask ratio 0.85. The Difficulty-Flatten Loss weights each masked patch by d^-gamma, where d is its
+difficulty P2Dist (Eq. 1, Algorithm 1, Eq. 2). Decoder masking drops patches with d > beta before the decoder
+(Section 4.2). The ablations of Table 5 (`metric`) and Table 6 (`scheduler`) are options.
 
-Layout. The threshold keeps another number of patches in every image. The decoder gets the same number of
-slots for each: the easiest `prediction_ratio` x L masked patches, the threshold inside them as an attention
-mask. Shapes are static, an image's loss depends on no other image, and the loss equals the one of really
-dropping the patches. The number of slots is ours, not the paper's: where a mask leaves more patches under the
-threshold than there are slots, the hardest of them go (docs/methods.md says how many). With
-`prediction_ratio` null every masked patch has a slot and the threshold alone decides.
+The threshold keeps a different number of patches in each image. For static shapes, the decoder predicts the
+same number for every image, the easiest `prediction_ratio` * L masked patches, and applies the threshold as
+an attention mask. The loss equals that of really dropping the patches, and an image's loss does not depend on
+other images. This number is not in the paper: if more patches are within the threshold, the hardest are
+dropped (docs/methods.md). If `prediction_ratio` is null, only the threshold drops patches.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Self
 
 import torch
 
 from pipeline.difficulty import Metric, difficulty
 from pipeline.losses import difficulty_flatten_loss, patch_error, weighted_mean
 from pipeline.masking import as_mask, gather_tokens, random_split
+from pipeline.methods.backbone import build_decoder, build_encoder
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
-from pipeline.models.decoder import Decoder
-from pipeline.models.encoder import Encoder
-from pipeline.recipe.method_options import EASIEST_BETA
+from pipeline.methods.registry import register_method
+from pipeline.recipe import Recipe
+from pipeline.recipe.method_options import SCHEDULE_START_BETA
 
-Scheduler = Literal["flatten", "threshold", "schedule", "normalize"]
-
-REFERENCE_MASK_RATIO = 0.75  # Table 6 (c) compares with MAE's
+REFERENCE_MASK_RATIO = 0.75  # MAE's, with which Table 6 (c) compares
+NUM_INTERVALS = 16
 
 
 @dataclass(frozen=True)
 class DifficultyFlatten:
-    """The loss's and the decoder's view of difficulty; also for the methods that borrow it.
-
-    gamma >= 0: 0 weighs all patches alike. beta: pixels, None for no threshold. `exact`, `k`: P2Dist's.
-    """
+    """Settings of the Difficulty-Flatten Loss and of decoder masking, shared with EMAE and LoMaR."""
 
     patch_size: int
-    gamma: float = 0.6
-    beta: float | None = 26.0
-    metric: Metric = "p2dist"
-    exact: bool = False
-    k: int = 8
+    gamma: float  # exponent of Eq. 2, at least 0; 0 weights all patches equally
+    beta: float | None  # threshold of decoder masking in pixels; None for no threshold
+    metric: Metric
+    exact: bool  # P2Dist by Eq. 1 instead of Algorithm 1
+    k: int  # nearest boundary points of Algorithm 1
 
-    def difficulty(self, visible_ids: torch.Tensor, grid: int) -> torch.Tensor:
-        """visible_ids (N, V) on a grid x grid image -> difficulty of every patch, float32 (N, L)."""
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Self:
+        options = recipe.method.efficient_mae
+        return cls(
+            patch_size=recipe.model.patch_size,
+            gamma=options.gamma,
+            beta=options.beta,
+            metric=options.metric,
+            exact=options.exact_distance,
+            k=options.k,
+        )
+
+    def compute_difficulty(self, visible_ids: torch.Tensor, grid: int) -> torch.Tensor:
+        """Compute the difficulty of every patch of a grid x grid image: (N, V) -> float32 (N, L)."""
         visible = as_mask(visible_ids, grid * grid).view(-1, grid, grid)
         return difficulty(visible, self.patch_size, self.metric, self.exact, self.k).flatten(1)
 
-    def keep(self, distance: torch.Tensor, beta: float | torch.Tensor | None) -> torch.Tensor | None:
-        """Which patches stay under the threshold; None where nothing can be dropped, for the faster
-        attention."""
+    def keep_mask(self, distance: torch.Tensor, beta: float | torch.Tensor | None) -> torch.Tensor | None:
+        """Return which patches the threshold keeps, or None if all are always kept (faster attention)."""
         if beta is not None:
             return distance <= beta
         return distance.isfinite() if self.metric in ("neighbors_3x3", "inverse_distance_5x5") else None
 
 
-def easiest(distance: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices into distance (..., M) of the `count` smallest, in their order: int64 (..., count).
+def select_easiest(distance: torch.Tensor, count: int) -> torch.Tensor:
+    """Return indices of the `count` smallest distances (..., M), in ascending order: int64 (..., count).
 
-    Equal distances may differ in their last bits; rounded to 1/1024, they rank the same on every device.
+    Distances are rounded to 1/1024, because equal ones may differ in their last bits between devices.
     """
     return (distance * 1024).round().argsort(dim=-1, stable=True)[..., :count]
 
 
+@register_method("efficient_mae")
 class EfficientMAE(Method):
-    """`num_visible` of L patches are encoded, `num_predicted` of the others are slots of the decoder."""
+    """Encode `num_visible` patches of an image and predict the `num_predicted` easiest of the others."""
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        decoder: Decoder,
-        *,
-        num_visible: int,
-        num_predicted: int,
-        flattening: DifficultyFlatten,
-        scheduler: Scheduler,
-        normalize_targets: bool,
-    ) -> None:
+    progress: torch.Tensor
+    interval_weights: torch.Tensor
+
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.num_visible, self.num_predicted = num_visible, num_predicted
-        self.flattening, self.scheduler = flattening, scheduler
-        self.normalize_targets = normalize_targets
-        self.grid, self.patch_size = encoder.grid, encoder.patch_size
-        self.noise_size = self.grid**2
-        if scheduler == "schedule":
-            # In millionths and whole: cast to bf16 with the module, a fraction would be rounded.
+        self.encoder, self.decoder = build_encoder(recipe), build_decoder(recipe)
+        self.num_visible, self.num_predicted = recipe.num_visible, recipe.num_predicted
+        self.difficulty_flatten = DifficultyFlatten.from_recipe(recipe)
+        self.scheduler = recipe.method.efficient_mae.scheduler
+        self.normalize_targets = recipe.method.normalize_targets
+        self.grid, self.patch_size = recipe.grid, recipe.model.patch_size
+        self.noise_size = recipe.num_patches
+        if self.scheduler == "schedule":
+            # An integer, in millionths, because a cast of the module to bf16 would round a fraction.
             self.register_buffer("progress", torch.zeros((), dtype=torch.int64), persistent=False)
-        if scheduler == "normalize":
-            weights = torch.empty(NUM_INTERVALS)  # on the caller's default device; on meta nothing is counted
+        if self.scheduler == "normalize":
+            weights = torch.empty(NUM_INTERVALS)  # on the caller's default device
             if not weights.is_meta:
-                weights.copy_(interval_ratios(encoder.grid, num_visible, flattening))
+                weights.copy_(compute_interval_weights(self.grid, self.num_visible, self.difficulty_flatten))
             self.register_buffer("interval_weights", weights, persistent=False)
 
-    def set_training_progress(self, done: float) -> None:
+    def set_training_progress(self, progress: float) -> None:
         if self.scheduler == "schedule":
-            self.progress.fill_(round(done * 1e6))
+            self.progress.fill_(round(progress * 1e6))
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
-        """MethodOutput with M = num_predicted, from easy to hard; a prediction beyond the threshold means
-        nothing."""
-        patches = self.patches(images)
+        """Return a MethodOutput with M = num_predicted, in ascending order of difficulty.
+
+        Predictions of patches beyond the threshold are undefined.
+        """
+        patches = self.patchify(images)
         visible_ids, masked_ids = random_split(noise, self.num_visible)
-        distance = self.flattening.difficulty(visible_ids, self.encoder.grid).gather(1, masked_ids)
-        slots = easiest(distance, self.num_predicted)
-        mask_ids, distance = masked_ids.gather(1, slots), distance.gather(1, slots)
-        keep = self.flattening.keep(distance, self._beta())
+        distance = self.difficulty_flatten.compute_difficulty(visible_ids, self.grid).gather(1, masked_ids)
+        easiest = select_easiest(distance, self.num_predicted)
+        predicted_ids, distance = masked_ids.gather(1, easiest), distance.gather(1, easiest)
+        keep = self.difficulty_flatten.keep_mask(distance, self._threshold())
 
         encoded = self.encoder(gather_tokens(patches, visible_ids), visible_ids)
-        prediction = self.decoder(encoded, visible_ids, mask_ids, keep).float()
-        target = self.targets(gather_tokens(patches, mask_ids))
+        prediction = self.decoder(encoded, visible_ids, predicted_ids, keep).float()
+        target = self.make_targets(patches, predicted_ids)
         error = patch_error(prediction, target)
         loss = self._loss(error, distance, keep)
         kept = torch.ones_like(error) if keep is None else keep.float()
@@ -120,60 +124,57 @@ class EfficientMAE(Method):
             "reconstruction": weighted_mean(error.detach(), kept),
             "decoded_patches": kept.sum(dim=1).mean(),
         }
-        return MethodOutput(loss, prediction.detach(), target, visible_ids, mask_ids, metrics)
+        return MethodOutput(loss, prediction.detach(), target, visible_ids, predicted_ids, metrics)
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
-        """All masked patches at once, the hardest included, although the decoder was not trained on those."""
-        patches = self.patches(images)
+        """Predict all masked patches, including the hardest, on which the decoder was not trained."""
+        patches = self.patchify(images)
         visible_ids, masked_ids = random_split(noise, self.num_visible)
         encoded = self.encoder(gather_tokens(patches, visible_ids), visible_ids)
         prediction = self.decoder(encoded, visible_ids, masked_ids)
-        return self.picture(patches, prediction[:, None], visible_ids[:, None], masked_ids[:, None])
+        return self.make_reconstruction(patches, prediction[:, None], visible_ids[:, None], masked_ids[:, None])
 
-    def _beta(self) -> float | torch.Tensor | None:
-        """The threshold in pixels. Table 6 (b) grows it, to beta or, without one, beyond every patch."""
-        beta = self.flattening.beta
+    def _threshold(self) -> float | torch.Tensor | None:
+        """The threshold in pixels. Table 6 (b) raises it to beta or, without beta, beyond every patch."""
+        beta = self.difficulty_flatten.beta
         if self.scheduler != "schedule":
             return beta
-        first, done = EASIEST_BETA * self.patch_size, self.progress / 1e6
-        return first / (1 - done) if beta is None else first + (beta - first) * done
+        start, progress = SCHEDULE_START_BETA * self.patch_size, self.progress / 1e6
+        return start / (1 - progress) if beta is None else start + (beta - start) * progress
 
     def _loss(self, error: torch.Tensor, distance: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
         if self.scheduler == "flatten":
-            return difficulty_flatten_loss(error, distance, self.flattening.gamma, keep)
+            return difficulty_flatten_loss(error, distance, self.difficulty_flatten.gamma, keep)
         weight = torch.ones_like(error)
         if self.scheduler == "normalize":
-            weight = self.interval_weights.float()[interval(distance, self.patch_size)]
+            weight = self.interval_weights.float()[interval_index(distance, self.patch_size)]
         return weighted_mean(error, weight if keep is None else weight * keep)
 
 
-NUM_INTERVALS = 16
-
-
-def interval(distance: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Table 6 (c): which of 16 intervals a difficulty falls into. The paper gives none; ours are a quarter
-    patch."""
+def interval_index(distance: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Map difficulties to the intervals of Table 6 (c). The paper gives none; ours are 1/4 patch wide."""
     return (distance * 4 / patch_size).clamp(max=NUM_INTERVALS - 1).long()
 
 
 @lru_cache
-def interval_ratios(
-    grid: int, num_visible: int, flattening: DifficultyFlatten, masks: int = 256
+def compute_interval_weights(
+    grid: int, num_visible: int, difficulty_flatten: DifficultyFlatten, num_masks: int = 256
 ) -> torch.Tensor:
-    """Table 6 (c): per interval, masked patches at mask ratio 0.75 over masked patches at this one: float32
-    (16,); 1 where this one has none.
+    """Compute the weights of Table 6 (c) from random masks with a fixed seed: float32 (NUM_INTERVALS,).
 
-    Counted once on random masks from a fixed seed.
+    A weight is the number of masked patches in an interval at MAE's mask ratio divided by that with
+    `num_visible` visible patches; 1 if the latter is 0.
     """
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(2, NUM_INTERVALS, device="cpu")
+    reference_visible = max(1, int(grid * grid * (1 - REFERENCE_MASK_RATIO)))
     with torch.device("cpu"):
-        for noise in torch.rand(masks, grid * grid, generator=generator).split(64):
-            for row, visible in enumerate((int(grid * grid * (1 - REFERENCE_MASK_RATIO)), num_visible)):
-                visible_ids, masked_ids = random_split(noise, max(1, visible))
-                distance = flattening.difficulty(visible_ids, grid).gather(1, masked_ids)
-                found = interval(distance, flattening.patch_size).flatten()
-                counts[row] += torch.bincount(found, minlength=NUM_INTERVALS)
-    reference, own = counts
-    return torch.where(own > 0, reference / own, 1.0)
+        for noise in torch.rand(num_masks, grid * grid, generator=generator).split(64):
+            for row, visible in enumerate((reference_visible, num_visible)):
+                visible_ids, masked_ids = random_split(noise, visible)
+                distance = difficulty_flatten.compute_difficulty(visible_ids, grid).gather(1, masked_ids)
+                index = interval_index(distance, difficulty_flatten.patch_size).flatten()
+                counts[row] += torch.bincount(index, minlength=NUM_INTERVALS)
+    reference, actual = counts
+    return torch.where(actual > 0, reference / actual, 1.0)

@@ -1,162 +1,140 @@
-"""EMAE: "Efficient Masked Autoencoders with Self-Consistency", Li et al.
-https://arxiv.org/abs/2302.14431.
+"""EMAE: "Efficient Masked Autoencoders with Self-Consistency", Li et al., https://arxiv.org/abs/2302.14431.
 
-Parallel mask: one noise vector deals the L patches into K parts without overlap. Every part is encoded alone
-and predicts all the others, so an image is used whole in each step, at the mask ratio 1 - 1/K.
-Self-consistency: where two parts predict the same patch, their predictions are pulled together.
+Parallel mask: the L patches of an image are divided into K disjoint parts. Each part is encoded alone and
+predicts all the others, so every step uses the whole image, at mask ratio 1 - 1/K. Self-consistency: the
+predictions of the same patch by different parts are pulled together.
 
-Written from the paper's abstract and figure captions; its equations and hyperparameters were not at hand. Our
-reading: MAE's reconstruction loss on each part's own masked patches, averaged over parts, plus
+The loss is our reading of the abstract's description and the figure captions; the paper's equations and
+hyperparameters were not available. It is MAE's loss on each part's masked patches, averaged over parts, plus
 `consistency_weight` (1) times the mean absolute difference of the predictions of parts i < j over the patches
-masked in both, averaged over pairs. No stop-gradient is needed: the two-sided form with stop-gradients has
-the gradient of |p_i - p_j| too.
+masked in both, averaged over pairs. Stop-gradients are not needed: the two-sided form with them has the same
+gradient.
 """
 
 from itertools import combinations
 
 import torch
 
-from pipeline.losses import (
-    difficulty_flatten_loss,
-    disagreement,
-    patch_error,
-    self_consistency_loss,
-)
+from pipeline.losses import difficulty_flatten_loss, disagreement, patch_error, self_consistency_loss
 from pipeline.masking import gather_tokens, parallel_parts
-from pipeline.methods.efficient_mae import DifficultyFlatten, easiest
+from pipeline.methods.backbone import build_decoder, build_encoder
+from pipeline.methods.efficient_mae import DifficultyFlatten, select_easiest
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
-from pipeline.models.decoder import Decoder
-from pipeline.models.encoder import Encoder
+from pipeline.methods.registry import register_method
+from pipeline.recipe import Recipe
 
 
+@register_method("emae")
 class EMAE(Method):
-    """`num_parts`: K. `consistency_kind`: l1, l2 or smooth_l1. `decode_share`: of each part's masked
-    positions, (0, 1].
+    """Encode K disjoint parts of an image and let each predict the others.
 
-    Every patch is visible in exactly one part, so the K parts of an image cost one patch embedding of the
-    whole image; to the encoder and the decoder the parts are more images.
+    Part k predicts the parts k+1, ..., k+K-1 (mod K), in this order. Encoder and decoder process the parts as
+    separate images. If `decode_share` is below 1, the others predict only the first patches of a part in
+    noise order, a random subset that is the same for all of them, so each of these has K-1 predictions.
 
-    Layout: part k predicts the parts k+1, k+2, ..., k+K-1 (mod K), one slot s = 0 ... K-2 each. With a decode
-    share below 1, only the first patches of every part, in noise order and so at random, are ever predicted:
-    by all K-1 others, so that every pair of predictions stays a pair.
-
-    `flattening`: Efficient MAE's loss and decoder masking on every part; None, as in the paper: neither. Of
-    what a part is asked for the easiest `num_slots` patches are decoded; what is beyond them or beyond the
-    threshold counts for nothing, the consistency included.
+    With `difficulty_flatten` (not in the paper), Efficient MAE's loss and decoder masking apply to each part.
+    A part then predicts the easiest `num_predicted` patches; all others and those beyond the threshold are
+    excluded from both losses.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        decoder: Decoder,
-        *,
-        num_parts: int,
-        consistency_weight: float,
-        consistency_kind: str,
-        decode_share: float,
-        flattening: DifficultyFlatten | None,
-        num_slots: int,
-        normalize_targets: bool,
-    ) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.num_parts, self.normalize_targets = num_parts, normalize_targets
-        self.consistency_weight, self.consistency_kind = consistency_weight, consistency_kind
-        self.flattening = flattening
-        self.grid, self.patch_size = encoder.grid, encoder.patch_size
-        self.noise_size = self.grid**2
-        self.part_size = self.noise_size // num_parts
-        self.num_decoded = max(1, round(decode_share * self.part_size))  # of each part, by each other part
-        self.num_slots = min(num_slots, (num_parts - 1) * self.num_decoded)
-        self.some_have_no_slot = (
-            flattening is not None and self.num_slots < (num_parts - 1) * self.num_decoded
-        )
+        options = recipe.method.emae
+        self.encoder, self.decoder = build_encoder(recipe), build_decoder(recipe)
+        self.num_parts, self.normalize_targets = options.num_parts, recipe.method.normalize_targets
+        self.consistency_weight = options.consistency_weight
+        self.consistency_kind = options.consistency_kind
+        flatten = options.difficulty_flatten
+        self.difficulty_flatten = DifficultyFlatten.from_recipe(recipe) if flatten else None
+        self.grid, self.patch_size = recipe.grid, recipe.model.patch_size
+        self.noise_size = recipe.num_patches
+        part_size = recipe.num_patches // options.num_parts
+        self.num_decoded = max(1, round(options.decode_share * part_size))  # of each part, by each other part
+        num_candidates = (options.num_parts - 1) * self.num_decoded
+        self.num_predicted = min(recipe.num_predicted, num_candidates)
+        self.drops_hardest = flatten and self.num_predicted < num_candidates
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
-        """MethodOutput with K parts, V = L/K, M = (K-1) x the decoded patches of a part."""
-        patches = self.patches(images)
+        """Return a MethodOutput with K parts, V = L/K, and M = (K-1) * num_decoded or num_predicted."""
+        patches = self.patchify(images)
         parts = parallel_parts(noise, self.num_parts)  # (B, K, V)
-        predicted_ids = parts[:, :, : self.num_decoded]
-        mask_ids = self._for_each_slot(predicted_ids).flatten(2, 3)  # (B, K, M)
-        distance, keep = None, None
-        if self.flattening:
-            mask_ids, distance, keep = self._flattened(parts, mask_ids)
+        decoded_ids = parts[:, :, : self.num_decoded]  # patches of each part that the other parts predict
+        predicted_ids = self._collect_other_parts(decoded_ids).flatten(2, 3)  # (B, K, M)
+        flatten, distance, keep = self.difficulty_flatten, None, None
+        if flatten:
+            distance = flatten.compute_difficulty(parts.flatten(0, 1), self.grid)
+            distance = distance.view(*parts.shape[:2], -1).gather(2, predicted_ids)
+            if self.drops_hardest:
+                easiest = select_easiest(distance, self.num_predicted)
+                predicted_ids, distance = predicted_ids.gather(2, easiest), distance.gather(2, easiest)
+            keep = flatten.keep_mask(distance, flatten.beta)
 
-        prediction = self._predict(patches, parts, mask_ids, keep)  # (B, K, M, D)
-        if self.some_have_no_slot:
-            target = self.targets(gather_tokens(patches, mask_ids.flatten(1))).view(*mask_ids.shape, -1)
-        else:  # normalised once for all the parts that predict it
-            target = self.targets(gather_tokens(patches, predicted_ids.flatten(1))).view(
-                *predicted_ids.shape, -1
-            )
-            target = self._for_each_slot(target).flatten(2, 3)
+        prediction = self._predict(patches, parts, predicted_ids, keep)  # (B, K, M, D)
+        if self.drops_hardest:
+            target = self.make_targets(patches, predicted_ids)
+        else:  # normalize each target once, not once per part that predicts it
+            target = self._collect_other_parts(self.make_targets(patches, decoded_ids)).flatten(2, 3)
         error = patch_error(prediction, target)
-        if self.flattening:
-            gamma = self.flattening.gamma
-            parts_keep = None if keep is None else keep.flatten(0, 1)
+        if flatten and distance is not None:
+            part_keep = None if keep is None else keep.flatten(0, 1)
             reconstruction = difficulty_flatten_loss(
-                error.flatten(0, 1), distance.flatten(0, 1), gamma, parts_keep
+                error.flatten(0, 1), distance.flatten(0, 1), flatten.gamma, part_keep
             )
         else:
             reconstruction = error.flatten(1).mean(dim=1).mean()
-        consistency = self._consistency(prediction, mask_ids, keep)
+        consistency = self._consistency(prediction, predicted_ids, keep)
         loss = reconstruction + self.consistency_weight * consistency
         metrics = {"reconstruction": reconstruction.detach(), "consistency": consistency.detach()}
-        return MethodOutput(loss, prediction.detach(), target, parts, mask_ids, metrics)
+        return MethodOutput(loss, prediction.detach(), target, parts, predicted_ids, metrics)
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
-        patches = self.patches(images)
+        patches = self.patchify(images)
         parts = parallel_parts(noise, self.num_parts)
-        mask_ids = self._for_each_slot(parts).flatten(2, 3)
-        prediction = self._predict(patches, parts, mask_ids, keep=None)
-        return self.picture(patches, prediction, parts, mask_ids)
+        masked_ids = self._collect_other_parts(parts).flatten(2, 3)
+        prediction = self._predict(patches, parts, masked_ids, keep=None)
+        return self.make_reconstruction(patches, prediction, parts, masked_ids)
 
-    def _for_each_slot(self, of_part: torch.Tensor) -> torch.Tensor:
-        """of_part (B, K, ...) -> (B, K, K-1, ...): for part k and slot s what belongs to the part predicted
-        there."""
-        return torch.stack([of_part.roll(-1 - s, dims=1) for s in range(self.num_parts - 1)], dim=2)
-
-    def _flattened(
-        self, parts: torch.Tensor, mask_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """-> what each part has a slot for, (B, K, M); its difficulty; which of it the threshold keeps."""
-        distance = self.flattening.difficulty(parts.flatten(0, 1), self.grid)
-        distance = distance.view(*parts.shape[:2], -1).gather(2, mask_ids)
-        if self.some_have_no_slot:
-            slots = easiest(distance, self.num_slots)
-            mask_ids, distance = mask_ids.gather(2, slots), distance.gather(2, slots)
-        return mask_ids, distance, self.flattening.keep(distance, self.flattening.beta)
+    def _collect_other_parts(self, values: torch.Tensor) -> torch.Tensor:
+        """Stack for each part the values of the parts it predicts: (B, K, ...) -> (B, K, K-1, ...)."""
+        return torch.stack([values.roll(-1 - s, dims=1) for s in range(self.num_parts - 1)], dim=2)
 
     def _predict(
-        self, patches: torch.Tensor, parts: torch.Tensor, mask_ids: torch.Tensor, keep: torch.Tensor | None
+        self,
+        patches: torch.Tensor,
+        parts: torch.Tensor,
+        predicted_ids: torch.Tensor,
+        keep: torch.Tensor | None,
     ) -> torch.Tensor:
-        batch, num_parts, visible = parts.shape
+        """Predict the patches at predicted_ids (B, K, M) from each part (B, K, V) -> (B, K, M, D)."""
+        batch, num_parts, num_visible = parts.shape
         views = batch * num_parts
-        visible_ids = parts.reshape(views, visible)
-        encoded = self.encoder(gather_tokens(patches, parts.flatten(1)).view(views, visible, -1), visible_ids)
+        visible_ids = parts.reshape(views, num_visible)
+        visible = gather_tokens(patches, parts.flatten(1)).view(views, num_visible, -1)
+        encoded = self.encoder(visible, visible_ids)
         keep = None if keep is None else keep.reshape(views, -1)
-        prediction = self.decoder(encoded, visible_ids, mask_ids.reshape(views, -1), keep)
-        return prediction.float().view(*mask_ids.shape, -1)
+        prediction = self.decoder(encoded, visible_ids, predicted_ids.reshape(views, -1), keep)
+        return prediction.float().view(*predicted_ids.shape, -1)
 
     def _consistency(
-        self, prediction: torch.Tensor, mask_ids: torch.Tensor, keep: torch.Tensor | None
+        self, prediction: torch.Tensor, predicted_ids: torch.Tensor, keep: torch.Tensor | None
     ) -> torch.Tensor:
-        """`losses.self_consistency_loss`: in value always, and by its own code where predictions are dropped.
+        """Compute `losses.self_consistency_loss`, directly on the packed layout if nothing is dropped.
 
-        Without one, every pair of parts shares equally many patches, so the mean over pairs of means is one
-        mean over the packed layout. K = 2 has no pair that predicts the same patch: 0.
+        In that case every pair of parts shares equally many patches, so the mean over pairs of their means is
+        one mean. With K = 2 no two parts predict the same patch, and the result is 0.
         """
-        if keep is not None or self.some_have_no_slot:
-            keep = torch.ones_like(mask_ids, dtype=torch.bool) if keep is None else keep
-            whole = prediction.new_zeros(*prediction.shape[:2], self.noise_size, prediction.shape[3])
-            whole = whole.scatter(2, mask_ids[..., None].expand_as(prediction), prediction)
-            predicted = keep.new_zeros(*keep.shape[:2], self.noise_size).scatter(2, mask_ids, keep)
-            return self_consistency_loss(whole, predicted, self.consistency_kind)
-        # Part m's predictions by its K-1 others, one a slot: rolled back, slot s of part m - 1 - s.
-        slots = prediction.unflatten(2, (self.num_parts - 1, self.num_decoded))
-        by_target = [slots[:, :, s].roll(1 + s, dims=1) for s in range(self.num_parts - 1)]
-        pairs = list(combinations(by_target, 2))
+        if keep is not None or self.drops_hardest:
+            keep = torch.ones_like(predicted_ids, dtype=torch.bool) if keep is None else keep
+            full = prediction.new_zeros(*prediction.shape[:2], self.noise_size, prediction.shape[3])
+            full = full.scatter(2, predicted_ids[..., None].expand_as(prediction), prediction)
+            predicted = keep.new_zeros(*keep.shape[:2], self.noise_size).scatter(2, predicted_ids, keep)
+            return self_consistency_loss(full, predicted, self.consistency_kind)
+        # Element s of part k predicts part k + 1 + s. Roll back so that index k of every list entry is part k
+        # as predicted by part k - 1 - s.
+        by_offset = prediction.unflatten(2, (self.num_parts - 1, self.num_decoded))
+        aligned = [by_offset[:, :, s].roll(1 + s, dims=1) for s in range(self.num_parts - 1)]
+        pairs = list(combinations(aligned, 2))
         total = prediction.new_zeros(())
         for first, second in pairs:
             total = total + disagreement(first, second, self.consistency_kind).mean()

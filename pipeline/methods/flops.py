@@ -11,10 +11,10 @@ from pipeline.recipe import Recipe
 
 @lru_cache
 def forward_flops(recipe: Recipe, batch: int = 1) -> float:
-    """Floating-point operations of the forward pass, a multiply-add counted as two: an image's share where
-    `batch` images, at least 1, go together. What a batch needs once, a single image pays alone.
+    """Count the floating-point operations per image of a forward pass, a multiply-add counted as two.
 
-    Counted by torch on shapes alone: matrix products and attention, as everybody counts them.
+    PyTorch's FLOP counter counts matrix products and attention, on the meta device. Work that is done once
+    per forward pass is divided among its `batch` images.
     """
     with torch.device("meta"), torch.no_grad():
         method = build_method(recipe)
@@ -26,8 +26,8 @@ def forward_flops(recipe: Recipe, batch: int = 1) -> float:
 
 
 def training_flops(forward: float) -> float:
-    """Operations of one image's forward and backward pass, as MFU counts them: three forward passes.
+    """Return the operations of a forward and backward pass as MFU defines them: three forward passes.
 
-    What activation checkpointing computes once more is none of them: PaLM (arXiv 2204.02311), appendix B.
+    Recomputation by activation checkpointing does not count: PaLM (arXiv 2204.02311), appendix B.
     """
     return 3 * forward

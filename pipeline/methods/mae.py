@@ -1,43 +1,37 @@
-"""MAE: "Masked Autoencoders Are Scalable Vision Learners", He et al., CVPR 2022,
-https://arxiv.org/abs/2111.06377.
+"""MAE: "Masked Autoencoders Are Scalable Vision Learners", He et al., CVPR 2022.
 
-Equal in value to the official code, github.com/facebookresearch/mae: the same weights, images and noise give
-the same loss.
+https://arxiv.org/abs/2111.06377. Equal in value to the official code, github.com/facebookresearch/mae: the
+same weights, images and noise give the same loss.
 """
 
 import torch
 
 from pipeline.losses import patch_error
 from pipeline.masking import gather_tokens, random_split
-from pipeline.methods.method import Method, MethodOutput, Reconstruction
-from pipeline.models.decoder import Decoder
-from pipeline.models.encoder import Encoder
+from pipeline.methods.backbone import build_decoder, build_encoder
+from pipeline.methods.method import Method, MethodOutput
+from pipeline.methods.registry import register_method
+from pipeline.recipe import Recipe
 
 
+@register_method("mae")
 class MAE(Method):
-    """`num_visible` of an image's L patches are encoded; the decoder predicts the others."""
+    """Encode `num_visible` random patches of an image and predict all the others."""
 
-    def __init__(
-        self, encoder: Encoder, decoder: Decoder, *, num_visible: int, normalize_targets: bool
-    ) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.num_visible, self.normalize_targets = num_visible, normalize_targets
-        self.grid, self.patch_size = encoder.grid, encoder.patch_size
-        self.noise_size = self.grid**2
+        self.encoder, self.decoder = build_encoder(recipe), build_decoder(recipe)
+        self.num_visible, self.normalize_targets = recipe.num_visible, recipe.method.normalize_targets
+        self.grid, self.patch_size = recipe.grid, recipe.model.patch_size
+        self.noise_size = recipe.num_patches
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
-        patches = self.patches(images)
+        """Return a MethodOutput with V = num_visible and M = L - V."""
+        patches = self.patchify(images)
         visible_ids, masked_ids = random_split(noise, self.num_visible)
         encoded = self.encoder(gather_tokens(patches, visible_ids), visible_ids)
         prediction = self.decoder(encoded, visible_ids, masked_ids).float()
-        target = self.targets(gather_tokens(patches, masked_ids))
+        target = self.make_targets(patches, masked_ids)
         loss = patch_error(prediction, target).mean(dim=1).mean()
         metrics = {"reconstruction": loss.detach()}
         return MethodOutput(loss, prediction.detach(), target, visible_ids, masked_ids, metrics)
-
-    @torch.no_grad()
-    def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
-        out = self(images, noise)
-        views = (out.prediction[:, None], out.visible_ids[:, None], out.predicted_ids[:, None])
-        return self.picture(self.patches(images), *views)

@@ -1,98 +1,120 @@
-"""What every method is: a module from images and noise to a loss, and from images and noise to pictures.
+"""Base class of the masked-image-modeling methods and their outputs.
 
-Invariant: a method has no state but its weights. All randomness enters by the noise, nothing reads a file, a
-rank or an engine, and no step waits for the device (no `.item()`, no shape that depends on values).
+Invariant: a method has no state but its weights. All randomness enters through the noise, nothing reads a
+file, a rank or an engine, and no step synchronizes with the device (no `.item()`, no data-dependent shape).
 """
 
-from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from pipeline.losses import denormalize, normalize_targets, patchify
-from pipeline.masking import as_mask
-from pipeline.models.learner import TrainableModule
+from pipeline.masking import as_mask, gather_tokens
+from pipeline.models.trainable_module import TrainableModule
 
 
 class MethodOutput(NamedTuple):
-    """B images; M predicted positions; V visible ones. EMAE and LoMaR put their parts or windows, K, after B.
+    """Output of a method's forward pass for B images with V visible and M predicted patches.
 
-    A named tuple, because ZeRO-3 walks through a module's outputs and rebuilds them. Only the loss carries a
-    gradient.
+    Methods with several views per image (EMAE's parts, LoMaR's windows) have a dimension K after B. Only the
+    loss carries a gradient. A named tuple, because ZeRO-3 traverses and rebuilds a module's outputs.
     """
 
     loss: torch.Tensor
-    """float32 scalar: the mean over images of a per-image loss."""
+    """float32 scalar, the mean over images of a per-image loss."""
     prediction: torch.Tensor
-    """float32 (B, [K,] M, P*P*3), on the target's scale."""
+    """float32 (B, [K,] M, P*P*3), on the scale of the target."""
     target: torch.Tensor
-    """float32 (B, [K,] M, P*P*3): pixels, normalised per patch where the recipe says so."""
+    """float32 (B, [K,] M, P*P*3): pixels, normalized per patch if the recipe says so."""
     visible_ids: torch.Tensor
-    """int64 (B, [K,] V): positions that were seen, row by row from 0."""
+    """int64 (B, [K,] V), positions of the visible patches in raster order of the image."""
     predicted_ids: torch.Tensor
-    """int64 (B, [K,] M): positions of the predictions."""
+    """int64 (B, [K,] M), positions of the predicted patches."""
     metrics: dict[str, torch.Tensor]
-    """Parts of the loss and other figures, 0-d, float32, detached."""
+    """Parts of the loss and other values to log; 0-d, float32, detached."""
 
 
 class Reconstruction(NamedTuple):
-    """What each of K views (1 for MAE) makes of the whole image of L patches."""
+    """Reconstructions of B images of L patches by K views each (1 for MAE)."""
 
     visible: torch.Tensor
-    """bool (B, K, L): what the view saw."""
+    """bool (B, K, L), the patches that the view saw."""
     pixels: torch.Tensor
-    """float32 (B, K, L, P*P*3), patches in `losses.patchify`'s order, on the scale of the input images. The
-    input where visible, else the prediction; where targets are normalised, it is put back on the true patch's
-    mean and variance."""
+    """float32 (B, K, L, P*P*3), in `patchify`'s order and on the scale of the input images: the input where
+    visible, else the prediction, denormalized with the true patch's statistics if targets are normalized."""
 
 
 class Method(TrainableModule):
+    """Base class of the methods.
+
+    The constructor of a subclass takes a recipe and sets the attributes below and `noise_size`. A subclass
+    implements `forward`, and `reconstruct` if its forward does not predict all masked patches of one view.
+    """
+
     encoder: nn.Module
     grid: int
-    """Patches along a side of an image."""
+    """Patches along one side of the image."""
     patch_size: int
+    """P, in pixels."""
     normalize_targets: bool
 
-    @abstractmethod
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
-        """images (B, 3, H, W) float32, normalised by mean and std; noise (B, noise_size) float32."""
+        """Compute the loss of a batch.
 
-    def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """What the encoder makes of whole images: (B, 3, H, W) -> (B, 1 + L, D), the class token first."""
-        patches = self.patches(images)
-        ids = torch.arange(patches.shape[1], device=images.device).expand(patches.shape[:2])
-        return self.encoder(patches, ids)
+        Args:
+            images: float32 (B, 3, H, W), normalized by mean and standard deviation.
+            noise: float32 (B, noise_size), uniform in [0, 1).
+        """
+        raise NotImplementedError
 
-    @abstractmethod
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode unmasked images (B, 3, H, W) -> (B, 1 + L, D), class token first."""
+        patches = self.patchify(images)
+        return self.encoder(patches, self.all_ids(patches))
+
+    @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
-        """Every patch that a view did not see, predicted. Same arguments as forward; no gradient."""
+        """Predict every patch that a view did not see, without gradient. Takes the arguments of `forward`."""
+        output = self(images, noise)
+        view = (x[:, None] for x in (output.prediction, output.visible_ids, output.predicted_ids))
+        return self.make_reconstruction(self.patchify(images), *view)
 
-    def patches(self, images: torch.Tensor) -> torch.Tensor:
-        """`losses.patchify`; ValueError for images of another size than the model's."""
+    def patchify(self, images: torch.Tensor) -> torch.Tensor:
+        """Cut images into patches (B, L, P*P*3).
+
+        Raises:
+            ValueError: If the images do not have the model's size.
+        """
         side = self.grid * self.patch_size
         if images.shape[1:] != (3, side, side):
-            raise ValueError(f"images of shape {tuple(images.shape)}: expected (B, 3, {side}, {side})")
+            raise ValueError(f"images: shape {tuple(images.shape)} is not (B, 3, {side}, {side})")
         return patchify(images, self.patch_size)
 
-    def targets(self, patches: torch.Tensor) -> torch.Tensor:
-        return normalize_targets(patches) if self.normalize_targets else patches
+    def all_ids(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return the positions 0 ... L - 1 of patches (B, L, D): int64 (B, L)."""
+        return torch.arange(patches.shape[1], device=patches.device).expand(patches.shape[:2])
 
-    def picture(
+    def make_targets(self, patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Compute the targets at ids (B, M) or (B, K, M) of patches (B, L, D) -> (B, [K,] M, D)."""
+        targets = gather_tokens(patches, ids.flatten(1))
+        return (normalize_targets(targets) if self.normalize_targets else targets).view(*ids.shape, -1)
+
+    def make_reconstruction(
         self,
         patches: torch.Tensor,
         prediction: torch.Tensor,
         visible_ids: torch.Tensor,
         predicted_ids: torch.Tensor,
     ) -> Reconstruction:
-        """patches (B, L, D), prediction (B, K, M, D), ids (B, K, V) and (B, K, M) -> Reconstruction."""
-        batch, views, _, pixels = prediction.shape
-        truth = patches[:, None].expand(batch, views, -1, pixels)
+        """Put predictions (B, K, M, D) at predicted_ids (B, K, M) into the input patches (B, L, D), except at
+        visible_ids (B, K, V)."""
+        batch, num_views, _, pixels = prediction.shape
+        truth = patches[:, None].expand(batch, num_views, -1, pixels)
         index = predicted_ids[..., None].expand(-1, -1, -1, pixels)
         prediction = prediction.float()
         if self.normalize_targets:
             prediction = denormalize(prediction, truth.gather(2, index))
         visible = as_mask(visible_ids, patches.shape[1])
-        return Reconstruction(
-            visible, torch.where(visible[..., None], truth, truth.scatter(2, index, prediction))
-        )
+        filled = truth.scatter(2, index, prediction)
+        return Reconstruction(visible, torch.where(visible[..., None], truth, filled))

@@ -1,21 +1,23 @@
-"""MAE's decoder: a narrow transformer that predicts pixels at the positions it is asked for.
+"""MAE's decoder: a narrow transformer that predicts the pixels of selected patches.
 
-Equal in value to the official one, without the work that can be spared. Attention does not depend on the
-order of its tokens, so nothing is put back into raster order: the encoded tokens come first, the asked
-positions after them. In the first block an asked position is the same in every image, so it is projected once
-for the batch. After the last block's attention only the asked positions are wanted.
+It equals the official decoder in value but computes less. Attention does not depend on the order of its
+tokens, so the encoded tokens come first and the mask tokens after them, not in raster order. In the first
+block the mask token of a position is the same for every image, so it is projected once per batch. The last
+block computes outputs of mask tokens only.
 """
 
 import torch
 from torch import nn
 
 from pipeline.models.block import LAYER_NORM_EPS, make_block, run_block
-from pipeline.models.encoder import initialize_like_mae
-from pipeline.models.position import sincos_2d
+from pipeline.models.encoder import init_weights_mae
+from pipeline.models.sincos_position import sincos_2d
 
 
 class Decoder(nn.Module):
-    """`encoder_width` -> `width`, `depth` blocks, then a linear head onto a patch's P*P*3 pixels."""
+    """Transformer with a linear head that predicts P*P*3 pixels per patch; `grid` patches along a side."""
+
+    pos_embed: torch.Tensor
 
     def __init__(
         self,
@@ -26,17 +28,17 @@ class Decoder(nn.Module):
         width: int,
         depth: int,
         heads: int,
-        checkpointing: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.checkpointing = checkpointing
+        self.activation_checkpointing = activation_checkpointing
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", sincos_2d(width, grid), persistent=False)
         self.blocks = nn.ModuleList([make_block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.pred = nn.Linear(width, patch_size**2 * 3)
-        self.apply(initialize_like_mae)
+        self.apply(init_weights_mae)
 
     def forward(
         self,
@@ -45,11 +47,17 @@ class Decoder(nn.Module):
         mask_ids: torch.Tensor,
         keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """encoded (N, 1 + V, D) of the patches at visible_ids (N, V) -> pixels at asked_ids (N, M): (N, M,
-        P*P*3).
+        """Predict the patches at `mask_ids`.
 
-        keep (N, M) bool: positions that are not kept are hidden from every token's attention, so the kept
-        ones come out as if the others had never been fed; the prediction at the others means nothing.
+        Args:
+            encoded: (N, 1 + V, D), the encoder's output, class token first.
+            visible_ids: int64 (N, V), positions of the encoded patches.
+            mask_ids: int64 (N, M), positions to predict.
+            keep: bool (N, M). No token attends to a mask token that is not kept, so the predictions of the
+                kept ones are the same as if the others were absent. Predictions of the others are undefined.
+
+        Returns:
+            (N, M, P*P*3).
         """
         tokens = self.embed(encoded)
         pos_embed = self.pos_embed[0].to(tokens.dtype)  # the engine casts parameters, not buffers
@@ -57,14 +65,18 @@ class Decoder(nn.Module):
         tokens = tokens + positions
         attn_mask = None
         if keep is not None:
-            always = keep.new_ones(len(keep), encoded.shape[1])
-            attn_mask = torch.cat([always, keep], dim=1)[:, None, None, :]
-        num_asked = mask_ids.shape[1]
-        predicted_ids = (self.mask_token[0] + pos_embed[1:], mask_ids)
+            keep_encoded = keep.new_ones(len(keep), encoded.shape[1])
+            attn_mask = torch.cat([keep_encoded, keep], dim=1)[:, None, None, :]
+        mask_inputs = (self.mask_token[0] + pos_embed[1:], mask_ids)
         for index, block in enumerate(self.blocks):
-            wanted = num_asked if index == len(self.blocks) - 1 else None
+            num_queries = mask_ids.shape[1] if index == len(self.blocks) - 1 else None
             tokens = run_block(
-                block, tokens, attn_mask, wanted, *predicted_ids, checkpointing=self.checkpointing
+                block,
+                tokens,
+                attn_mask,
+                num_queries,
+                *mask_inputs,
+                activation_checkpointing=self.activation_checkpointing,
             )
-            predicted_ids = ()  # from here on they are tokens like the others
+            mask_inputs = ()  # the first block appended the mask tokens to `tokens`
         return self.pred(self.norm(tokens))

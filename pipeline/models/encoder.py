@@ -1,8 +1,7 @@
-"""The encoder: a vision transformer over the patches it is given, weight-compatible with timm's
-VisionTransformer.
+"""Vision transformer that encodes any subset of an image's patches, weight-compatible with timm's.
 
 Invariant: a parameter is used only inside the forward of the module that owns it. ZeRO-3 gathers parameters
-module by module and would hand out an empty one otherwise.
+module by module; anywhere else a parameter is empty.
 """
 
 import torch
@@ -10,14 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.models.block import LAYER_NORM_EPS, make_block, run_block
-from pipeline.models.position import sincos_2d
+from pipeline.models.sincos_position import sincos_2d
 
 
 class PatchProjection(nn.Module):
-    """ViT's patch embedding for patches that are already cut out: (..., P*P*3) -> (..., D).
-
-    The weight has the shape of the strided convolution it stands for, (D, 3, P, P), so checkpoints fit.
-    """
+    """Project flattened patches, (..., P*P*3) -> (..., D), with the weight (D, 3, P, P) of a convolution."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -25,13 +21,13 @@ class PatchProjection(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        # Patches hold row, column, channel; the convolution's weight holds channel, row, column.
+        # A patch is ordered row, column, channel; the convolution's weight channel, row, column.
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(patches.to(weight.dtype), weight, self.bias)
 
 
 class PatchEmbed(nn.Module):
-    """Gives the projection its name in checkpoints, `patch_embed.proj`."""
+    """Give the projection the name that it has in checkpoints, `patch_embed.proj`."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()
@@ -41,13 +37,10 @@ class PatchEmbed(nn.Module):
         return self.proj(patches)
 
 
-def initialize_like_mae(module: nn.Module) -> None:
-    """MAE's initialisation of one module's own parameters; for `nn.Module.apply`.
+def init_weights_mae(module: nn.Module) -> None:
+    """Initialize one module's parameters as the official MAE code does; for `nn.Module.apply`.
 
-    Linear weights xavier-uniform with zero biases, the patch projection xavier-uniform on its flattened
-    weight, tokens normal with standard deviation 0.02. Layer norms start at one and zero, as torch makes
-    them. One thing differs: the projection's bias starts at zero too, where the official code leaves it to
-    torch's default for convolutions.
+    One difference: the bias of the patch projection starts at zero, not at PyTorch's default.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -62,10 +55,9 @@ def initialize_like_mae(module: nn.Module) -> None:
 
 
 class Encoder(nn.Module):
-    """A ViT with a class token and fixed positions that encodes any subset of an image's patches.
+    """ViT with a class token and fixed sine-cosine positions; `grid` patches along a side."""
 
-    `grid`: patches along one side of the image.
-    """
+    pos_embed: torch.Tensor
 
     def __init__(
         self,
@@ -75,27 +67,25 @@ class Encoder(nn.Module):
         width: int,
         depth: int,
         heads: int,
-        checkpointing: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.grid, self.patch_size, self.width = grid, patch_size, width
-        self.checkpointing = checkpointing
+        self.activation_checkpointing = activation_checkpointing
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embed = PatchEmbed(patch_size, width)
-        # Fixed, so a buffer, and made anew with the model: a checkpoint in bf16 would only round it.
+        # Not persistent: recomputed with the model, because a bf16 checkpoint would round it.
         self.register_buffer("pos_embed", sincos_2d(width, grid), persistent=False)
         self.blocks = nn.ModuleList([make_block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.apply(initialize_like_mae)
+        self.apply(init_weights_mae)
 
     def forward(self, patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """patches (N, V, P*P*3) that stand at positions ids (N, V) -> (N, 1 + V, D), the class token
-        first."""
+        """Encode patches (N, V, P*P*3) at positions `ids` (N, V) -> (N, 1 + V, D), class token first."""
         tokens = self.patch_embed(patches)
         pos_embed = self.pos_embed.to(tokens.dtype)  # the engine casts parameters, not buffers
         tokens = tokens + pos_embed[0, 1:][ids]
         cls_token = self.cls_token + pos_embed[:, :1]
         tokens = torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         for block in self.blocks:
-            tokens = run_block(block, tokens, checkpointing=self.checkpointing)
+            tokens = run_block(block, tokens, activation_checkpointing=self.activation_checkpointing)
         return self.norm(tokens)

@@ -1,14 +1,14 @@
-"""iRPE, relative positions as a contextual product on the keys, as LoMaR uses it.
+"""Relative position encoding on keys (iRPE, contextual product), with LoMaR's settings.
 
 "Rethinking and Improving Relative Position Encoding for Vision Transformer", Wu et al., ICCV 2021, Eq. 18
-(the piecewise index) and the product method, with LoMaR's settings: shared over heads, ratio 1.9, one bucket
-of its own for the class token. As in LoMaR's code the query is not scaled before it meets the encoding.
+and the product method. LoMaR's settings: shared over heads, ratio 1.9, a separate bucket for the class token.
+As in LoMaR's code, the query is not scaled before the product with the encoding.
 """
 
 import math
 
 import torch
-from timm.layers import Attention
+from timm.layers.attention import Attention
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ ALPHA, BETA, GAMMA = 1 * RATIO, 2 * RATIO, 8 * RATIO
 
 
 def piecewise_index(offset: int) -> int:
-    """Eq. 18: a row or column offset, in patches, to an integer in [-3, 3]: exact nearby, logarithmic far
+    """Map a row or column offset in patches to an index in [-3, 3] by Eq. 18: exact nearby, logarithmic far
     away."""
     size = abs(offset)
     if size > ALPHA:
@@ -26,57 +26,56 @@ def piecewise_index(offset: int) -> int:
     return int(math.copysign(size, offset))
 
 
-NUM_BUCKETS = (2 * int(BETA) + 1) ** 2 + 1  # every pair of row and column index, and the class token's
+NUM_BUCKETS = (2 * int(BETA) + 1) ** 2 + 1  # pairs of row and column index, and one for the class token
 
 
-def bucket_ids(window: int) -> torch.Tensor:
-    """Which encoding joins each query (first) and key (second) of a window of window x window patches, row by
-    row.
-
-    int64 (1 + window^2, 1 + window^2), the class token first.
-    """
+def bucket_ids(window_size: int) -> torch.Tensor:
+    """Compute the bucket of each (query, key) pair of a class token and the patches of a square window in
+    raster order: int64 (1 + window_size^2, 1 + window_size^2)."""
     side = 2 * int(BETA) + 1
-    index = [piecewise_index(offset) + int(BETA) for offset in range(1 - window, window)]
-    axis = torch.arange(window)
-    table = torch.tensor(index)[axis[:, None] - axis + window - 1]  # (query, key) along one axis
+    index = [piecewise_index(offset) + int(BETA) for offset in range(1 - window_size, window_size)]
+    axis = torch.arange(window_size)
+    table = torch.tensor(index)[axis[:, None] - axis + window_size - 1]  # (query, key) along one axis
     product = table[:, None, :, None] * side + table[None, :, None, :]
-    ids = torch.full((1 + window**2, 1 + window**2), NUM_BUCKETS - 1)
-    ids[1:, 1:] = product.reshape(window**2, window**2)
+    ids = torch.full((1 + window_size**2, 1 + window_size**2), NUM_BUCKETS - 1)
+    ids[1:, 1:] = product.reshape(window_size**2, window_size**2)
     return ids
 
 
 class ContextualProduct(nn.Module):
-    """What a query adds to its attention to each key because of where the two stand.
+    """Product of each query with the learned encoding of its offset to each key, an additive attention bias.
 
-    The encodings start at zero, as in the iRPE code, so attention starts without positions. They are of
-    offsets, so they serve any square of patches: `window` is the one whose buckets are kept at hand.
+    The encodings start at zero, as in the iRPE code. They belong to offsets, so they apply to a square of any
+    size; the buckets of `window_size` are precomputed.
     """
 
-    def __init__(self, head_width: int, window: int) -> None:
+    buckets: torch.Tensor
+
+    def __init__(self, head_width: int, window_size: int) -> None:
         super().__init__()
         self.lookup_table_weight = nn.Parameter(torch.zeros(1, head_width, NUM_BUCKETS))  # 1: for all heads
-        self.register_buffer("buckets", bucket_ids(window), persistent=False)
+        self.register_buffer("buckets", bucket_ids(window_size), persistent=False)
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
-        """query (N, heads, T, d) of a class token and a square of patches -> (N, heads, T, T)."""
+        """Map queries (N, heads, T, d) of a class token and T - 1 patches of a square to (N, heads, T, T)."""
         tokens = query.shape[2]
         buckets = self.buckets
         if tokens != len(buckets):
             buckets = bucket_ids(math.isqrt(tokens - 1)).to(query.device)
-        # A dense product per query position costs what the product with all buckets would (window 7: 50 keys,
-        # 50 buckets), and needs no gather per sample, whose backward is slow.
+        # One dense product per query position: as many keys as buckets (50 for a 7 x 7 window), so it costs
+        # no more than the product with all buckets, and it avoids a gather whose backward pass is slow.
         encoding = self.lookup_table_weight[0][:, buckets]  # (d, T, T)
         return torch.einsum("nhid,dij->nhij", query, encoding)
 
 
 class RelativeAttention(Attention):
-    """timm's attention with iRPE on its keys."""
+    """timm's attention with iRPE on the keys. The mask arguments of timm's interface are not supported."""
 
-    def __init__(self, width: int, heads: int, window: int) -> None:
+    def __init__(self, width: int, heads: int, window_size: int) -> None:
         super().__init__(width, num_heads=heads, qkv_bias=True)
-        self.rpe_k = ContextualProduct(width // heads, window)
+        self.rpe_k = ContextualProduct(width // heads, window_size)
 
-    def forward(self, x: torch.Tensor, attn_mask: None = None, is_causal: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)

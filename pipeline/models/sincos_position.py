@@ -1,18 +1,22 @@
-"""Fixed 2-D sine-cosine positions, in value those of the official MAE code."""
+"""Fixed 2-D sine-cosine position embeddings, equal in value to those of the official MAE code."""
 
 import torch
 
 
 def sincos_2d(width: int, grid: int) -> torch.Tensor:
-    """Position of every token of a `grid` x `grid` image, row by row, the class token first: (1, 1 + grid^2,
-    width).
+    """Compute the position embedding of a class token and `grid` x `grid` patches in raster order.
 
-    The first half of the channels encodes the column, the second half the row (MAE's order), each as sines
-    and cosines of geometrically spaced frequencies from 1 to 1/10000; the class token's position is zero.
-    float32, computed in float64. `width` must be a multiple of 4: ValueError.
+    The first half of the channels encodes the column, the second half the row, each as sines and cosines of
+    geometrically spaced frequencies from 1 to 1/10000. The class token's embedding is zero.
+
+    Returns:
+        float32 (1, 1 + grid^2, width), computed in float64.
+
+    Raises:
+        ValueError: If `width` is not a multiple of 4.
     """
     if width % 4:
-        raise ValueError(f"2-D sine-cosine positions need a width that is a multiple of 4, not {width}")
+        raise ValueError(f"width: {width} is not a multiple of 4, which 2-D sine-cosine positions need")
     quarter = width // 4
     omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega

@@ -1,4 +1,4 @@
-"""P2Dist and its rivals: against loops over pixels in float64, and against the paper's own figures."""
+"""P2Dist and the metrics of Table 5 against loops over pixels in float64 and figures from the paper."""
 
 import math
 
@@ -16,26 +16,26 @@ from pipeline.recipe import load_recipe
 
 
 def masks(count: int, ratio: float, grid: int = 14) -> torch.Tensor:
-    """Random masks as MAE draws them: bool (count, grid, grid), true where visible."""
+    """Draw MAE's random masks: bool (count, grid, grid), true for visible patches."""
     noise = torch.rand(count, grid * grid, generator=torch.Generator().manual_seed(0))
     visible = torch.zeros(count, grid * grid, dtype=torch.bool)
     visible.scatter_(1, noise.argsort(dim=1)[:, : int(grid * grid * (1 - ratio))], True)
     return visible.view(count, grid, grid)
 
 
-def pixels_of(row: int, column: int, p: int) -> np.ndarray:
-    """Centres of a patch's pixels, (P*P, 2)."""
+def pixel_centers(row: int, column: int, p: int) -> np.ndarray:
+    """Centers of a patch's pixels, (P*P, 2)."""
     y, x = np.mgrid[0:p, 0:p]
     return np.stack([row * p + y.ravel() + 0.5, column * p + x.ravel() + 0.5], axis=1).astype(np.float64)
 
 
 def equation_1(visible: np.ndarray, p: int) -> np.ndarray:
-    seen = [pixels_of(r, c, p) for r, c in zip(*np.nonzero(visible), strict=True)]
+    visible_patches = [pixel_centers(r, c, p) for r, c in zip(*np.nonzero(visible), strict=True)]
     distance = np.zeros(visible.shape)
     for r, c in zip(*np.nonzero(~visible), strict=True):
         mean = 0.0
-        for pixel in pixels_of(r, c, p):
-            mean += min(np.hypot(*(patch - pixel).T).min() for patch in seen) / p**2
+        for pixel in pixel_centers(r, c, p):
+            mean += min(np.hypot(*(patch - pixel).T).min() for patch in visible_patches) / p**2
         distance[r, c] = mean
     return distance
 
@@ -48,7 +48,7 @@ def algorithm_1(visible: np.ndarray, p: int, k: int) -> np.ndarray:
     for r, c in zip(*np.nonzero(~visible), strict=True):
         center = ((r + 0.5) * p, (c + 0.5) * p)
         nearest = sorted(points, key=lambda point: math.dist(point, center))[:k]  # ties: raster order
-        distance[r, c] = np.mean([min(math.dist(pixel, q) for q in nearest) for pixel in pixels_of(r, c, p)])
+        distance[r, c] = np.mean([min(math.dist(pixel, q) for q in nearest) for pixel in pixel_centers(r, c, p)])
     return distance
 
 
@@ -61,14 +61,14 @@ def small_masks(draw):
 
 @settings(max_examples=60)
 @given(small_masks(), st.integers(1, 6))
-def test_exact_p2dist_is_equation_1(visible, patch):
+def test_exact_p2dist_equals_equation_1(visible, patch):
     ours = patch_distance(torch.tensor(visible)[None], patch, exact=True)[0]
     assert np.allclose(ours.numpy(), equation_1(visible, patch), atol=1e-4)
 
 
 @settings(max_examples=60)
 @given(small_masks(), st.integers(1, 6), st.integers(1, 12))
-def test_approximate_p2dist_is_algorithm_1(visible, patch, k):
+def test_approximate_p2dist_equals_algorithm_1(visible, patch, k):
     ours = patch_distance(torch.tensor(visible)[None], patch, k=k)[0]
     assert np.allclose(ours.numpy(), algorithm_1(visible, patch, k), atol=1e-4)
 
@@ -76,40 +76,41 @@ def test_approximate_p2dist_is_algorithm_1(visible, patch, k):
 @pytest.mark.parametrize("exact", [True, False])
 def test_an_image_does_not_depend_on_its_batch(exact):
     batch = masks(6, 0.85)
-    whole = patch_distance(batch, 16, exact)
-    assert all(torch.equal(whole[i : i + 1], patch_distance(batch[i : i + 1], 16, exact)) for i in range(6))
-    assert whole.dtype == torch.float32 and not whole[batch].any() and (whole[~batch] > 0).all()
+    distance = patch_distance(batch, 16, exact)
+    for i in range(6):
+        assert torch.equal(distance[i : i + 1], patch_distance(batch[i : i + 1], 16, exact))
+    assert distance.dtype == torch.float32 and not distance[batch].any() and (distance[~batch] > 0).all()
 
 
-def test_where_nothing_is_visible_everything_is_infinitely_far():
+def test_distance_is_infinite_if_no_patch_is_visible():
     for exact in (True, False):
         assert patch_distance(torch.zeros(1, 3, 3, dtype=torch.bool), 4, exact).isinf().all()
 
 
 @pytest.mark.parametrize(("ratio", "share"), [(0.75, 0.87), (0.85, 0.68), (0.90, 0.52)])
-def test_masked_patches_with_a_visible_neighbour_are_as_many_as_section_3_3_says(ratio, share):
+def test_share_with_a_visible_neighbor_matches_section_3_3(ratio, share):
     visible = masks(200, ratio)
-    reachable = difficulty(visible, 16, "neighbors_3x3", False, 8)[~visible].isfinite()
-    assert abs(reachable.float().mean().item() - share) < 0.01
+    finite = difficulty(visible, 16, "neighbors_3x3", False, 8)[~visible].isfinite()
+    assert abs(finite.float().mean().item() - share) < 0.01
 
 
 @pytest.mark.parametrize(("exact", "counts"), [(True, (76, 114, 145)), (False, (78, 114, 155))])
-def test_patches_within_a_threshold_are_as_many_as_in_the_design(exact, counts):
-    """Table 8 of the paper: 82, 114 and 150 patches within 9, 13 and 26 px at mask ratio 0.85."""
+def test_number_of_patches_within_a_threshold(exact, counts):
+    """Table 8 of the paper has 82, 114 and 150 patches within 9, 13 and 26 px at mask ratio 0.85."""
     visible = masks(200, 0.85)
     distance = patch_distance(visible, 16, exact)
     for beta, count in zip((9, 13, 26), counts, strict=True):
         assert abs(((distance <= beta) & ~visible).sum().item() / 200 - count) < 1.5
 
 
-def test_approximate_and_exact_p2dist_differ_by_less_than_half_a_pixel():
+def test_approximate_p2dist_is_within_half_a_pixel_of_exact():
     visible = masks(200, 0.85)
     difference = (patch_distance(visible, 16) - patch_distance(visible, 16, exact=True))[~visible].abs()
     assert difference.mean() < 0.5
 
 
 class ElementCount(TorchDispatchMode):
-    """Numbers that operations write; for a sort or a choice of the k smallest, ten for each number read."""
+    """Count the elements that operations write; sort, top-k and max-pool count ten per element read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,60 +119,58 @@ class ElementCount(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        each = 10 if "topk" in name or "sort" in name or "max_pool" in name else 1
-        source = args[0] if each > 1 else out
-        for tensor in torch.utils._pytree.tree_leaves(source):
+        cost = 10 if "topk" in name or "sort" in name or "max_pool" in name else 1
+        for tensor in torch.utils._pytree.tree_leaves(args[0] if cost > 1 else out):
             if isinstance(tensor, torch.Tensor):
-                self.operations += each * tensor.numel()
+                self.operations += cost * tensor.numel()
         return out
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_p2dist_has_far_fewer_operations_than_a_vit_large_step(exact):
-    """Of operations; time is the benchmark's business (docs/methods.md)."""
+def test_p2dist_needs_under_0_02_percent_of_a_vit_l_steps_flops(exact):
     with ElementCount() as count:
         patch_distance(masks(256, 0.85), 16, exact)
     step = 3 * 256 * forward_flops(load_recipe("vitl16_efficient_mae"))
     assert 0 < count.operations < 0.0002 * step
 
 
-def test_the_rivals_of_table_5_are_what_their_rows_say():
+def test_metrics_of_table_5_equal_their_definition():
     visible = np.zeros((5, 6), dtype=bool)
     visible[[0, 1, 4], [0, 3, 5]] = True
     mask = torch.tensor(visible)[None]
-    ours = {name: difficulty(mask, 16, name, False, 8)[0].numpy() for name in RIVALS}
+    ours = {name: difficulty(mask, 16, name, False, 8)[0].numpy() for name in TABLE_5}
     for r in range(5):
         for c in range(6):
-            seen = [math.hypot(r - y, c - x) for y, x in zip(*np.nonzero(visible), strict=True)]
-            square = [max(abs(r - y), abs(c - x)) for y, x in zip(*np.nonzero(visible), strict=True)]
-            near = sum(side <= 1 for side in square)
-            ease = sum(1 / d for d, side in zip(seen, square, strict=True) if side <= 2 and d)
-            expected = (1 / near if near else math.inf, 1 / ease if ease else math.inf, 16 * min(seen))
-            for name, value in zip(RIVALS, expected, strict=True):
+            offsets = [(r - y, c - x) for y, x in zip(*np.nonzero(visible), strict=True)]
+            neighbors = sum(max(map(abs, offset)) <= 1 for offset in offsets)
+            ease = sum(1 / math.hypot(*o) for o in offsets if 0 < max(map(abs, o)) <= 2)
+            nearest = 16 * min(math.hypot(*offset) for offset in offsets)
+            expected = (1 / neighbors if neighbors else math.inf, 1 / ease if ease else math.inf, nearest)
+            for name, value in zip(TABLE_5, expected, strict=True):
                 assert np.isclose(ours[name][r, c], 0 if visible[r, c] else value)
 
 
-RIVALS = ("neighbors_3x3", "inverse_distance_5x5", "nearest_patch")
+TABLE_5 = ("neighbors_3x3", "inverse_distance_5x5", "nearest_patch")
 
 
-@pytest.mark.parametrize(("metric", "patches"), list(zip(RIVALS, (114, 159, 167), strict=True)))
-def test_the_rivals_reconstruct_as_many_patches_as_table_5_says(metric, patches):
+@pytest.mark.parametrize(("metric", "patches"), list(zip(TABLE_5, (114, 159, 167), strict=True)))
+def test_number_of_finite_difficulties_matches_table_5(metric, patches):
     visible = masks(200, 0.85)
-    reached = difficulty(visible, 16, metric, False, 8).isfinite() & ~visible
-    assert abs(reached.sum().item() / 200 - patches) < 1.5
+    finite = difficulty(visible, 16, metric, False, 8).isfinite() & ~visible
+    assert abs(finite.sum().item() / 200 - patches) < 1.5
 
 
 def equation_2(error, distance, gamma, keep) -> float:
     per_image = []
-    for e, d, used in zip(error, distance, keep, strict=True):
-        weights = [x ** (-gamma) if k else 0.0 for x, k in zip(d, used, strict=True)]
+    for e, d, k in zip(error, distance, keep, strict=True):
+        weights = [x ** (-gamma) if is_kept else 0.0 for x, is_kept in zip(d, k, strict=True)]
         total = sum(w * x for w, x in zip(weights, e, strict=True))
-        per_image.append(total / sum(weights) if any(used) else 0.0)
+        per_image.append(total / sum(weights) if any(k) else 0.0)
     return sum(per_image) / len(per_image)
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.floats(0, 3), st.integers(0, 10**6), st.booleans())
-def test_the_difficulty_flatten_loss_is_equation_2(batch, count, gamma, seed, all_kept):
+def test_difficulty_flatten_loss_equals_equation_2(batch, count, gamma, seed, all_kept):
     generator = torch.Generator().manual_seed(seed)
     error = torch.rand(batch, count, generator=generator)
     distance = torch.rand(batch, count, generator=generator) * 40 + 1
@@ -183,7 +182,7 @@ def test_the_difficulty_flatten_loss_is_equation_2(batch, count, gamma, seed, al
     assert math.isclose(ours.item(), expected, rel_tol=1e-5, abs_tol=1e-7)
 
 
-def test_what_is_not_kept_reaches_neither_the_loss_nor_its_gradient():
+def test_patches_not_kept_affect_neither_loss_nor_gradient():
     error = torch.tensor([[1.0, math.nan, 2.0, 5.0]], requires_grad=True)
     distance = torch.tensor([[4.0, 0.0, 9.0, math.inf]])
     keep = torch.tensor([[True, False, True, True]])
@@ -193,13 +192,13 @@ def test_what_is_not_kept_reaches_neither_the_loss_nor_its_gradient():
     assert error.grad[0, [1, 3]].tolist() == [0, 0] and (error.grad[0, [0, 2]] > 0).all()
 
 
-def test_gradients_of_the_difficulty_flatten_loss_are_right():
+def test_difficulty_flatten_gradients_equal_finite_differences():
     error = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
     distance, keep = torch.rand(2, 5, dtype=torch.float64) * 20 + 1, torch.rand(2, 5) > 0.3
     assert torch.autograd.gradcheck(lambda e: difficulty_flatten_loss(e, distance, 0.6, keep), error)
     assert torch.autograd.gradcheck(lambda e: weighted_mean(e, distance * keep), error)
 
 
-def test_an_unknown_metric_is_refused():
-    with pytest.raises(ValueError, match="expected one of p2dist"):
+def test_an_unknown_metric_raises():
+    with pytest.raises(ValueError, match="metric: 'area'"):
         difficulty(masks(1, 0.5), 16, "area", False, 8)

@@ -1,86 +1,61 @@
-"""What holds for every method: static graphs, no waiting, precision, independence of the batch, learning."""
+"""Properties of every method: static graphs, no device synchronization, precision, batch independence."""
 
 import pytest
 import torch
+from tiny_methods import random_batch, tiny_method
 
-from pipeline.methods import build_method
-from pipeline.methods.method import MethodOutput
+from pipeline.masking import gather_tokens
+from pipeline.methods import Method, MethodOutput, build_method, register_method
 from pipeline.recipe import load_recipe
 
-SMALL = (
-    "model.width=32",
-    "model.depth=2",
-    "model.heads=4",
-    "model.patch_size=4",
-    "model.decoder_width=16",
-    "model.decoder_depth=1",
-    "model.decoder_heads=2",
-    "data.image_size=32",
-    "method.lomar.window_size=4",
-)
-EFFICIENT = "method.efficient_mae."
-VARIANTS = {
-    "mae": (),
-    "emae": (),
-    "emae, half decoded": ("method.emae.decode_share=0.5",),
-    "emae, flattened": ("method.emae.difficulty_flatten=true", EFFICIENT + "beta=6"),
-    "efficient_mae": (EFFICIENT + "beta=6",),
-    "emae, flattened, fewer slots": (
-        "method.emae.difficulty_flatten=true",
-        EFFICIENT + "beta=6",
-        EFFICIENT + "prediction_ratio=0.5",
-    ),
-    "efficient_mae, exact": (EFFICIENT + "exact_distance=true", EFFICIENT + "beta=5"),
-    "efficient_mae, no threshold": (EFFICIENT + "beta=null", EFFICIENT + "prediction_ratio=null"),
-    "efficient_mae, 3x3": (EFFICIENT + "metric=neighbors_3x3", EFFICIENT + "beta=null"),
-    "efficient_mae, 5x5": (EFFICIENT + "metric=inverse_distance_5x5", EFFICIENT + "beta=null"),
-    "efficient_mae, nearest": (EFFICIENT + "metric=nearest_patch", EFFICIENT + "beta=6"),
-    "efficient_mae, threshold": (EFFICIENT + "scheduler=threshold", EFFICIENT + "beta=4"),
-    "efficient_mae, schedule": (
-        EFFICIENT + "scheduler=schedule",
-        EFFICIENT + "beta=null",
-        EFFICIENT + "prediction_ratio=null",
-    ),
-    "efficient_mae, schedule to beta": (EFFICIENT + "scheduler=schedule", EFFICIENT + "beta=6"),
-    "efficient_mae, normalize": (EFFICIENT + "scheduler=normalize", EFFICIENT + "beta=6"),
-    "lomar": (),
-    "lomar, flattened": ("method.lomar.difficulty_flatten=true",),
+VARIANTS = {  # options of the method's own section, or of the section that they name
+    "mae": "",
+    "emae": "",
+    "emae, half decoded": "decode_share=0.5",
+    "emae, flattened": "difficulty_flatten=true efficient_mae.beta=6",
+    "emae, fewer": "difficulty_flatten=true efficient_mae.beta=6 efficient_mae.prediction_ratio=0.5",
+    "efficient_mae": "beta=6",
+    "efficient_mae, exact": "exact_distance=true beta=5",
+    "efficient_mae, no threshold": "beta=null prediction_ratio=null",
+    "efficient_mae, 3x3": "metric=neighbors_3x3 beta=null",
+    "efficient_mae, 5x5": "metric=inverse_distance_5x5 beta=null",
+    "efficient_mae, nearest": "metric=nearest_patch beta=6",
+    "efficient_mae, threshold": "scheduler=threshold beta=4",
+    "efficient_mae, schedule": "scheduler=schedule beta=null prediction_ratio=null",
+    "efficient_mae, schedule to beta": "scheduler=schedule beta=6",
+    "efficient_mae, normalize": "scheduler=normalize beta=6",
+    "lomar": "",
+    "lomar, flattened": "difficulty_flatten=true",
 }
 every_variant = pytest.mark.parametrize("variant", list(VARIANTS))
+every_method = pytest.mark.parametrize("variant", ["mae", "emae", "efficient_mae", "lomar"])
 
 
-def small(variant: str, *more: str):
-    torch.manual_seed(0)
+def small(variant: str, *more: str) -> Method:
     name = variant.partition(",")[0]
-    return build_method(load_recipe(f"vitb16_{name}", [*SMALL, *VARIANTS[variant], *more]))
-
-
-def batch(method, size: int = 3, seed: int = 1):
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(size, 3, 32, 32, generator=generator),
-        torch.rand(size, method.noise_size, generator=generator),
-    )
+    options = [o if "." in o.partition("=")[0] else f"{name}.{o}" for o in VARIANTS[variant].split()]
+    settings = (f"method.{option}" for option in ("lomar.window_size=4", *options))
+    return tiny_method(name, 32, "model.decoder_depth=1", *settings, *more)
 
 
 @every_variant
-def test_the_forward_pass_is_one_static_graph_and_compiled_once(variant):
+def test_forward_is_one_static_graph_compiled_once(variant):
     torch._dynamo.reset()
     method = small(variant)
-    backend = "aot_eager" if variant == "emae" else "eager"  # the first traces the backward pass, and is slow
+    backend = "aot_eager" if variant == "emae" else "eager"  # aot_eager traces the backward pass, and is slow
     compiled = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(2):
             method.set_training_progress(seed / 2)
-            images, noise = batch(method, seed=seed)
+            images, noise = random_batch(method, seed=seed)
             out = compiled(images, noise)
             out.loss.backward()
             assert torch.allclose(out.loss, method(images, noise).loss, atol=1e-6)
 
 
 @every_variant
-def test_a_step_never_asks_for_a_value(variant):
-    """On the meta device there are none: `.item()`, `nonzero` or a shape that depends on values raises."""
+def test_a_step_never_synchronizes_with_the_device(variant):
+    """`.item()`, `nonzero` and data-dependent shapes raise on the meta device, which has no values."""
     with torch.device("meta"):
         method = small(variant)
         out = method(torch.empty(2, 3, 32, 32), torch.empty(2, method.noise_size))
@@ -91,60 +66,73 @@ def test_a_step_never_asks_for_a_value(variant):
 @every_variant
 def test_an_images_loss_does_not_depend_on_its_batch(variant):
     method = small(variant)
-    images, noise = batch(method, 4)
-    whole = method(images, noise).loss
-    cut = torch.stack([method(images[i : i + 1], noise[i : i + 1]).loss for i in range(4)]).mean()
-    assert torch.allclose(whole, cut, atol=1e-6)
+    images, noise = random_batch(method, 4)
+    loss = method(images, noise).loss
+    per_image = torch.stack([method(images[i : i + 1], noise[i : i + 1]).loss for i in range(4)])
+    assert torch.allclose(loss, per_image.mean(), atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", ["mae", "emae", "efficient_mae", "lomar"])
-def test_images_of_another_size_are_refused(variant):
+@every_method
+def test_images_of_another_size_raise(variant):
     method = small(variant)
     images = torch.zeros(2, 3, 36, 36)
-    for use in (lambda: method(images, torch.rand(2, method.noise_size)), lambda: method.tokens(images)):
-        with pytest.raises(ValueError, match=r"shape \(2, 3, 36, 36\): expected \(B, 3, 32, 32\)"):
-            use()
+    for call in (
+        lambda: method(images, torch.rand(2, method.noise_size)),
+        lambda: method.forward_features(images),
+    ):
+        with pytest.raises(ValueError, match=r"images: .*\(2, 3, 36, 36\)"):
+            call()
 
 
 @every_variant
 def test_in_bf16_targets_and_losses_stay_fp32(variant):
     method = small(variant)
     method.set_training_progress(0.3)
-    exact = method(*batch(method))
+    exact = method(*random_batch(method))
     method = small(variant).bfloat16()
     method.set_training_progress(0.3)
-    rounded = method(*batch(method))
-    assert rounded.loss.dtype == rounded.target.dtype == torch.float32
-    assert torch.equal(rounded.target, exact.target) and torch.equal(
-        rounded.predicted_ids, exact.predicted_ids
-    )
+    rounded = method(*random_batch(method))
+    assert rounded.loss.dtype == rounded.prediction.dtype == rounded.target.dtype == torch.float32
+    assert torch.equal(rounded.target, exact.target)
+    assert torch.equal(rounded.predicted_ids, exact.predicted_ids)
     assert abs(rounded.loss - exact.loss) < 0.02 * exact.loss
 
 
 @every_variant
-def test_every_parameter_gets_a_finite_gradient_and_only_the_loss_gives_one(variant):
+def test_targets_are_the_normalized_patches_at_predicted_ids(variant):
     method = small(variant)
-    out = method(*batch(method))
+    images, noise = random_batch(method)
+    out = method(images, noise)
+    selected = gather_tokens(method.patchify(images), out.predicted_ids.flatten(1))
+    variance, mean = torch.var_mean(selected, dim=-1, keepdim=True)
+    expected = (selected - mean) / (variance + 1e-6).sqrt()
+    assert torch.allclose(out.target.view(expected.shape), expected, atol=1e-5)
+
+
+@every_variant
+def test_every_parameter_gets_a_gradient_only_from_the_loss(variant):
+    method = small(variant)
+    out = method(*random_batch(method))
     out.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
     assert not any(t.requires_grad for t in [*out[1:5], *out.metrics.values()])
     assert all(value.ndim == 0 and value.isfinite() for value in out.metrics.values())
 
 
-@pytest.mark.parametrize("variant", ["mae", "emae", "efficient_mae", "lomar"])
-def test_checkpointing_changes_nothing_but_memory(variant):
-    plain, saving = small(variant), small(variant, "engine.activation_checkpointing=true")
-    for method in (plain, saving):
-        method(*batch(method)).loss.backward()
-    pairs = zip(plain.parameters(), saving.parameters(), strict=True)
+@every_method
+def test_activation_checkpointing_changes_no_gradient(variant):
+    plain, checkpointed = small(variant), small(variant, "engine.activation_checkpointing=true")
+    for method in (plain, checkpointed):
+        method(*random_batch(method)).loss.backward()
+    pairs = zip(plain.parameters(), checkpointed.parameters(), strict=True)
     assert all(torch.allclose(a.grad, b.grad, atol=1e-7) for a, b in pairs)
 
 
-@pytest.mark.parametrize("variant", ["mae", "emae", "efficient_mae", "lomar"])
-def test_outputs_survive_being_taken_apart_and_rebuilt(variant):
-    """ZeRO-3 passes every tensor of an output through a function and puts the output together again."""
+@every_method
+def test_outputs_can_be_rebuilt_as_zero_3_does(variant):
+    """ZeRO-3 passes every tensor of an output through a function and rebuilds the output."""
     method = small(variant)
-    out = method(*batch(method))
+    out = method(*random_batch(method))
 
     def rebuild(value):
         if isinstance(value, tuple):
@@ -154,15 +142,15 @@ def test_outputs_survive_being_taken_apart_and_rebuilt(variant):
         assert isinstance(value, torch.Tensor)
         return value.view_as(value)
 
-    again = rebuild(out)
-    assert isinstance(again, MethodOutput)
-    again.loss.backward()
+    rebuilt = rebuild(out)
+    assert isinstance(rebuilt, MethodOutput)
+    rebuilt.loss.backward()
 
 
-@pytest.mark.parametrize("variant", ["mae", "emae", "efficient_mae", "lomar"])
-def test_each_method_learns_to_paint_one_picture(variant):
+@every_method
+def test_each_method_overfits_one_batch(variant):
     method = small(variant)
-    images, noise = batch(method)
+    images, noise = random_batch(method)
     images = torch.nn.functional.avg_pool2d(images, 5, 1, 2)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     losses = []
@@ -173,3 +161,12 @@ def test_each_method_learns_to_paint_one_picture(variant):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_method_name_is_registered_once():
+    with pytest.raises(ValueError, match="method mae: already registered by MAE"):
+        register_method("mae")(Method)
+    recipe = load_recipe("vitb16_mae")
+    unknown = recipe.model_copy(update={"method": recipe.method.model_copy(update={"name": "beit3"})})
+    with pytest.raises(ValueError, match=r"method\.name: beit3 is not registered"):
+        build_method(unknown)

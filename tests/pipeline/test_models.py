@@ -1,4 +1,4 @@
-"""Encoder and decoder: positions, initialisation, order of tokens, ownership of parameters."""
+"""Encoder and decoder: positions, initialization, order of tokens, ownership of parameters."""
 
 import math
 
@@ -11,7 +11,7 @@ from pipeline.masking import gather_tokens
 from pipeline.methods import build_method
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
-from pipeline.models.position import sincos_2d
+from pipeline.models.sincos_position import sincos_2d
 from pipeline.recipe import load_recipe
 
 
@@ -26,32 +26,32 @@ def small_decoder() -> Decoder:
 
 
 @pytest.mark.parametrize(("width", "grid"), [(8, 3), (32, 14)])
-def test_positions_are_those_of_the_official_code(width, grid):
+def test_positions_equal_the_official_code(width, grid):
     expected = np.zeros((1 + grid * grid, width))
     for row in range(grid):
         for column in range(grid):
             for half, coordinate in enumerate((column, row)):  # "here w goes first" (mae/util/pos_embed.py)
                 for i in range(width // 4):
                     angle = coordinate / 10000 ** (i / (width // 4))
-                    at = half * width // 2 + i
-                    expected[1 + row * grid + column, at] = math.sin(angle)
-                    expected[1 + row * grid + column, at + width // 4] = math.cos(angle)
+                    channel = half * width // 2 + i
+                    expected[1 + row * grid + column, channel] = math.sin(angle)
+                    expected[1 + row * grid + column, channel + width // 4] = math.cos(angle)
     assert np.abs(sincos_2d(width, grid)[0].numpy() - expected).max() < 1e-6
 
 
-def test_positions_need_a_width_that_is_a_multiple_of_four():
-    with pytest.raises(ValueError, match="multiple of 4, not 6"):
+def test_position_width_must_be_a_multiple_of_4():
+    with pytest.raises(ValueError, match="width: 6"):
         sincos_2d(6, 2)
 
 
-def test_projecting_cut_patches_equals_the_strided_convolution():
+def test_patch_projection_equals_the_strided_convolution():
     proj = small_encoder().patch_embed.proj
     images = torch.randn(2, 3, 16, 16)
     expected = torch.nn.functional.conv2d(images, proj.weight, proj.bias, stride=4).flatten(2).mT
     assert torch.allclose(proj(patchify(images, 4)), expected, atol=1e-5)
 
 
-def test_initialisation_is_maes():
+def test_initialization_equals_mae():
     encoder, decoder = small_encoder(width=128), small_decoder()
     weight = encoder.patch_embed.proj.weight
     limit = math.sqrt(6 / (128 + 48))  # xavier on the flattened weight: fan in 3 x 4 x 4, fan out 128
@@ -65,32 +65,31 @@ def test_initialisation_is_maes():
     assert len(norms) == 5 and all(n.eps == 1e-6 and (n.weight == 1).all() for n in norms)
 
 
-def test_the_order_of_the_visible_patches_does_not_matter():
+def test_order_of_visible_patches_does_not_matter():
     encoder = small_encoder()
     patches, ids = torch.randn(1, 16, 48), torch.tensor([[3, 9, 0, 14]])
-    turned = ids.flip(1)
-    plain = encoder(gather_tokens(patches, ids), ids)
-    assert torch.allclose(
-        encoder(gather_tokens(patches, turned), turned)[:, 1:].flip(1), plain[:, 1:], atol=1e-5
-    )
+    reversed_ids = ids.flip(1)
+    tokens = encoder(gather_tokens(patches, ids), ids)[:, 1:]
+    reversed_tokens = encoder(gather_tokens(patches, reversed_ids), reversed_ids)[:, 1:]
+    assert torch.allclose(reversed_tokens.flip(1), tokens, atol=1e-5)
 
 
-def test_positions_that_are_not_kept_change_nothing_for_those_that_are():
+def test_positions_not_kept_do_not_affect_kept_ones():
     decoder = small_decoder()
     encoded, visible = torch.randn(2, 4, 32), torch.tensor([[0, 1, 2], [5, 9, 3]])
-    asked = torch.tensor([[3, 4, 5, 6, 7], [0, 1, 2, 4, 6]])
+    mask_ids = torch.tensor([[3, 4, 5, 6, 7], [0, 1, 2, 4, 6]])
     keep = torch.tensor([[True, False, True, True, False], [True, True, True, False, False]])
-    prediction = decoder(encoded, visible, asked, keep)
+    prediction = decoder(encoded, visible, mask_ids, keep)
     for b in range(2):
-        alone = decoder(encoded[b : b + 1], visible[b : b + 1], asked[b : b + 1, keep[b]])
+        alone = decoder(encoded[b : b + 1], visible[b : b + 1], mask_ids[b : b + 1, keep[b]])
         assert torch.allclose(prediction[b, keep[b]], alone[0], atol=1e-5)
 
 
-def test_checkpointing_changes_neither_the_value_nor_the_gradient():
+def test_activation_checkpointing_changes_no_gradient():
     patches, ids = torch.randn(2, 5, 48), torch.arange(5).expand(2, 5)
     gradients = []
     for checkpointing in (False, True):
-        encoder = small_encoder(checkpointing=checkpointing)
+        encoder = small_encoder(activation_checkpointing=checkpointing)
         encoder(patches, ids).square().mean().backward()
         gradients.append([p.grad for p in encoder.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -109,8 +108,8 @@ def test_checkpointing_changes_neither_the_value_nor_the_gradient():
     ],
     ids=" ".join,
 )
-def test_every_parameter_is_used_by_the_module_that_owns_it(settings, checkpointing):
-    """ZeRO-3 fills a module's own parameters before its forward and empties them after it."""
+def test_only_its_own_module_uses_a_parameter(settings, checkpointing):
+    """ZeRO-3 gathers a module's own parameters before its forward and frees them after it."""
     name, *more = settings
     small = ["data.image_size=32", "model.patch_size=4", "model.depth=2"]
     checkpoint = f"engine.activation_checkpointing={checkpointing}".lower()
@@ -133,5 +132,5 @@ def test_every_parameter_is_used_by_the_module_that_owns_it(settings, checkpoint
 
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, method.noise_size)
     with Watch():
-        method(images, noise).loss.backward()  # where checkpointing runs the blocks again
+        method(images, noise).loss.backward()  # the backward pass recomputes checkpointed blocks
     assert not running and used == owners.keys()
