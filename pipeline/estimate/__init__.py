@@ -1,1 +1,1 @@
-"""The cost of a recipe, without running it."""
+"""Estimates of a recipe's cost, and a benchmark of its loader."""

@@ -1,4 +1,4 @@
-"""How much a training step keeps for its backward pass, counted on shapes alone."""
+"""Memory that a training step's backward pass needs, counted on torch's meta device."""
 
 from functools import lru_cache
 
@@ -13,70 +13,71 @@ from pipeline.recipe import Recipe
 
 @lru_cache
 def activation_bytes(recipe: Recipe) -> int:
-    """Bytes that autograd keeps for one more image in the micro batch, in the recipe's precision.
+    """Return the bytes that autograd saves per image of a micro batch, in the recipe's precision.
 
-    With activation checkpointing: every block's input, everything outside the blocks, and one block's inside.
+    With activation checkpointing: the inputs of all blocks, everything outside the blocks, and the inside of
+    the largest block.
     """
     one, two = (_saved_bytes(recipe, batch) for batch in (1, 2))
     return two - one
 
 
 def _saved_bytes(recipe: Recipe, batch: int) -> int:
-    plain = recipe.model_copy(
-        update={"engine": recipe.engine.model_copy(update={"activation_checkpointing": False})}
-    )
+    engine = recipe.engine.model_copy(update={"activation_checkpointing": False})
     with torch.device("meta"):
-        method = build_method(plain)
+        method = build_method(recipe.model_copy(update={"engine": engine}))
         if recipe.engine.precision != "fp32":
             method = method.to(torch.bfloat16)
         images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size)
         noise = torch.empty(batch, method.noise_size)
-        ledger = _SavedTensorCounter(method)
-        with torch.autograd.graph.saved_tensors_hooks(ledger.keep, lambda tensor: tensor), _Flash():
+        counter = _SavedTensorCounter(method)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor),
+            _FusedAttentionMode(),
+        ):
             method(images, noise)
     if not recipe.engine.activation_checkpointing:
-        return ledger.outside + sum(ledger.inside)
-    return ledger.outside + sum(ledger.inputs) + max(ledger.inside)
+        return counter.outside + sum(counter.inside)
+    return counter.outside + sum(counter.inputs) + max(counter.inside)
 
 
 class _SavedTensorCounter:
-    """Bytes kept outside the transformer blocks and inside each, every storage once; weights don't count."""
+    """Counts the bytes saved outside the transformer blocks and inside each, without weights."""
 
     def __init__(self, method: Method) -> None:
         self.outside = 0
         self.inside: list[int] = []
         self.inputs: list[int] = []
-        self.in_block = False
-        self.seen = {p.untyped_storage()._cdata for p in method.parameters()}
-        self.alive: list[torch.UntypedStorage] = []  # an address is taken again once its storage is gone
-        stacks = [method.encoder.blocks, *([method.decoder.blocks] if hasattr(method, "decoder") else [])]
-        for block in (block for stack in stacks for block in stack):
-            block.register_forward_pre_hook(self.enter)
-            block.register_forward_hook(self.leave)
+        self._in_block = False
+        self._seen = {p.untyped_storage()._cdata for p in method.parameters()}
+        self._alive: list[torch.UntypedStorage] = []  # the address of a freed storage could be reused
+        for part in (method.encoder, getattr(method, "decoder", None)):
+            for block in getattr(part, "blocks", ()):
+                block.register_forward_pre_hook(self._enter_block)
+                block.register_forward_hook(self._leave_block)
 
-    def enter(self, block: torch.nn.Module, inputs: tuple) -> None:
-        self.in_block = True
+    def _enter_block(self, block: torch.nn.Module, inputs: tuple) -> None:
+        self._in_block = True
         self.inside.append(0)
         self.inputs.append(inputs[0].numel() * inputs[0].element_size())
 
-    def leave(self, *_: object) -> None:
-        self.in_block = False
+    def _leave_block(self, *_: object) -> None:
+        self._in_block = False
 
-    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self.seen:
-            self.seen.add(storage._cdata)
-            self.alive.append(storage)
-            if self.in_block:
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(storage)
+            if self._in_block:
                 self.inside[-1] += storage.nbytes()
             else:
                 self.outside += storage.nbytes()
         return tensor
 
 
-class _Flash(TorchFunctionMode):
-    """Attention keeps what a fused kernel keeps: without a GPU torch would count the table of all scores
-    too."""
+class _FusedAttentionMode(TorchFunctionMode):
+    """Makes attention save what a fused kernel saves, instead of the attention matrix."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is F.scaled_dot_product_attention:
@@ -91,7 +92,3 @@ class _FusedAttention(torch.autograd.Function):
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, out, log_sum_exp)
         return out
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("counted, never run")

@@ -1,9 +1,9 @@
-"""How many images a second the loader gives alone, where its time goes, whether a model would wait for it.
+"""Benchmark of the loader without a model.
 
-Each stage is measured by itself, fed from memory: reading, planning, decoding, decoding and augmenting, then
-the whole loader, and a copy of a batch on its device (which is made on a GPU only: on the CPU the model is
-given DALI's own memory). What a model wants is `plan`'s estimate: peak arithmetic x MFU. Processor time is
-that of this process, all threads together.
+Each stage is measured alone, on batches held in memory: reading, planning, decoding, decoding and augmenting;
+then the whole loader, and a copy of a batch on its device (on a CPU the model uses DALI's memory without a
+copy). A model's consumption is `plan`'s estimate: peak FLOP/s x MFU. CPU time is this process's, all threads
+together.
 """
 
 import itertools
@@ -11,7 +11,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,53 +27,23 @@ from pipeline.estimate.plan import plan
 from pipeline.recipe import Recipe
 from pipeline.recipe.sections import Source
 
-STAGES = {"decode": "decode", "decode and augment": "augment"}
-"""What is measured of DALI's work, and after which stage its graph ends."""
-HELD = 8
-"""Planned micro batches that feed the stages from memory."""
-WARM = 3
-"""Micro batches before the clock starts."""
-NOISE = 196
-"""Random numbers an image, of about as many as a method wants."""
+LastStage = Literal["decode", "augment"]
+DALI_STAGES: dict[str, LastStage] = {"decode": "decode", "decode and augment": "augment"}
+"""Stages that are a DALI pipeline, and the operator after which it ends."""
+NUM_HELD = 8  # micro batches held in memory
+NUM_WARMUP = 3  # micro batches before a measurement
+NOISE_SIZE = 196  # random numbers per image, about as many as a method needs
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a stage does alone."""
+class StageResult:
+    """Throughput of one stage alone."""
 
     stage: str
     threads: int
     images_per_s: float
     cpu_ms: float
-    """Processor time an image, in milliseconds."""
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What a model would consume, a GPU, and what that asks of the loader."""
-
-    gpu: str
-    mfu: float
-    images_per_s: float
-    delivered: float
-    """By the whole loader with the most threads that were measured."""
-    data_wait: float
-    """Share of the time that the model would wait, if nothing else delays it."""
-    cores: float
-    """That would have to decode for each GPU, at the processor time measured."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    method: str
-    encoder: str
-    samples: int
-    mean_bytes: int
-    device: str
-    micro_batch: int
-    prefetch: int
-    measured: list[Measured]
-    demand: Demand
+    """CPU milliseconds per image."""
 
 
 def bench_loader(
@@ -83,121 +54,127 @@ def bench_loader(
     seconds: float,
     gpu: str,
     mfu: float,
-) -> Bench:
-    """Measure the loader of `recipe` on shard sets; about `seconds` for each number of threads.
+) -> dict[str, Any]:
+    """Measure a recipe's loader, and compare it with the consumption of a model on one GPU.
 
-    UserError: what reading finds wrong, more samples that cannot be decoded than the recipe allows, an
-    unknown GPU.
+    Args:
+        sources: Shard sets to read.
+        recipe: Determines transforms, batch size and model.
+        device: Where to decode.
+        threads: Numbers of decoding threads to measure.
+        seconds: Approximate time per number of threads.
+        gpu: A name in `GPUS`, for the model's consumption.
+        mfu: Model FLOP utilization, in (0, 1].
+
+    Returns:
+        The results, as `bench-loader --json` prints them. `demand` has the model's images/s, the loader's at the
+        highest number of threads, the share of time the model waits, and the CPU cores needed per GPU.
+
+    Raises:
+        UserError: If reading fails, too many samples are undecodable, or the GPU is unknown.
     """
-    wanted = plan(recipe, gpus=1, gpu=gpu, mfu=mfu).images_per_s  # first, because it may say no
+    needed = plan(recipe, gpus=1, gpu=gpu, mfu=mfu).images_per_s  # first: it validates gpu and mfu
     data = recipe.data
-    clock = _Clock(seconds / 4, recipe.engine.micro_batch, device)
+    timer = _StageTimer(seconds / 4, recipe.engine.micro_batch, device)
     reader = ShardReader(sources, data)
-    batch_builder = BatchBuilder(reader, recipe, NOISE, UndecodableSamples(reader, data.max_undecodable))
+    builder = BatchBuilder(reader, recipe, NOISE_SIZE, UndecodableSamples(reader, data.max_undecodable))
     with closing(_read_ahead(ShardReader(sources, data), recipe)) as read_ahead:
-        held = [batch_builder.plan(*next(read_ahead)) for _ in range(HELD)]
-        measured = [clock.measure("read", data.read_threads, lambda: next(read_ahead))]
-    again = itertools.cycle(held)
-    measured.append(clock.measure("plan", 1, lambda: _plan_again(batch_builder, next(again))))
+        specs = [builder.build(*next(read_ahead)) for _ in range(NUM_HELD)]
+        results = [timer.measure("read", data.read_threads, lambda: next(read_ahead))]
+    inputs = itertools.cycle([(spec.locations, spec.encoded) for spec in specs])
+    results.append(timer.measure("plan", 1, lambda: builder.build(*next(inputs))))
+    images = None
     for number in sorted(threads):
-        for name, last in STAGES.items():
-            with closing(_decode(held, batch_builder, device, number, last)) as decoder:
-                measured.append(clock.measure(name, number, decoder.next))
-        with closing(Loader(ShardReader(sources, data), recipe, NOISE, device, threads=number)) as loader:
+        for stage, last in DALI_STAGES.items():
+            with closing(_decoder(specs, builder, device, number, last)) as decoder:
+                results.append(timer.measure(stage, number, decoder.next))
+        with closing(Loader(ShardReader(sources, data), recipe, NOISE_SIZE, device, threads=number)) as loader:
             images = loader.next().images
-            measured.append(clock.measure("whole loader", number, loader.next))
-    measured.append(clock.measure("copy", 1, images.clone))
-    whole = measured[-2]
-    return Bench(
-        method=recipe.method.name,
-        encoder=recipe.model.name,
-        samples=reader.num_samples,
-        mean_bytes=round(np.mean([image.size for spec in held for image in spec.encoded])),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
-        micro_batch=recipe.engine.micro_batch,
-        prefetch=prefetch_depth(data, device),
-        measured=measured,
-        demand=Demand(
-            gpu=gpu,
-            mfu=mfu,
-            images_per_s=wanted,
-            delivered=whole.images_per_s,
-            data_wait=max(0.0, 1 - whole.images_per_s / wanted),
-            cores=wanted * whole.cpu_ms / 1000,
-        ),
-    )
+            results.append(timer.measure("whole loader", number, loader.next))
+    assert images is not None
+    whole = results[-1]
+    results.append(timer.measure("copy", 1, images.clone))
+    return {
+        "method": recipe.method.name,
+        "encoder": recipe.model.name,
+        "samples": reader.num_samples,
+        "mean_bytes": round(np.mean([image.size for spec in specs for image in spec.encoded])),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+        "micro_batch": recipe.engine.micro_batch,
+        "prefetch": prefetch_depth(data, device),
+        "measured": [asdict(result) for result in results],
+        "demand": {
+            "gpu": gpu,
+            "mfu": mfu,
+            "images_per_s": needed,
+            "delivered": whole.images_per_s,
+            "data_wait": max(0.0, 1 - whole.images_per_s / needed),
+            "cores": needed * whole.cpu_ms / 1000,
+        },
+    }
 
 
-def format_bench(bench: Bench) -> str:
-    """The figures for a reader."""
-    demand = bench.demand
+def format_bench(result: dict[str, Any]) -> str:
+    """Format the results as a table."""
     lines = [
-        f"{bench.samples:,} samples, {bench.mean_bytes / 1000:.0f} kB on average, on {bench.device}; "
-        f"micro batch {bench.micro_batch}, {bench.prefetch} ahead",
-        f"{'stage':<22}{'threads':>8}{'images/s':>12}{'CPU ms an image':>18}",
+        "{samples:,} samples, {mean_bytes:,} bytes on average, on {device}; micro batch {micro_batch}, "
+        "prefetch {prefetch}".format(**result),
+        f"{'stage':<22}{'threads':>8}{'images/s':>12}{'CPU ms/image':>18}",
     ]
-    lines += [f"{m.stage:<22}{m.threads:>8}{m.images_per_s:>12,.0f}{m.cpu_ms:>18.2f}" for m in bench.measured]
+    row = "{stage:<22}{threads:>8}{images_per_s:>12,.0f}{cpu_ms:>18.2f}"
+    lines += [row.format(**stage) for stage in result["measured"]]
     lines.append(
-        f"{bench.method} on {bench.encoder}: one {demand.gpu} at {demand.mfu:.0%} of its peak takes "
-        f"{demand.images_per_s:,.0f} images/s;"
-    )
-    lines.append(
-        f"this loader gives {demand.delivered:,.0f}: data wait {demand.data_wait:.0%}; about "
-        f"{demand.cores:.1f} cores like these for each GPU would keep up"
+        "{method} on {encoder}: one {gpu} at {mfu:.0%} MFU consumes {images_per_s:,.0f} images/s;\n"
+        "this loader delivers {delivered:,.0f}: data wait {data_wait:.0%}; about {cores:.1f} of these cores "
+        "per GPU would be enough".format(**result, **result["demand"])
     )
     return "\n".join(lines)
 
 
 def _read_ahead(reader: ShardReader, recipe: Recipe) -> ReadAhead:
     data, batch = recipe.data, recipe.engine.micro_batch // recipe.data.crops_per_image
-    stream = reader.stream(recipe.seed)
-    locations = (stream.locate(np.arange(at, at + batch)) for at in itertools.count(0, batch))
+    sampler = reader.sampler(recipe.seed)
+    locations = (sampler.locate(np.arange(start, start + batch)) for start in itertools.count(0, batch))
     return ReadAhead(reader, locations, data.read_threads, data.read_ahead_mb * 10**6)
 
 
-def _plan_again(batch_builder: BatchBuilder, spec: BatchSpec) -> BatchSpec:
-    return batch_builder.plan(spec.locations, spec.encoded)
-
-
-def _decode(
-    held: list[BatchSpec], batch_builder: BatchBuilder, device: torch.device, threads: int, last: str
+def _decoder(
+    specs: list[BatchSpec], builder: BatchBuilder, device: torch.device, threads: int, last: LastStage
 ) -> Decoder:
-    data = batch_builder.recipe.data
+    data = builder.recipe.data
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "The external source node"
-        )  # a graph cut short leaves inputs unused
+        # A pipeline that ends early does not use all of its inputs.
+        warnings.filterwarnings("ignore", "The external source node")
         return Decoder(
             training_pipeline_def(data, device.type == "cuda", last),
-            PrefetchThread(itertools.cycle(held), 1),
-            batch_builder.replace,
-            len(held[0].encoded),
+            PrefetchThread(itertools.cycle(specs), 1),
+            builder.replace,
+            len(specs[0].encoded),
             device,
             threads,
             prefetch_depth(data, device),
         )
 
 
-class _Clock:
-    """Measures stages for a number of seconds each."""
+class _StageTimer:
+    """Measures stages that process `images` per step, each for a number of seconds."""
 
     def __init__(self, seconds: float, images: int, device: torch.device):
-        """images: of one step of a stage."""
         self.seconds, self.images, self.device = seconds, images, device
 
-    def measure(self, stage: str, threads: int, step: Callable[[], object]) -> Measured:
-        for _ in range(WARM):
+    def measure(self, stage: str, threads: int, step: Callable[[], object]) -> StageResult:
+        for _ in range(NUM_WARMUP):
             step()
-        self._wait()
-        steps, began, cpu = 0, time.perf_counter(), time.process_time()
-        while not steps or time.perf_counter() - began < self.seconds:
+        self._synchronize()
+        steps, start, cpu_start = 0, time.perf_counter(), time.process_time()
+        while not steps or time.perf_counter() - start < self.seconds:
             step()
             steps += 1
-        self._wait()
+        self._synchronize()
+        elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         images = steps * self.images
-        took, cpu = time.perf_counter() - began, time.process_time() - cpu
-        return Measured(stage, threads, images / took, 1000 * cpu / images)
+        return StageResult(stage, threads, images / elapsed, 1000 * cpu / images)
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

@@ -1,62 +1,63 @@
-"""What more nodes bring: a model of communication and checkpoints, on paper.
+"""Model of communication and checkpoint time on several nodes. Its assumptions; none of them is measured:
 
-Assumed, and nothing of it measured here:
-- Every step's arithmetic runs at the same MFU, however small a GPU's share of the batch becomes.
-- Inside a node the links are fast enough not to count. Between n nodes a collective runs as one ring: a
-  node's link carries (n - 1) / n times the bytes for a reduce-scatter or an all-gather, twice that for an
-  all-reduce.
-- Weights travel in the recipe's precision, gradients in fp32, but for fp16's. As DeepSpeed 0.19.8 does it,
-  ZeRO 0 and 1 all-reduce the gradients once a step, ZeRO 2 with every micro batch (and keeps its share of
-  them), ZeRO 3 reduce-scatters them with every micro batch. ZeRO 1 and 2 gather the new weights, ZeRO 3 the
-  weights for the forward and the backward pass of every micro batch.
-- What goes along with a backward pass (gradients; in ZeRO 3 the weights too) hides behind it, as overlap_comm
-  in ds_configs/ wants it; the gathering of new weights does not. ZeRO 0, and ZeRO 1 in bf16, begin to send
-  gradients when the backward pass is done, so nothing of theirs is hidden.
-- A checkpoint is written by all ranks together at the file system's rate.
+- Every step runs at the same MFU, whatever a GPU's share of the batch is.
+- Communication inside a node costs nothing. Between n nodes a collective is one ring: a node's link carries
+  (n - 1) / n of the bytes for a reduce-scatter or an all-gather, twice that for an all-reduce.
+- Weights are sent in the recipe's precision, gradients in fp32, except with fp16. As in DeepSpeed 0.19.8,
+  ZeRO 0 and 1 all-reduce the gradients once per step and ZeRO 2 once per micro batch (each rank keeps its
+  shard); ZeRO 3 reduce-scatters them once per micro batch. ZeRO 1 and 2 all-gather the updated weights; ZeRO
+  3 all-gathers the weights for the forward and the backward pass of every micro batch.
+- Communication during a backward pass (gradients; with ZeRO 3 also weights) overlaps with it, as overlap_comm
+  in ds_configs/ requests. The all-gather of updated weights does not, and neither do the gradients with ZeRO
+  0, and with ZeRO 1 in bf16, which are sent after the backward pass.
+- All ranks together write a checkpoint at the file system's rate.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from pipeline.distributed.hardware import GPUS
 from pipeline.errors import UserError
+from pipeline.estimate.plan import peak_flops, step_flops_per_image
 from pipeline.methods import build_method
-from pipeline.methods.flops import forward_flops, training_flops
 from pipeline.recipe import Recipe
 from pipeline.train.sharded_state import checkpoint_bytes
 
-BACKWARD = 2 / 3
-"""Of a step's arithmetic, the share that is its backward pass."""
+BACKWARD_SHARE = 2 / 3
+"""The backward pass's share of a step's FLOPs."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """One number of nodes."""
+    """Estimate for one number of nodes."""
 
     nodes: int
     gpus: int
+    """GPUs of all nodes."""
     micro_batch: int
-    """Images a GPU takes at once: the recipe's, or all it has where that is less."""
+    """The recipe's, limited to a GPU's share of the global batch."""
     accumulation: int
+    """Gradient accumulation steps."""
     compute_s: float
-    """Seconds of arithmetic a step."""
+    """Seconds of computation per step."""
     link_gb: dict[int, float]
-    """GB that a node's link carries a step, by ZeRO stage."""
+    """GB per step over a node's link, by ZeRO stage."""
     step_s: dict[int, float]
-    """Seconds a step, communication that is not hidden included, by ZeRO stage."""
+    """Seconds per step, including communication that does not overlap, by ZeRO stage."""
     efficiency: dict[int, float]
-    """Images/s against as many nodes without any communication, by ZeRO stage."""
+    """Images/s relative to the same nodes without communication, by ZeRO stage."""
     images_per_s: float
-    """At the recipe's ZeRO stage."""
+    """With the recipe's ZeRO stage."""
 
 
 @dataclass(frozen=True)
 class Scaling:
+    """Estimates for increasing numbers of nodes, as `plan --json` prints them."""
+
     link_gbit: float
-    """A node's link, in 10^9 bits/s, all its adapters together."""
+    """Bandwidth of a node's link, all adapters together, in 10^9 bits/s."""
     storage_gb: float
-    """The file system's rate, in 10^9 bytes/s."""
+    """Write rate of the file system, in 10^9 bytes/s."""
     checkpoint_gb: float
     checkpoint_s: float
     scales: list[Scale]
@@ -65,25 +66,24 @@ class Scaling:
 def estimate_scaling(
     recipe: Recipe, *, gpus: int, nodes: int, gpu: str, mfu: float, link_gbit: float, storage_gb: float
 ) -> Scaling:
-    """1, 2, 4, ... and `nodes` nodes of `gpus` GPUs each, where those can share the recipe's batch evenly.
+    """Estimate 1, 2, 4, ... and `nodes` nodes of `gpus` GPUs, if the global batch divides among them.
 
-    UserError for a number out of range.
+    The arguments are those of `plan`, already validated, and of `Scaling`.
+
+    Raises:
+        UserError: If a rate is not positive.
     """
     for name, value in {"--link": link_gbit, "--storage": storage_gb}.items():
         if not value > 0:
             raise UserError(f"{name} {value}: must be positive")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_method(recipe).parameters())
-    bits32 = recipe.engine.precision == "fp32"
-    peak = 1e12 * (GPUS[gpu].bits32 if bits32 else GPUS[gpu].bits16)
-    forward = forward_flops(recipe, recipe.engine.micro_batch)
-    computed = training_flops(forward) + forward * recipe.engine.activation_checkpointing
-    image_s = computed / (peak * mfu)
-    weights = parameters * (4 if bits32 else 2)
-    gradients = parameters * (2 if recipe.engine.precision == "fp16" else 4)
+    image_s = step_flops_per_image(recipe) / (peak_flops(recipe, gpu) * mfu)
+    weight_bytes = parameters * (4 if recipe.engine.precision == "fp32" else 2)
+    gradient_bytes = parameters * (2 if recipe.engine.precision == "fp16" else 4)
     counts = sorted({nodes, *(2**power for power in range(nodes.bit_length()) if 2**power < nodes)})
     scales = [
-        _scale(recipe, count, gpus, image_s, weights, gradients, link_gbit * 1e9 / 8)
+        _estimate_scale(recipe, count, gpus, image_s, weight_bytes, gradient_bytes, link_gbit * 1e9 / 8)
         for count in counts
         if recipe.data.global_batch % (count * gpus) == 0
     ]
@@ -91,39 +91,45 @@ def estimate_scaling(
     return Scaling(link_gbit, storage_gb, size / 1e9, size / storage_gb / 1e9, scales)
 
 
-def _scale(
-    recipe: Recipe, nodes: int, gpus: int, image_s: float, weights: int, gradients: int, link: float
+def _estimate_scale(
+    recipe: Recipe,
+    nodes: int,
+    gpus: int,
+    image_s: float,
+    weight_bytes: int,
+    gradient_bytes: int,
+    bytes_per_s: float,
 ) -> Scale:
-    """image_s: seconds of arithmetic an image; weights, gradients: bytes; link: bytes a second."""
     share = recipe.data.global_batch // (nodes * gpus)
-    micro = min(share, recipe.engine.micro_batch)
-    accumulation = -(-share // micro)
+    micro_batch = min(share, recipe.engine.micro_batch)
+    accumulation = -(-share // micro_batch)
     compute = share * image_s
-    gathered = (nodes - 1) / nodes * weights
-    scattered = (nodes - 1) / nodes * gradients
-    behind = {
+    gather = (nodes - 1) / nodes * weight_bytes
+    scatter = (nodes - 1) / nodes * gradient_bytes
+    overlapping = {
         0: 0.0,
-        1: 0.0 if recipe.engine.precision == "bf16" else 2 * scattered,
-        2: 2 * scattered * accumulation,
-        3: (scattered + gathered) * accumulation,
+        1: 0.0 if recipe.engine.precision == "bf16" else 2 * scatter,
+        2: 2 * scatter * accumulation,
+        3: (scatter + gather) * accumulation,
     }
-    between = {
-        0: 2 * scattered,
-        1: gathered + 2 * scattered - behind[1],
-        2: gathered,
-        3: gathered * accumulation,
+    exposed = {
+        0: 2 * scatter,
+        1: gather + 2 * scatter - overlapping[1],
+        2: gather,
+        3: gather * accumulation,
     }
     step_s = {}
-    for stage, volume in behind.items():
-        backward = BACKWARD * compute / (accumulation if stage < 2 else 1)  # the last micro batch's, or all
-        step_s[stage] = compute + max(0.0, volume / link - backward) + between[stage] / link
+    for stage, volume in overlapping.items():
+        # ZeRO 0 and 1 communicate during the last micro batch's backward pass, ZeRO 2 and 3 during all.
+        backward = BACKWARD_SHARE * compute / (accumulation if stage < 2 else 1)
+        step_s[stage] = compute + max(0.0, volume / bytes_per_s - backward) + exposed[stage] / bytes_per_s
     return Scale(
         nodes=nodes,
         gpus=nodes * gpus,
-        micro_batch=micro,
+        micro_batch=micro_batch,
         accumulation=accumulation,
         compute_s=compute,
-        link_gb={stage: (behind[stage] + between[stage]) / 1e9 for stage in behind},
+        link_gb={stage: (overlapping[stage] + exposed[stage]) / 1e9 for stage in overlapping},
         step_s=step_s,
         efficiency={stage: compute / seconds for stage, seconds in step_s.items()},
         images_per_s=recipe.data.global_batch / step_s[recipe.engine.zero_stage],
@@ -131,10 +137,10 @@ def _scale(
 
 
 def format_scaling(result: Scaling) -> str:
-    """The table for a reader."""
+    """Format the estimates as a table."""
     lines = [
-        f"scaling, a model  {result.link_gbit:,.0f} Gbit/s a node; its assumptions: docs/cluster.md",
-        f"{'nodes':>5}{'GPUs':>6}{'batch a GPU':>13}{'arithmetic':>12}   GB a step over a node's link, and "
+        f"scaling, a model  {result.link_gbit:,.0f} Gbit/s per node; its assumptions: docs/cluster.md",
+        f"{'nodes':>5}{'GPUs':>6}{'batch/GPU':>13}{'compute':>12}   GB per step over a node's link, and "
         "efficiency, by ZeRO stage",
     ]
     for scale in result.scales:
@@ -143,8 +149,6 @@ def format_scaling(result: Scaling) -> str:
         )
         batch = f"{scale.accumulation} x {scale.micro_batch}"
         lines.append(f"{scale.nodes:>5}{scale.gpus:>6}{batch:>13}{scale.compute_s:>10.2f} s   {stages}")
-    lines.append(
-        f"a checkpoint      {result.checkpoint_gb:.1f} GB, {result.checkpoint_s:.0f} s at "
-        f"{result.storage_gb:g} GB/s"
-    )
+    size, seconds, rate = result.checkpoint_gb, result.checkpoint_s, result.storage_gb
+    lines.append(f"checkpoint        {size:.1f} GB, {seconds:.0f} s at {rate:g} GB/s")
     return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""Files: atomic writes, tensors, metrics."""
+"""Reading and writing files: atomic writes, tensors, metrics."""

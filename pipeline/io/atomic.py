@@ -1,7 +1,7 @@
-"""Files that are replaced whole, and small ones that are read whole.
+"""Atomic replacement of files.
 
-Invariant: under a file's name there is all of its new content, and that is on the disk, or what was there
-before.
+Invariant: a file name always refers to the complete old content or to the complete new content, synced to
+disk.
 """
 
 import json
@@ -14,34 +14,38 @@ from pipeline.errors import UserError
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Make `text` the content of the file, in a directory that is there."""
-    with atomic_path(path) as new:
-        new.write_text(text)
+    """Replace the content of a file, in an existing directory."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path: Path, tree: dict) -> None:
-    """Make `tree` the content of the file, for people too."""
+    """Replace the content of a file by readable JSON."""
     atomic_write(path, json.dumps(tree, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    """UserError where it cannot be read."""
+    """Read a JSON file. Raises UserError if it cannot be read or is not valid JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no JSON that can be read: {error}") from None
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
 
 
 @contextmanager
 def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Where to write the file that takes the place of `path` when the block is done; nothing is left of it
-    where the block raises. shared: other processes may do the same at the same time."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new" if shared else f"{path.name}.new")
+    """Give a temporary path to write, and rename it to `path` when the block ends without an exception.
+
+    Args:
+        path: The file to replace or create.
+        shared: Whether other processes may write the same file at the same time.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new" if shared else f"{path.name}.new")
     try:
-        yield new
-        with open(new, "rb") as file:
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        new.replace(path)
+        temporary.replace(path)
     finally:
         with suppress(OSError):
-            new.unlink()
+            temporary.unlink()

@@ -1,6 +1,6 @@
-"""metrics.jsonl: its lines, and its columns by what they speak of.
+"""Reading metrics.jsonl, and the kinds of its columns.
 
-Invariant: every column but those OF_THE_MOMENT is a function of recipe, data and number of ranks.
+Invariant: all columns except TIMING_COLUMNS depend only on the recipe, the data and the world size.
 """
 
 import json
@@ -18,9 +18,8 @@ TIMING_COLUMNS = {
     "slowest_rank",
     "slowest_host",
 }
-"""How fast it went, and when."""
-
-NO_LOSS = TIMING_COLUMNS | {
+"""Columns that measure time, speed or memory."""
+NON_LOSS_COLUMNS = TIMING_COLUMNS | {
     "step",
     "epoch",
     "samples",
@@ -29,27 +28,29 @@ NO_LOSS = TIMING_COLUMNS | {
     "skipped",
     "skipped_steps",
     "undecodable",
-    "decoded_patches",  # of Efficient MAE: a count
+    "decoded_patches",
 }
-"""What is neither the loss, nor a part of it, nor an accuracy."""
+"""Columns that are neither the loss, nor a term of it, nor an accuracy."""
+RENAMED_COLUMNS = {"skips": "skipped_steps", "replaced": "undecodable", "trouble": "bad_span"}
+"""Old names of columns, in files of earlier versions, and the present names."""
 
 
-RENAMED = {"skips": "skipped_steps", "replaced": "undecodable", "trouble": "bad_span"}
-"""Column names of earlier versions, and the names now."""
+def read_metrics(path: Path) -> tuple[list[dict], int]:
+    """Read the lines of a run's metrics.jsonl. An incomplete last line, as a killed run leaves it, is
+    ignored.
 
-
-def read_lines(path: Path) -> tuple[list[dict], int]:
-    """The file's lines, and how many others are no line of a run's; without a last one that is being written,
-    or that a kill cut short."""
+    Returns:
+        The valid lines, and the number of invalid ones.
+    """
     text, _, _ = path.read_text(errors="replace").rpartition("\n")
-    lines = [_parsed(line) for line in text.splitlines()]
-    whole = [line for line in lines if line]
-    return whole, len(lines) - len(whole)
+    lines = [_parse_line(line) for line in text.splitlines()]
+    valid = [line for line in lines if line]
+    return valid, len(lines) - len(valid)
 
 
-def _parsed(line: str) -> dict | None:
+def _parse_line(line: str) -> dict | None:
     try:
-        entry = {RENAMED.get(name, name): value for name, value in json.loads(line).items()}
+        entry = {RENAMED_COLUMNS.get(name, name): value for name, value in json.loads(line).items()}
         if entry.get("event") == "return":
             entry["event"] = "rollback"
         return entry if isinstance(entry["step"], int) else None

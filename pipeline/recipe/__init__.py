@@ -1,4 +1,4 @@
-"""Recipes: typed, checked YAML files that decide what is trained."""
+"""Recipes: typed, validated YAML files that determine what is trained."""
 
 from pipeline.recipe.pretrain import Recipe, load_recipe
 

@@ -1,84 +1,85 @@
 """The recipe of fine-tuning.
 
-Invariant: a `FinetuneRecipe` that exists is possible, whatever weights it begins with; what weights and data
-must be like is checked when they are opened.
+Invariant: a `FinetuneRecipe` is valid for any initial weights; weights and data are checked when they are
+opened.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from pipeline.recipe.base import TrainingRecipe
 from pipeline.recipe.loading import load
-from pipeline.recipe.sections import Section, resize_of
+from pipeline.recipe.sections import Section, eval_resize_size, mutable
+from pipeline.recipe.training import TrainingRecipe
 
 
 class ClassifierSection(Section):
-    """What is trained beside the schedule. The defaults are MAE's for ViT-L (He et al. 2022, Table 9)."""
+    """Layer decay and regularization. The defaults are MAE's for ViT-L (He et al. 2022, Table 9)."""
 
     encoder: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] | None = None
-    """What these settings are for: weights of another size are refused. null: any will do."""
-    layer_decay: float = Field(0.75, gt=0.0, le=1.0)
-    """A block's learning rate is so much of the next one's."""
-    drop_path: float = Field(0.1, ge=0.0, lt=1.0)
-    """Stochastic depth: the share of images that skip the last block, falling linearly to 0 at the first."""
-    label_smoothing: float = Field(0.1, ge=0.0, lt=1.0)
-    mixup: float = Field(0.8, ge=0.0, le=1.0)
-    """alpha of Beta(alpha, alpha); 0: none. Where both are given, half of the pairs take each."""
-    cutmix: float = Field(1.0, ge=0.0, le=1.0)
-    erasing: float = Field(0.25, ge=0.0, le=1.0)
-    """The share of images that lose a rectangle to noise."""
-    rand_augment: float | None = Field(9.0, ge=0.0, le=10.0)
-    """Mean strength of RandAugment; null: none."""
-    rand_augment_deviation: float = Field(0.5, ge=0.0)
+    """Encoder size that these settings are for; weights of another size are an error. null: any size."""
+    layer_decay: float = Field(default=0.75, gt=0.0, le=1.0)
+    """Ratio of a block's learning rate to the next block's."""
+    drop_path: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Stochastic depth: drop rate of the last block, decreasing linearly to 0 at the first."""
+    label_smoothing: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the target probability to spread over all classes."""
+    mixup: float = Field(default=0.8, ge=0.0, le=1.0)
+    """alpha of mixup's Beta(alpha, alpha); 0: no mixup. With cutmix, half of the pairs get each."""
+    cutmix: float = Field(default=1.0, ge=0.0, le=1.0)
+    """alpha of cutmix's Beta(alpha, alpha); 0: no cutmix."""
+    erasing: float = Field(default=0.25, ge=0.0, le=1.0)
+    """Probability of random erasing."""
+    rand_augment: float | None = Field(default=9.0, ge=0.0, le=10.0)
+    """Mean magnitude of RandAugment; null: no RandAugment."""
+    rand_augment_deviation: float = Field(default=0.5, ge=0.0)
+    """Standard deviation of RandAugment's magnitude."""
 
 
 class EvaluationSection(Section):
-    """How a classifier is judged: pipeline/data/eval_loader.py."""
+    """Evaluation of the classifier: pipeline/data/eval_loader.py."""
 
-    every_epochs: float | None = Field(None, gt=0.0)
-    """null: at the end alone, where it always is."""
-    resize: int | None = Field(None, ge=1)
-    """Pixels of the shorter side before the centre is cut out; null: as MAE, `resize_of`."""
+    every_epochs: float | None = mutable(None, gt=0.0)
+    """Epochs between evaluations; the last step is always evaluated. null: only the last step."""
+    resize: int | None = Field(default=None, ge=1)
+    """Shorter side in pixels before the center crop; null: MAE's, see `eval_resize_size`."""
 
 
 class FinetuneRecipe(TrainingRecipe):
-    """What is fine-tuned, on what, and how. `load_finetune_recipe` makes one."""
+    """Everything that determines a fine-tuning run; read by `load_finetune_recipe`."""
 
-    COMMAND = "finetune"
-    FOREIGN_SECTIONS = {"method": "pretrain"}  # noqa: RUF012 (not a field)
+    COMMAND: ClassVar[str] = "finetune"
+    FOREIGN_SECTIONS: ClassVar[dict[str, str]] = {"method": "pretrain"}
 
     weights: str | None = None
-    """Where the encoder begins, as `evals.encoder.load_encoder` understands it; --weights sets it."""
+    """Initial weights, as given by --weights."""
     classifier: ClassifierSection = ClassifierSection()
     evaluation: EvaluationSection = EvaluationSection()
 
-    @model_validator(mode="after")
-    def _validate(self) -> "FinetuneRecipe":
+    def _validate(self) -> None:
+        super()._validate()
         size, resize, crops = self.data.image_size, self.evaluation.resize, self.data.crops_per_image
         if resize and resize < size:
-            raise ValueError(f"evaluation.resize: {resize} px hold no square of data.image_size, {size}")
-        if self.mixes and self.engine.micro_batch % (2 * crops):
+            raise ValueError(f"evaluation.resize: {resize} px is smaller than data.image_size, {size}")
+        if self.uses_mixup and self.engine.micro_batch % (2 * crops):
             raise ValueError(
-                f"engine.micro_batch: {self.engine.micro_batch} is no multiple of {2 * crops}; mixup and "
-                "cutmix mix neighbours"
+                f"engine.micro_batch: {self.engine.micro_batch} is not a multiple of {2 * crops}; mixup and "
+                "cutmix mix pairs of neighboring images"
             )
-        return self
 
     @property
-    def mixes(self) -> bool:
+    def uses_mixup(self) -> bool:
+        """Whether mixup or cutmix is on."""
         return self.classifier.mixup > 0 or self.classifier.cutmix > 0
 
     @property
-    def resize(self) -> int:
-        """Pixels of the shorter side in evaluation."""
-        return self.evaluation.resize or resize_of(self.data.image_size)
+    def eval_resize(self) -> int:
+        """Shorter side in pixels before the center crop in evaluation."""
+        return self.evaluation.resize or eval_resize_size(self.data.image_size)
 
 
-def load_finetune_recipe(
-    name_or_path: str | Path, weights: str, overrides: Sequence[str] = ()
-) -> FinetuneRecipe:
-    """As `pipeline.recipe.load_recipe`, for the weights that are fine-tuned."""
+def load_finetune_recipe(name_or_path: str | Path, weights: str, overrides: Sequence[str] = ()) -> FinetuneRecipe:
+    """Read a fine-tuning recipe like `pipeline.recipe.load_recipe`, and set its initial weights."""
     return load(FinetuneRecipe, name_or_path, overrides).model_copy(update={"weights": weights})

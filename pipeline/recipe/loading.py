@@ -1,6 +1,7 @@
-"""Recipe files: YAML read strictly, overridden by --set, checked by a typed model.
+"""Recipe files: strict YAML, overridden by --set and validated by a typed model.
 
-Invariant: what cannot be read as the wanted kind of recipe is one `UserError` that names file and key.
+Invariant: a file that is not a valid recipe of the requested kind is a `UserError` that names the file and
+the key.
 """
 
 import difflib
@@ -18,140 +19,8 @@ from pipeline.errors import UserError
 from pipeline.recipe.sections import Section
 
 logger = logging.getLogger(__name__)
-PRESETS = Path(__file__).parent / "presets"
-
-
-class RecipeFile(Section):
-    """What every kind of recipe can do: be written out whole, and be compared."""
-
-    COMMAND: ClassVar[str]
-    """Of `python -m pipeline`, which takes this kind."""
-    FOREIGN_SECTIONS: ClassVar[dict[str, str]] = {}
-    """Sections that only other kinds have, and the command that takes these."""
-
-    def to_yaml(self) -> str:
-        """The whole recipe, defaults included; `load` reads it back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-    def differences(self, other: "RecipeFile") -> dict[str, tuple[Any, Any]]:
-        """Keys whose values differ, as "a.b.c": (value here, value there)."""
-        mine, theirs = flat(self.model_dump(mode="json")), flat(other.model_dump(mode="json"))
-        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
-
-
-AnyRecipe = TypeVar("AnyRecipe", max_total_s=RecipeFile)
-AnySection = TypeVar("AnySection", max_total_s=Section)
-
-
-def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """The `kind` of recipe that a file or a shipped recipe of this name holds, "a.b=c" overrides applied.
-
-    Raises UserError, one line: the file, the key's path, what is wrong.
-    """
-    path = _find_recipe(name_or_path)
-    tree = read_yaml(path)
-    for section in kind.FOREIGN_SECTIONS.keys() & tree.keys():
-        raise UserError(
-            f"{path}: is a recipe for `{kind.FOREIGN_SECTIONS[section]}`: it has a section {section}; "
-            f"give one of `{kind.COMMAND}`"
-        )
-    return validate(kind, tree, str(path), overrides)
-
-
-def read_yaml(path: Path) -> dict:
-    """What a recipe's file holds, not checked. UserError where that is no mapping of keys."""
-    try:
-        tree = yaml.load(path.read_text(), Loader=_UniqueKeys)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys; this file is not")
-    return tree
-
-
-def validate(kind: type[AnySection], tree: dict, where: str, overrides: Sequence[str] = ()) -> AnySection:
-    """The `kind` of section, or whole recipe, that a tree of keys is, overridden. UserError begins with
-    `where`."""
-    if overrides:
-        _override(tree, overrides)
-        where += " with --set " + " ".join(overrides)
-    _rename_deprecated(tree, where)
-    _drop_removed(tree, where)
-    try:
-        # Python mode is strict about tuples and YAML has lists only, so validation goes through JSON's rules.
-        return kind.model_validate_json(_as_json(tree))
-    except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_complaint(kind, e) for e in _causes(error))) from None
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """The keys, "a.b.c", that overrides name, and their values; a mapping stands for its keys. UserError
-    where one is no override."""
-    found = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        key = key.strip()
-        if not equals or not all(key.split(".")):
-            raise UserError(f"--set {override}: expected KEY.KEY=VALUE, for example --set optim.base_lr=1e-4")
-        try:
-            value = yaml.load(text, Loader=_UniqueKeys)
-        except yaml.YAMLError:
-            raise UserError(f"--set {override}: the value is not YAML") from None
-        found |= flat({key: value})
-    return found
-
-
-def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """A tree's values by their keys' paths, "a.b.c"."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, with two of its traps closed: a key given twice, and `1e-4` read as a string."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"the key {key!r} stands twice, again in line {line}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_UniqueKeys.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _find_recipe(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"{path}: no such recipe file")
-        return path
-    shipped = PRESETS / f"{name_or_path}.yaml"
-    if not shipped.is_file():
-        names = shipped_recipes()
-        raise UserError(
-            f"recipe {str(name_or_path)!r}: neither a file nor a shipped recipe"
-            f"{_nearest(str(name_or_path), names)}; shipped are {', '.join(names)}"
-        )
-    return shipped
-
-
-RENAMED = {
+PRESETS_DIR = Path(__file__).parent / "presets"
+DEPRECATED_KEYS = {
     "data.max_replaced": "data.max_undecodable",
     "data.readers": "data.read_threads",
     "data.threads": "data.decode_threads",
@@ -160,76 +29,215 @@ RENAMED = {
     "guard.skips_in_a_row": "guard.max_consecutive_skips",
 }
 """Deprecated keys, still accepted, and their new names."""
-MUTUALLY_EXCLUSIVE = {  # of each pair at most one is given: an override of one takes the other out
-    ("train", "steps"): ("train", "epochs"),
-    ("train", "epochs"): ("train", "steps"),
-    ("optim", "warmup_steps"): ("optim", "warmup_epochs"),
-    ("optim", "warmup_epochs"): ("optim", "warmup_steps"),
-}
+MUTUALLY_EXCLUSIVE = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
+"""Pairs of which a recipe has at most one: an override of one removes the other."""
 
 
-def _rename_deprecated(tree: dict, where: str) -> None:
-    """Move the values of deprecated keys to their new names, with a message for each."""
-    for old, new in RENAMED.items():
-        (section, old_key), new_key = old.split("."), new.split(".")[1]
-        keys = tree.get(section)
-        if isinstance(keys, dict) and old_key in keys:
-            if new_key in keys:
-                raise UserError(f"{where}: {old} is the old name of {new}; give only {new}")
-            keys[new_key] = keys.pop(old_key)
-            logger.warning(f"{where}: {old} is deprecated; use {new}")
+class RecipeFile(Section):
+    """Base of all kinds of recipe."""
+
+    COMMAND: ClassVar[str]
+    """The command of `python -m pipeline` that takes this kind."""
+    FOREIGN_SECTIONS: ClassVar[dict[str, str]] = {}
+    """Sections that only other kinds have, and the command that takes those."""
+
+    def to_yaml(self) -> str:
+        """Return the complete recipe, defaults included, as YAML that `load` can read."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def differences(self, other: "RecipeFile") -> dict[str, tuple[Any, Any]]:
+        """Return the keys, as "a.b.c", whose values differ, with this recipe's and the other's value."""
+        ours, others = flatten(self.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
+        return {key: (ours[key], others[key]) for key in ours if ours[key] != others[key]}
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=RecipeFile)
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """Read a recipe of one kind from a file or a preset, and apply "a.b=c" overrides.
+
+    Raises:
+        UserError: If the recipe is invalid or of another kind.
+    """
+    path = _find_recipe(name_or_path)
+    tree = read_yaml(path)
+    for section in kind.FOREIGN_SECTIONS.keys() & tree.keys():
+        raise UserError(
+            f"{path}: is a recipe for `{kind.FOREIGN_SECTIONS[section]}`: it has a section {section}; "
+            f"give a recipe for `{kind.COMMAND}`"
+        )
+    return validate(kind, tree, str(path), overrides)
+
+
+def read_yaml(path: Path) -> dict:
+    """Read a recipe file without validation. Raises UserError if it is not a YAML mapping."""
+    try:
+        tree = yaml.load(path.read_text(), Loader=_StrictLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must be a YAML mapping of recipe keys")
+    return tree
+
+
+def validate(kind: type[AnySection], tree: dict, where: str, overrides: Sequence[str] = ()) -> AnySection:
+    """Convert a tree of keys, overridden, to a recipe or a section.
+
+    Args:
+        kind: The class to validate against.
+        tree: Nested keys and values; modified in place.
+        where: Start of error messages, usually the file.
+        overrides: "a.b=c" strings.
+
+    Raises:
+        UserError: If a key is unknown or missing, or a value is invalid.
+    """
+    for old, new in DEPRECATED_KEYS.items():
+        section, _, name = old.partition(".")
+        if isinstance(tree.get(section), dict):
+            _rename_key(tree[section], name, new.partition(".")[2], f"{where}: {section}.")
+    if overrides:
+        _override(tree, overrides)
+        where += " with --set " + " ".join(overrides)
+    _drop_removed(tree, where)
+    try:
+        # Strict mode rejects lists for tuples, except in JSON. YAML dates and binary data fail as strings.
+        return kind.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        errors = error.errors()
+        # A list whose only item is invalid is also reported as too short.
+        reasons = [_reason(kind, e) for e in [e for e in errors if e["type"] != "too_short"] or errors]
+        raise UserError(f"{where}: " + "; ".join(reasons)) from error
+
+
+def list_presets() -> list[str]:
+    """Return the names of the recipes that ship with the package."""
+    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
+
+
+def mutable_keys(kind: type[BaseModel]) -> set[str]:
+    """Return the keys, as "a.b.c", of a kind of recipe that may change when a run is resumed."""
+    keys = set()
+    for name, field in kind.model_fields.items():
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("mutable"):
+            keys.add(name)
+        elif section := _section_in(field.annotation):
+            keys |= {f"{name}.{key}" for key in mutable_keys(section)}
+    return keys
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Parse "a.b=c" strings to keys "a.b" and values; a mapping c gives one key for each of its leaves.
+
+    Raises:
+        UserError: If a string is not KEY=VALUE, or the value is not YAML.
+    """
+    values = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise UserError(f"--set {override}: expected KEY.KEY=VALUE, for example --set optim.base_lr=1e-4")
+        try:
+            value = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override}: the value is not valid YAML") from error
+        values |= flatten({key: value})
+    return values
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a nested dict by their paths "a.b.c"."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader that rejects duplicate keys and reads `1e-4` as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.YAMLError(f"duplicate key {key!r} in line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _find_recipe(name_or_path: str | Path) -> Path:
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(f"{path}: no such recipe file")
+    preset = PRESETS_DIR / f"{name_or_path}.yaml"
+    if not preset.is_file():
+        names = list_presets()
+        raise UserError(
+            f"recipe {str(name_or_path)!r}: neither a file nor a shipped recipe"
+            f"{_suggestion(str(name_or_path), names)}; shipped are {', '.join(names)}"
+        )
+    return preset
+
+
+def _rename_key(keys: dict[str, Any], old: str, new: str, where: str) -> None:
+    """Move the value of a deprecated key to its new name."""
+    if old in keys:
+        if new in keys:
+            raise UserError(f"{where}{old}: is the deprecated name of {new}; give only {new}")
+        keys[new] = keys.pop(old)
+        logger.warning(f"{where}{old} is deprecated; use {new}")
 
 
 def _drop_removed(tree: dict, where: str) -> None:
-    """Take the keys of DeepSpeed's Muon out of an older recipe. UserError if it trains with Muon."""
+    """Remove the keys of the former optimizer Muon. Raises UserError if the recipe uses it."""
     optim = tree.get("optim")
     if isinstance(optim, dict):
         if optim.pop("name", "adamw") != "adamw":
-            raise UserError(f"{where}: optim.name: Muon was removed; leave the key out and start a new run")
+            raise UserError(f"{where}: optim.name: Muon was removed; remove the key and start a new run")
         for key in ("muon_lr", "muon_momentum"):
             optim.pop(key, None)
 
 
 def _override(tree: dict, overrides: Sequence[str]) -> None:
-    parsed = parse_overrides(overrides)
-    for old in parsed.keys() & RENAMED.keys():
-        logger.warning(f"--set {old}: is deprecated; use {RENAMED[old]}")
-    given = {tuple(RENAMED.get(key, key).split(".")): value for key, value in parsed.items()}
-    for keys, value in given.items():
+    values = parse_overrides(overrides)
+    for old, new in DEPRECATED_KEYS.items():
+        _rename_key(values, old, new, "--set ")
+    for pair in MUTUALLY_EXCLUSIVE:
+        for key, other in (pair, pair[::-1]):
+            section, _, name = other.partition(".")
+            if key in values and other not in values and isinstance(tree.get(section), dict):
+                tree[section].pop(name, None)
+    for key, value in values.items():
+        *names, last = key.split(".")
         section = tree
-        for name in keys[:-1]:
+        for name in names:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
-                raise UserError(f"--set {'.'.join(keys)}: {name!r} is a value in this recipe, not a section")
-        section[keys[-1]] = value
-        rival = MUTUALLY_EXCLUSIVE.get(keys)
-        if rival and rival not in given and isinstance(tree.get(rival[0]), dict):
-            tree[rival[0]].pop(rival[1], None)
+                raise UserError(f"--set {key}: {name!r} is a value in this recipe, not a section")
+        section[last] = value
 
 
-def _as_json(tree: dict) -> str:
-    # YAML also knows dates and binary data; no recipe key takes one, so as strings they fail, key named.
-    return json.dumps(tree, default=str)
-
-
-def _causes(error: ValidationError) -> list[Any]:
-    """The errors without their echo: a list whose only item is wrong is also said to be too short."""
-    errors = error.errors()
-    wrong = [e["loc"] for e in errors if e["type"] != "too_short"]
-    return [e for e in errors if e["type"] != "too_short" or not any(_below(loc, e["loc"]) for loc in wrong)]
-
-
-def _below(location: tuple, section: tuple) -> bool:
-    return location[: len(section)] == section and len(location) > len(section)
-
-
-def _complaint(kind: type[BaseModel], error: Any) -> str:
+def _reason(kind: type[BaseModel], error: Any) -> str:
+    """Describe one of pydantic's errors, with the key."""
     location = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{location}: unknown key{_nearest(str(error['loc'][-1]), _keys_at(kind, error['loc'][:-1]))}"
+        return f"{location}: unknown key{_suggestion(str(error['loc'][-1]), _keys_at(kind, error['loc'][:-1]))}"
     if error["type"] == "missing":
         return f"{location}: missing"
-    if error["type"] == "value_error":  # our own message names its keys
+    if error["type"] == "value_error":  # from a _validate method: its message names the keys
         return str(error["ctx"]["error"])
     return f"{location}: {error['msg'].lower()}, got {error['input']!r}"
 
@@ -242,12 +250,12 @@ def _keys_at(kind: type[BaseModel], location: tuple) -> list[str]:
 
 
 def _section_in(annotation: Any) -> Any:
-    """The section that a key's type holds: itself, or that of its items."""
+    """Return the section class in a field's type, also as the type of its items, or None."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next(filter(None, map(_section_in, get_args(annotation))), None)
 
 
-def _nearest(name: str, names: list[str]) -> str:
+def _suggestion(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

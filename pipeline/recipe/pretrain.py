@@ -1,46 +1,47 @@
-"""The recipe of pre-training: everything that decides what is trained, in one typed, checked YAML file.
+"""The recipe of pre-training.
 
-Invariant: a `Recipe` that exists is possible. A misspelt key, a wrong type or a combination that cannot work
-is one `UserError` that names the file and the key's path; nothing is guessed and nothing is ignored.
+Invariant: a `Recipe` that was loaded can be trained. An unknown key, a wrong type or an impossible
+combination is a `UserError` that names the file and the key; nothing is guessed or ignored.
 
-Each method has its own section under `method`, so `--set method.name=mae` is all it takes to change the
-method; only the section that `method.name` names is used, and that of efficient_mae by the methods that
-borrow its loss.
+Every method has its own section under `method`, so `--set method.name=mae` is enough to change the method.
+Only the section of the named method is used, and that of efficient_mae by methods with `difficulty_flatten`.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import model_validator
-
-from pipeline.recipe.base import TrainingRecipe
 from pipeline.recipe.loading import load
-from pipeline.recipe.method_options import EASIEST_BETA, MethodSection
+from pipeline.recipe.method_options import SCHEDULE_START_BETA, MethodSection
 from pipeline.recipe.sections import EvalsSection, ModelSection
+from pipeline.recipe.training import TrainingRecipe
 
 
 class Recipe(TrainingRecipe):
-    """What is pre-trained, on what, and how. `load_recipe` makes one."""
+    """Everything that determines a pre-training run; read by `load_recipe`."""
 
-    COMMAND = "pretrain"
-    FOREIGN_SECTIONS = {"classifier": "finetune", "probe": "linprobe"}  # noqa: RUF012 (not a field)
+    COMMAND: ClassVar[str] = "pretrain"
+    FOREIGN_SECTIONS: ClassVar[dict[str, str]] = {"classifier": "finetune", "probe": "linprobe"}
 
     method: MethodSection
     model: ModelSection
     evals: EvalsSection = EvalsSection()
 
-    @model_validator(mode="after")
-    def _validate(self) -> "Recipe":
-        size, patch = self.data.image_size, self.model.patch_size
+    if TYPE_CHECKING:  # frozen models are hashable, which type checkers do not know
+
+        def __hash__(self) -> int: ...
+
+    def _validate(self) -> None:
+        super()._validate()
+        size, patch, num_parts = self.data.image_size, self.model.patch_size, self.method.emae.num_parts
         if size % patch:
             raise ValueError(f"data.image_size: {size} is not a multiple of model.patch_size, {patch}")
-        if self.method.name == "emae" and self.num_patches % self.method.emae.num_parts:
+        if self.method.name == "emae" and self.num_patches % num_parts:
             raise ValueError(
-                f"method.emae.num_parts: {self.method.emae.num_parts} does not divide the {self.num_patches} "
-                f"patches of a {size} px image (patch {patch})"
+                f"method.emae.num_parts: {num_parts} does not divide the {self.num_patches} patches of a "
+                f"{size} px image (patch {patch})"
             )
         self._validate_mask()
-        return self
 
     def _validate_mask(self) -> None:
         name, method = self.method.name, self.method
@@ -57,14 +58,12 @@ class Recipe(TrainingRecipe):
                     f"method.{name}.mask_ratio: {getattr(method, name).mask_ratio} leaves {self.num_visible} "
                     f"of {maskable} patches visible; at least one must be visible and one masked"
                 )
-        borrowed = (name == "emae" and method.emae.difficulty_flatten) or (
-            name == "lomar" and lomar.difficulty_flatten
-        )
-        if borrowed and efficient.scheduler != "flatten":
+        flattens = name in ("emae", "lomar") and getattr(method, name).difficulty_flatten
+        if flattens and efficient.scheduler != "flatten":
             raise ValueError(
-                f"method.efficient_mae.scheduler: {efficient.scheduler} goes with efficient_mae alone"
+                f"method.efficient_mae.scheduler: {efficient.scheduler} is supported by efficient_mae only"
             )
-        if name == "efficient_mae" or (borrowed and name == "emae"):
+        if name == "efficient_mae" or (flattens and name == "emae"):
             self._validate_threshold()
 
     def _validate_threshold(self) -> None:
@@ -77,19 +76,18 @@ class Recipe(TrainingRecipe):
             )
         if beta is None:
             if efficient.scheduler == "threshold":
-                raise ValueError("method.efficient_mae.beta: the scheduler threshold needs one")
+                raise ValueError("method.efficient_mae.beta: the scheduler threshold needs a number")
             return
         if not in_pixels:
             raise ValueError(
-                f"method.efficient_mae.beta: a distance in pixels, which {efficient.metric} is not; "
-                f"set it to null"
+                f"method.efficient_mae.beta: a distance in pixels, which {efficient.metric} is not; set it to null"
             )
-        # A patch beside a visible one is (P + 1) / 2 pixels away on average; the schedule starts above that.
-        least = (patch + 1) / 2 if efficient.scheduler != "schedule" else EASIEST_BETA * patch
-        if beta < least:
+        # A patch next to a visible one is (P + 1) / 2 pixels away on average; the schedule starts above that.
+        smallest = (patch + 1) / 2 if efficient.scheduler != "schedule" else SCHEDULE_START_BETA * patch
+        if beta < smallest:
             raise ValueError(
-                f"method.efficient_mae.beta: {beta:g} px would leave next to no patch of {patch} px to learn "
-                f"from; it must be at least {least:g}"
+                f"method.efficient_mae.beta: {beta:g} px excludes almost every patch of {patch} px from the "
+                f"loss; it must be at least {smallest:g}"
             )
 
     @property
@@ -99,35 +97,37 @@ class Recipe(TrainingRecipe):
 
     @property
     def num_patches(self) -> int:
-        """L: patches an image is cut into."""
+        """L, the patches of an image."""
         return self.grid**2
 
     @property
     def num_visible(self) -> int:
-        """Patches that the encoder sees at once, of an image or (LoMaR) a window, rounded as MAE's code."""
-        if self.method.name == "emae":
-            return self.num_patches // self.method.emae.num_parts
-        if self.method.name == "lomar":
-            patches = self.method.lomar.window_size**2
-            return patches - int(patches * self.method.lomar.mask_ratio)
-        ratio = {"mae": self.method.mae, "efficient_mae": self.method.efficient_mae}[
-            self.method.name
-        ].mask_ratio
+        """Visible patches per image (EMAE: per part; LoMaR: per window), rounded as in MAE's code."""
+        method = self.method
+        if method.name == "emae":
+            return self.num_patches // method.emae.num_parts
+        if method.name == "lomar":
+            patches = method.lomar.window_size**2
+            return patches - int(patches * method.lomar.mask_ratio)
+        ratio = getattr(method, method.name).mask_ratio
         return int(self.num_patches * (1 - ratio))
 
     @property
     def num_predicted(self) -> int:
-        """Efficient MAE, and EMAE with its loss: slots of the decoder."""
+        """Decoder slots per image, for Efficient MAE and for EMAE with difficulty_flatten."""
         masked, share = self.num_patches - self.num_visible, self.method.efficient_mae.prediction_ratio
         return masked if share is None else max(1, min(masked, round(share * self.num_patches)))
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
+    """Read a pre-training recipe and apply overrides.
 
-    `name_or_path`: a YAML file, or the name of a recipe that ships with the package.
-    `overrides`: "a.b=c" strings; c is read as YAML. Setting `train.steps` drops the file's `train.epochs` and
-    the other way round, and likewise `optim.warmup_steps` and `optim.warmup_epochs`.
-    Raises UserError, one line: the file, the key's path, what is wrong.
+    Args:
+        name_or_path: A YAML file, or the name of a recipe that ships with the package.
+        overrides: "a.b=c" strings, as given by --set; c is parsed as YAML. Setting `train.steps` removes the
+            file's `train.epochs` and vice versa, likewise `optim.warmup_steps` and `optim.warmup_epochs`.
+
+    Raises:
+        UserError: If the file or an override is invalid, with the file, the key and the reason in one line.
     """
     return load(Recipe, name_or_path, overrides)

@@ -1,269 +1,317 @@
-"""The sections of a recipe: model, data, engine, optim, guard and train.
+"""The sections of a recipe: model, data, engine, optim, guard, evals and train.
 
-Invariant: a section that exists is possible by itself; what holds between sections is the recipe's to check.
+Invariant: a section validates its own keys; the recipe validates keys of different sections against each
+other.
 """
 
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SMALLEST_SHARE = 1e-6  # of a source in a mix: a block of the mix draws every source
-
-
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try
+MIN_SOURCE_SHARE = 1e-6  # smallest weight of a source, of the sum: a block of the mixture draws every source
+FIRST_DELAY_S, MAX_DELAY_S = 0.5, 30.0  # backoff before the first retry, and its limit
 
 
 class Section(BaseModel):
+    """A mapping of a recipe: immutable, strict about types, without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _run_validate(self) -> Self:
+        self._validate()
+        return self
 
-class Size(NamedTuple):
+    def _validate(self) -> None:
+        """Raise ValueError, naming the keys, if values do not fit together."""
+
+
+def mutable(default: Any, **constraints: Any) -> Any:
+    """Declare a key that may change when a run is resumed: it affects how a run executes, not its result."""
+    return Field(default, json_schema_extra={"mutable": True}, **constraints)
+
+
+class VitSize(NamedTuple):
+    """Width in channels, depth in blocks, and attention heads of a vision transformer."""
+
     width: int
     depth: int
     heads: int
 
 
-SIZES = {
-    "vit_tiny": Size(192, 12, 3),
-    "vit_small": Size(384, 12, 6),
-    "vit_base": Size(768, 12, 12),
-    "vit_large": Size(1024, 24, 16),
-    "vit_huge": Size(1280, 32, 16),
+VIT_SIZES = {
+    "vit_tiny": VitSize(192, 12, 3),
+    "vit_small": VitSize(384, 12, 6),
+    "vit_base": VitSize(768, 12, 12),
+    "vit_large": VitSize(1024, 24, 16),
+    "vit_huge": VitSize(1280, 32, 16),
 }
 
 
 class RetryPolicy(NamedTuple):
-    """timeout_s: seconds without a sign of life that end a try; retries: tries after the first; first_wait_s:
-    seconds before the second try, doubled before each further one."""
+    """Retries with exponential backoff for reads from storage."""
 
     timeout_s: float
+    """Seconds without a byte after which an attempt fails."""
     retries: int
-    first_wait_s: float = FIRST_WAIT
+    """Attempts after the first."""
+    first_delay_s: float = FIRST_DELAY_S
+    """Seconds before the first retry; doubled before each further one, up to MAX_DELAY_S."""
 
     @property
     def delays_s(self) -> list[float]:
         """Seconds before each retry."""
-        return [min(LONGEST_WAIT, self.first_wait_s * 2**number) for number in range(self.retries)]
+        return [min(MAX_DELAY_S, self.first_delay_s * 2**number) for number in range(self.retries)]
 
     @property
     def max_total_s(self) -> float:
-        """Seconds after which a store that never answers has failed."""
+        """Seconds after which a read from storage that never responds has failed."""
         return self.timeout_s * (self.retries + 1) + sum(self.delays_s)
 
 
 class ModelSection(Section):
-    name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
-    patch_size: int = Field(16, ge=1)
-    width: int | None = Field(None, ge=1)
-    """Width, depth and heads replace the named model's own; null keeps them."""
-    depth: int | None = Field(None, ge=1)
-    heads: int | None = Field(None, ge=1)
-    decoder_width: int = Field(512, ge=1)
-    decoder_depth: int = Field(8, ge=1)
-    decoder_heads: int = Field(16, ge=1)
+    """The encoder and the decoder."""
 
-    @model_validator(mode="after")
-    def _validate(self) -> "ModelSection":
-        for name, width, heads in (
+    name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+    """Encoder size, as in timm."""
+    patch_size: int = Field(default=16, ge=1)
+    """Side of a patch, in pixels."""
+    width: int | None = Field(default=None, ge=1)
+    """Channels of the encoder; null: the named model's."""
+    depth: int | None = Field(default=None, ge=1)
+    """Blocks of the encoder; null: the named model's."""
+    heads: int | None = Field(default=None, ge=1)
+    """Attention heads of the encoder; null: the named model's."""
+    decoder_width: int = Field(default=512, ge=1)
+    """Channels of the decoder."""
+    decoder_depth: int = Field(default=8, ge=1)
+    """Blocks of the decoder."""
+    decoder_heads: int = Field(default=16, ge=1)
+    """Attention heads of the decoder."""
+
+    def _validate(self) -> None:
+        for prefix, width, heads in (
             ("", self.size.width, self.size.heads),
             ("decoder_", self.decoder_width, self.decoder_heads),
         ):
             if width % 4 or width % heads:
                 raise ValueError(
-                    f"model.{name}width: {width} must be a multiple of model.{name}heads, {heads}, and of 4"
-                    f" (2-D sine-cosine positions)"
+                    f"model.{prefix}width: {width} must be a multiple of model.{prefix}heads, {heads}, and "
+                    "of 4 (2-D sine-cosine positions)"
                 )
-        return self
 
     @property
-    def size(self) -> Size:
-        """Width, depth and heads of the encoder, replacements applied."""
-        named = SIZES[self.name]
-        return Size(self.width or named.width, self.depth or named.depth, self.heads or named.heads)
+    def size(self) -> VitSize:
+        """Size of the encoder, with this section's width, depth and heads if given."""
+        named = VIT_SIZES[self.name]
+        return VitSize(self.width or named.width, self.depth or named.depth, self.heads or named.heads)
 
 
 class Source(Section):
-    """One shard set: a directory, or a URL that fsspec opens."""
+    """One shard set."""
 
     path: str = Field(min_length=1)
-    weight: float | None = Field(None, gt=0.0)
-    """Share of the stream, relative to the other sources' weights."""
+    """A directory, or a URL that fsspec can open."""
+    weight: float | None = Field(default=None, gt=0.0)
+    """Share of the drawn samples, relative to the other sources' weights; null: no mixture."""
 
 
 class DataSection(Section):
-    sources: tuple[Source, ...] | None = Field(None, min_length=1)
-    """The shard sets, where --data does not name them. Without weights one stream reads them all, each sample
-    once an epoch; with weights (all or none) samples are drawn in these proportions."""
-    subset: float = Field(1.0, gt=0.0, le=1.0)
-    """Train on this share of the samples, chosen by a hash of their keys."""
-    subset_by_class: bool = False
-    """Take that share of every class, at least one sample each, instead of all samples: few labels."""
-    holdout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Keep this share of the samples, chosen likewise, out of training, for validation."""
-    image_size: int = Field(224, ge=1)
-    global_batch: int = Field(4096, ge=1, le=2**20)
-    """Images a step, over all ranks and accumulation steps."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a random resized crop covers, from and to."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    shuffle_window_shards: int = Field(16, ge=1)
-    """Samples mix freely inside windows of so many shards: more mixes better, fewer reads more locally."""
-    read_threads: int = Field(4, ge=1)
-    """Threads a rank that read ahead."""
-    read_ahead_mb: int = Field(256, ge=1)
-    """Megabytes of images that a rank may hold between the storage and the decoder."""
-    timeout_s: float = Field(30.0, gt=0.0)
-    """A read without a sign of life for so long has failed, and is tried again."""
-    retries: int = Field(5, ge=0)
-    """Tries after the first before the run stops, with waits of 0.5, 1, 2, ... 30 s between them."""
-    cache_dir: str | None = None
-    """A directory on the node's own disk that keeps whole shards; for sets behind a slow network."""
-    cache_gb: float | None = Field(None, gt=0.0)
-    """Gigabytes (10^9) that cache_dir may hold; the shards used least recently go first."""
-    decode_threads: int | None = Field(None, ge=1)
-    """Decoding threads a rank; null: the machine's cores shared evenly by its ranks."""
-    prefetch: int | None = Field(None, ge=1)
-    """Batches decoded ahead; null: 2, on a GPU 3."""
-    crops_per_image: int = Field(1, ge=1, le=256)
-    """Crops of each image that follow each other in the stream, for one decode (repeated augmentation, Hoffer
-    et al. 2020). The global batch, steps and epochs count crops."""
-    max_undecodable: int = Field(100, ge=0)
-    """Samples that a rank may find undecodable, and replace by their neighbours, before the run stops."""
-    trace: bool = False
-    """Write the samples of every step, and digests of their pixels, to samples/ in the run directory."""
+    """Which samples are read, how they are transformed, and how they are loaded."""
 
-    @model_validator(mode="after")
-    def _validate(self) -> "DataSection":
+    sources: tuple[Source, ...] | None = mutable(None, min_length=1)
+    """Shard sets, if --data does not name them. Without weights, an epoch reads every sample of every set
+    once; with weights (for all sets or none), samples are drawn in these proportions."""
+    subset: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the samples to train on, selected by a hash of their keys."""
+    subset_by_class: bool = False
+    """Select `subset` of every class, at least one sample each, instead of all samples."""
+    holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the samples, selected by hash, to keep out of training for validation."""
+    image_size: int = Field(default=224, ge=1)
+    """Side of the model's input image, in pixels."""
+    global_batch: int = Field(default=4096, ge=1, le=2**20)
+    """Images per optimizer step, over all ranks and gradient accumulation steps."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Range of a random resized crop's area, as a share of the image's area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of a random resized crop's aspect ratio, width over height."""
+    flip: bool = True
+    """Flip half of the images horizontally."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the red, green and blue channels (0 to 1) to subtract."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the red, green and blue channels (0 to 1) to divide by."""
+    shuffle_window_shards: int = Field(default=16, ge=1)
+    """Shards per shuffle window: more shuffle better, fewer read more locally."""
+    read_threads: int = mutable(4, ge=1)
+    """Read-ahead threads per rank."""
+    read_ahead_mb: int = mutable(256, ge=1)
+    """Megabytes (10^6 bytes) of encoded images that a rank may buffer between storage and decoder."""
+    timeout_s: float = mutable(30.0, gt=0.0)
+    """Seconds without a byte after which a read fails and is retried."""
+    retries: int = mutable(5, ge=0)
+    """Retries of a read before the run stops, with a backoff of 0.5, 1, 2, ... 30 s."""
+    cache_dir: str | None = mutable(None)
+    """Directory on the node's local disk in which to cache whole shards; null: no cache."""
+    cache_gb: float | None = mutable(None, gt=0.0)
+    """Size limit of cache_dir in gigabytes (10^9 bytes); the least recently used shards are deleted first."""
+    decode_threads: int | None = mutable(None, ge=1)
+    """Decoding threads per rank; null: the rank's share of the machine's cores."""
+    prefetch: int | None = mutable(None, ge=1)
+    """Batches to decode ahead; null: 2 on a CPU, 3 on a GPU."""
+    crops_per_image: int = Field(default=1, ge=1, le=256)
+    """Consecutive crops of each decoded image (repeated augmentation, Hoffer et al. 2020). The global batch,
+    steps and epochs count crops."""
+    max_undecodable: int = mutable(100, ge=0)
+    """Undecodable samples per rank to substitute by their neighbors before the run stops."""
+    trace: bool = mutable(False)
+    """Write the keys of every step's samples, and digests of their pixels, to RUN/samples/."""
+
+    def _validate(self) -> None:
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"data.{name}: [{low}, {high}] is not a range of positive numbers")
         if self.crop_scale[1] > 1:
-            raise ValueError(f"data.crop_scale: {self.crop_scale[1]} is more than the whole image")
+            raise ValueError(f"data.crop_scale: {self.crop_scale[1]} must be at most 1, the whole image")
         if min(self.std) <= 0:
-            raise ValueError("data.std: each of the three must be positive")
+            raise ValueError("data.std: each of the three numbers must be positive")
         if (self.cache_dir is None) != (self.cache_gb is None):
             raise ValueError("data.cache_dir, data.cache_gb: give both or neither")
         self._validate_sources()
-        return self
 
     def _validate_sources(self) -> None:
         sources = self.sources or ()
         paths = [source.path for source in sources]
         weights = [source.weight for source in sources if source.weight is not None]
         if len(set(paths)) < len(paths):
-            raise ValueError(f"data.sources: {max(paths, key=paths.count)} stands there twice")
+            raise ValueError(f"data.sources: {max(paths, key=paths.count)} is given twice")
         if weights and len(weights) < len(sources):
             raise ValueError("data.sources: give every source a weight, or none")
-        if weights and min(weights) < SMALLEST_SHARE * sum(weights):
-            raise ValueError(
-                f"data.sources: {min(weights):g} is less than {SMALLEST_SHARE:g} of the sum of the weights"
-            )
+        if weights and min(weights) < MIN_SOURCE_SHARE * sum(weights):
+            smallest = f"{min(weights):g} is less than {MIN_SOURCE_SHARE:g}"
+            raise ValueError(f"data.sources: weight {smallest} of the sum of the weights; increase it")
 
 
 class EngineSection(Section):
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    offload: Literal["none", "optimizer"] = "none"
-    """optimizer: the fp32 weights and moments live in the host's memory and are updated by its
-    CPU. With zero_stage 2 or 3."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    micro_batch: int = Field(64, ge=1)
-    """Images a rank takes through the model at once. The accumulation steps follow from it."""
-    activation_checkpointing: bool = False
-    """Compute each transformer block's activations again in the backward pass: less memory, more time."""
-    compile: bool = False
-    """torch.compile the method's forward."""
-    timeout_minutes: float = Field(10.0, gt=0.0)
-    """A rank that makes no progress for so long ends itself, and with it the run. A checkpoint, or the
-    guard's return to one, may take six times as long. More than a read may take (data.timeout_s, retries)."""
+    """How the model is executed: sharding, precision and batch split."""
 
-    @model_validator(mode="after")
-    def _validate(self) -> "EngineSection":
+    zero_stage: Literal[0, 1, 2, 3] = mutable(1)
+    """DeepSpeed's ZeRO stage."""
+    offload: Literal["none", "optimizer"] = mutable("none")
+    """optimizer: keep and update fp32 weights and moments on the CPU; requires ZeRO 2 or 3."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Precision of the forward and backward pass; the optimizer always updates fp32 weights."""
+    micro_batch: int = mutable(64, ge=1)
+    """Images per rank and forward pass. The number of gradient accumulation steps follows from it."""
+    activation_checkpointing: bool = mutable(False)
+    """Recompute each transformer block's activations in the backward pass: less memory, more time."""
+    compile: bool = mutable(False)
+    """Apply torch.compile to the method's forward."""
+    timeout_minutes: float = mutable(10.0, gt=0.0)
+    """Minutes without progress after which a rank exits, and the run with it; six times as long for
+    checkpoints and rollbacks. Must exceed the time that a read may take (data.timeout_s, data.retries)."""
+
+    def _validate(self) -> None:
         if self.offload != "none" and self.zero_stage < 2:
-            raise ValueError(
-                f"engine.offload: {self.offload} goes with engine.zero_stage 2 or 3, not {self.zero_stage}"
-            )
-        return self
+            raise ValueError(f"engine.offload: {self.offload} requires engine.zero_stage 2 or 3, not {self.zero_stage}")
 
 
 class OptimSection(Section):
-    base_lr: float = Field(1.5e-4, gt=0.0)
-    """Learning rate for a batch of 256; the rate in use is base_lr x global_batch / 256."""
-    min_lr: float = Field(0.0, ge=0.0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(0.05, ge=0.0)
-    warmup_epochs: float | None = Field(None, ge=0.0)
-    warmup_steps: int | None = Field(None, ge=0)
-    clip_grad: float | None = Field(None, gt=0.0)
+    """AdamW and its schedule: linear warm-up, then a cosine."""
 
-    @model_validator(mode="after")
-    def _validate(self) -> "OptimSection":
+    base_lr: float = Field(default=1.5e-4, gt=0.0)
+    """Learning rate for a global batch of 256; the peak learning rate is base_lr x global_batch / 256."""
+    min_lr: float = Field(default=0.0, ge=0.0)
+    """Learning rate at the end of the schedule."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's first and second moments."""
+    weight_decay: float = Field(default=0.05, ge=0.0)
+    """Decoupled weight decay; one-dimensional parameters (biases, norms) have none."""
+    warmup_epochs: float | None = Field(default=None, ge=0.0)
+    """Epochs of linear warm-up; or give warmup_steps."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up."""
+    clip_grad: float | None = Field(default=None, gt=0.0)
+    """Maximum L2 norm of the gradient; null: no clipping."""
+
+    def _validate(self) -> None:
         if self.warmup_steps is not None and self.warmup_epochs is not None:
             raise ValueError("optim.warmup_steps, optim.warmup_epochs: give at most one of the two")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: {list(self.betas)} must lie in [0, 1)")
-        return self
 
 
 class GuardSection(Section):
-    """When a step is skipped, and what follows: pipeline/train/guard.py."""
+    """When the guard skips a step, rolls back and gives up: pipeline/train/guard.py."""
 
-    window: int = Field(128, ge=8)
-    """Losses of so many good steps say what a loss should be; until there are as many, no loss is a spike."""
-    spike_z: float | None = Field(10.0, gt=0.0)
-    """A loss so many robust standard deviations over their median is a spike; null: no loss is."""
-    max_consecutive_skips: int = Field(8, ge=1)
-    """So many skipped steps in a row: the run goes back to an earlier checkpoint and on with other data."""
-    max_rollbacks: int = Field(3, ge=0)
-    """So many returns without getting past the trouble: the run stops at the next."""
+    window: int = mutable(128, ge=8)
+    """Good steps whose losses define the expected loss; no loss is a spike before there are as many."""
+    spike_z: float | None = mutable(10.0, gt=0.0)
+    """Robust standard deviations above the median at which a loss is a spike; null: no loss is."""
+    max_consecutive_skips: int = mutable(8, ge=1)
+    """Consecutive skipped steps that trigger a rollback; the run then skips the data of these steps."""
+    max_rollbacks: int = mutable(3, ge=0)
+    """Consecutive rollbacks, with no new checkpoint in between, after which the run stops."""
 
 
 class EvalsSection(Section):
-    """What is measured while a run trains: pipeline/evals/online_knn.py."""
+    """Evaluation during pre-training: pipeline/evals/online_knn.py."""
 
-    knn_every: int | None = Field(None, ge=1)
-    """Steps between two k-NN classifications of images of the labelled shard set; null: none."""
-    knn_samples: int = Field(5000, ge=1)
-    """Images that take part: a fifth are classified by the others."""
+    knn_every: int | None = mutable(None, ge=1)
+    """Steps between k-NN evaluations on the labeled shard set; null: none."""
+    knn_samples: int = mutable(5000, ge=1)
+    """Images used: a fifth are queries, the others are the reference set."""
 
 
 class TrainSection(Section):
-    steps: int | None = Field(None, ge=1)
-    epochs: float | None = Field(None, gt=0.0)
-    log_every: int = Field(20, ge=1)
-    checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(3, ge=1)
-    """So many of the newest checkpoints stay."""
-    ema_decay: float | None = Field(None, gt=0.5, lt=1.0)
-    """Keep an exponential moving average of the weights, in fp32: average += (1 - ema_decay) x (weights -
-    average) after every step that was not skipped. null: none."""
-    keep_every: int | None = Field(None, ge=1)
-    """Checkpoints of steps that are multiples of this stay for good; null: none does."""
-    wandb: str | None = Field(None, min_length=1)
-    """The Weights & Biases project that the metrics also go to; null: they don't."""
-    profile_steps: tuple[int, int] | None = None
-    """First and last of the steps that torch.profiler traces on rank 0; null: none."""
+    """Length of the run, logging and checkpoints."""
 
-    @model_validator(mode="after")
-    def _validate(self) -> "TrainSection":
+    steps: int | None = mutable(None, ge=1)
+    """Optimizer steps of the whole run; or give epochs."""
+    epochs: float | None = mutable(None, gt=0.0)
+    """Epochs of the whole run."""
+    log_every: int = mutable(20, ge=1)
+    """Steps between log lines."""
+    checkpoint_every: int = mutable(1000, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = mutable(3, ge=1)
+    """Number of latest checkpoints to keep."""
+    ema_decay: float | None = Field(default=None, gt=0.5, lt=1.0)
+    """Decay of an exponential moving average (EMA) of the weights, in fp32, updated after every step that was
+    not skipped: ema += (1 - ema_decay) x (weights - ema). null: no EMA."""
+    keep_every: int | None = mutable(None, ge=1)
+    """Also keep checkpoints of steps that are multiples of this; null: none."""
+    wandb: str | None = mutable(None, min_length=1)
+    """Weights & Biases project to log metrics to; null: none."""
+    profile_steps: tuple[int, int] | None = mutable(None)
+    """First and last step, counted from 1, that torch.profiler traces on rank 0; null: none."""
+
+    def _validate(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("train.steps, train.epochs: give one of the two")
         if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ValueError(
-                f"train.profile_steps: {list(self.profile_steps)} are no first and last step, counted from 1"
-            )
-        return self
+            steps = list(self.profile_steps)
+            raise ValueError(f"train.profile_steps: {steps} are no first and last step, counted from 1")
+
+    def total_steps(self, num_samples: int, global_batch: int) -> int:
+        """Return the number of steps of the run, rounded up."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return math.ceil(self.epochs * num_samples / global_batch)
 
 
-def crop_share(image_size: int) -> float:
-    """The evaluated square over the image's shorter side: 224/256 up to 224 px, all of it above, as in MAE's
-    build_transform."""
+def eval_crop_pct(image_size: int) -> float:
+    """Return the side of the center crop over the shorter side of the resized image (timm's crop_pct).
+
+    As in MAE's build_transform: 224/256 for sizes up to 224 px, else 1.
+    """
     return 224 / 256 if image_size <= 224 else 1.0
 
 
-def resize_of(image_size: int) -> int:
-    """Pixels of the shorter side before the centre is cut out, for evaluation at `image_size`."""
-    return int(image_size / crop_share(image_size))
+def eval_resize_size(image_size: int) -> int:
+    """Return the shorter side in pixels to resize to before the center crop of `image_size` pixels."""
+    return int(image_size / eval_crop_pct(image_size))

@@ -1,4 +1,4 @@
-"""`python -m pipeline bench-loader`: its figures fit together, its complaints are one line."""
+"""`python -m pipeline bench-loader`: consistent figures, one-line errors."""
 
 import json
 import os
@@ -14,36 +14,31 @@ def bench(*arguments):
 SMALL = ("--recipe", "demo_emae", "--set", "data.global_batch=16", "--set", "engine.micro_batch=16")
 
 
-def test_the_figures_fit_together(shards):
-    finished = bench(shards, *SMALL, "--threads", 2, 1, "--seconds", 1, "--gpu", "a100", "--json")
-    assert finished.returncode == 0, finished.stderr
-    found = json.loads(finished.stdout)
-    stages = [(line["stage"], line["threads"]) for line in found["measured"]]
-    for threads in (1, 2):
-        for stage in ("decode", "decode and augment", "whole loader"):
-            assert (stage, threads) in stages
-    assert {"read", "plan", "copy"} < {stage for stage, _ in stages}
-    rates = {(line["stage"], line["threads"]): line["images_per_s"] for line in found["measured"]}
-    assert min(rates.values()) > 0 and all(line["cpu_ms"] >= 0 for line in found["measured"])
+def test_the_figures_are_consistent(shards):
+    done = bench(shards, *SMALL, "--threads", 2, 1, "--seconds", 1, "--gpu", "a100", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    lines = {(line["stage"], line["threads"]): line for line in result["measured"]}
+    stages = ("decode", "decode and augment", "whole loader")
+    assert {(stage, threads) for stage in stages for threads in (1, 2)} < lines.keys()
+    assert {"read", "plan", "copy"} < {stage for stage, _ in lines}
+    assert all(line["images_per_s"] > 0 and line["cpu_ms"] >= 0 for line in lines.values())
 
-    demand = found["demand"]
-    assert demand["delivered"] == rates["whole loader", 2] and demand["gpu"] == "a100"
+    demand, whole = result["demand"], lines["whole loader", 2]
+    assert demand["delivered"] == whole["images_per_s"] and demand["gpu"] == "a100"
     assert demand["data_wait"] == pytest.approx(max(0, 1 - demand["delivered"] / demand["images_per_s"]))
-    whole = next(
-        line for line in found["measured"] if line["stage"] == "whole loader" and line["threads"] == 2
-    )
     assert demand["cores"] == pytest.approx(demand["images_per_s"] * whole["cpu_ms"] / 1000)
 
 
-def test_it_prints_a_table_and_what_a_model_would_wait(shards):
-    finished = bench(shards, *SMALL, "--threads", 1, "--seconds", 1)
-    lines = finished.stdout.splitlines()
-    assert finished.returncode == 0 and "images/s" in lines[1] and "data wait" in lines[-1]
-    assert "Warning" not in finished.stderr
+def test_the_table_ends_with_the_data_wait(shards):
+    done = bench(shards, *SMALL, "--threads", 1, "--seconds", 1)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and "images/s" in lines[1] and "data wait" in lines[-1]
+    assert "Warning" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "expected"),
     [
         (("nowhere",), "nowhere"),
         ((None, "--gpu", "abacus"), "--gpu abacus: unknown"),
@@ -51,6 +46,6 @@ def test_it_prints_a_table_and_what_a_model_would_wait(shards):
         ((None, "--set", "data.prefetch=0"), "data.prefetch"),
     ],
 )
-def test_a_mistake_is_one_line(shards, arguments, words):
-    finished = bench(*(argument or shards for argument in arguments))
-    assert finished.returncode == 2 and len(finished.stderr.splitlines()) == 1 and words in finished.stderr
+def test_a_user_error_is_one_line(shards, arguments, expected):
+    done = bench(*(argument or shards for argument in arguments))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and expected in done.stderr

@@ -1,4 +1,4 @@
-"""The plan against the papers' figures and against counting by hand."""
+"""The estimates of `plan`, compared with the papers' figures and with counts by hand."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from pipeline.methods.flops import forward_flops
 from pipeline.recipe import load_recipe
 from tests.documentation import PAGES
 
-TABLE_3 = {  # "Efficient MAE towards Large-Scale Vision Transformers", 10^9 multiply-adds an image
+TABLE_3 = {  # "Efficient MAE towards Large-Scale Vision Transformers", 10^9 multiply-adds per image
     "vitb16_mae": 9.8,
     "vitl16_mae": 20.8,
     "vith14_mae": 48.6,
@@ -29,45 +29,45 @@ TABLE_3 = {  # "Efficient MAE towards Large-Scale Vision Transformers", 10^9 mul
 
 
 @pytest.mark.parametrize("name", list(TABLE_3))
-def test_a_forward_pass_costs_what_table_3_says_and_never_more(name):
+def test_a_forward_pass_costs_at_most_table_3(name):
     ours = forward_flops(load_recipe(name)) / 2e9
     assert 0.96 * TABLE_3[name] <= ours <= TABLE_3[name]
 
 
-def test_mae_costs_what_its_layers_add_up_to_by_hand():
+def test_mae_costs_the_sum_of_its_layers():
     tokens, width, depth, decoder_tokens, narrow = 50, 768, 12, 197, 512
     encoder = depth * (12 * width**2 * tokens + 2 * tokens**2 * width) + 49 * 768 * width
     decoder = 8 * (12 * narrow**2 * decoder_tokens + 2 * decoder_tokens**2 * narrow) + tokens * width * narrow
     head = 147 * narrow * 768
-    # Of the last block's 12 products 9, and its queries' attention, are spared for what it need not predict;
-    # the first block's 3 run for all 196 positions, once for a batch, and not for each image's 147.
-    spared = 9 * narrow**2 * tokens + 2 * tokens * decoder_tokens * narrow - 3 * narrow**2 * 49
-    assert forward_flops(load_recipe("vitb16_mae")) == 2 * (encoder + decoder + head - spared)
+    # The last block omits 9 of its 12 products and the attention of queries that are not predicted. The first
+    # block's 3 products run once per batch, for all 196 positions instead of each image's 147.
+    saved = 9 * narrow**2 * tokens + 2 * tokens * decoder_tokens * narrow - 3 * narrow**2 * 49
+    assert forward_flops(load_recipe("vitb16_mae")) == 2 * (encoder + decoder + head - saved)
 
 
 @pytest.mark.parametrize("batch", [2, 64])
-def test_an_image_in_a_batch_bears_its_share_of_what_the_batch_needs_once(batch):
+def test_images_share_the_work_that_a_batch_needs_once(batch):
     recipe = load_recipe("vitb16_mae")
     once = 2 * 3 * 196 * 512**2  # queries, keys and values of the decoder's first block, at every position
-    spared = forward_flops(recipe) - forward_flops(recipe, batch)
-    assert spared == pytest.approx(once * (1 - 1 / batch), rel=1e-9)
+    saved = forward_flops(recipe) - forward_flops(recipe, batch)
+    assert saved == pytest.approx(once * (1 - 1 / batch), rel=1e-9)
 
 
-def test_a_part_of_emae_costs_no_more_than_an_image_of_mae_and_less_with_a_share_decoded():
+def test_a_part_of_emae_costs_at_most_an_image_of_mae():
     image = forward_flops(load_recipe("vitl16_mae"))
     part = forward_flops(load_recipe("vitl16_emae")) / 4
     assert part <= image * 1.0001
     assert forward_flops(load_recipe("vitl16_emae", ["method.emae.decode_share=0.5"])) / 4 < 0.9 * image
 
 
-def test_parameters_are_counted_as_they_are():
+def test_parameters_are_those_of_the_method():
     for name in ("vitb16_mae", "vitb16_lomar"):
         recipe = load_recipe(name)
         method = build_method(recipe)
         assert plan(recipe).parameters == sum(p.numel() for p in method.parameters())
 
 
-def test_time_is_work_over_speed():
+def test_time_is_flops_over_speed():
     recipe = load_recipe("vitl16_mae")
     result = plan(recipe, gpus=4, nodes=2, gpu="a100", mfu=0.5)
     step = 3 * forward_flops(recipe, 64)
@@ -79,7 +79,7 @@ def test_time_is_work_over_speed():
     assert plan(recipe, gpus=4, nodes=2, gpu="a100", mfu=0.25).hours == pytest.approx(2 * result.hours)
 
 
-def test_each_zero_stage_shares_one_more_thing_among_the_gpus():
+def test_each_zero_stage_shards_one_more_state():
     result = plan(load_recipe("vith14_mae"), gpus=8)
     n, gib = result.parameters, 2**30
     expected = [18 * n, (2 + 4 + 2 + 12 / 8) * n, (2 + 16 / 8) * n, 18 / 8 * n]
@@ -88,63 +88,62 @@ def test_each_zero_stage_shares_one_more_thing_among_the_gpus():
     assert largest == sorted(largest)
 
 
-def test_offload_moves_the_optimiser_to_the_host_and_an_average_lies_beside_it():
-    plain, averaged = (
-        plan(load_recipe("vith14_mae", ["engine.zero_stage=2", *more]), gpus=8)
-        for more in ([], ["train.ema_decay=0.9999"])
+def test_offload_moves_the_optimizer_and_the_ema_to_the_host():
+    plain, with_ema = (
+        plan(load_recipe("vith14_mae", ["engine.zero_stage=2", *overrides]), gpus=8)
+        for overrides in ([], ["train.ema_decay=0.9999"])
     )
     n, gib = plain.parameters, 2**30
     offloaded = {m.zero_stage: m for m in plain.memory if m.offload == "optimizer"}
     assert [offloaded[stage].states * gib for stage in (2, 3)] == pytest.approx([(2 + 4 / 8) * n, 2 / 8 * n])
     assert offloaded[2].host * gib == pytest.approx(16 / 8 * n)
-    more = [(b.states - a.states) * gib for a, b in zip(plain.memory, averaged.memory, strict=True)]
-    assert more == pytest.approx([4 * n, 4 / 8 * n, 4 / 8 * n, 4 / 8 * n, 0, 0])
-    assert averaged.checkpoint_gib == pytest.approx(1.5 * plain.checkpoint_gib)
+    ema = [(b.states - a.states) * gib for a, b in zip(plain.memory, with_ema.memory, strict=True)]
+    assert ema == pytest.approx([4 * n, 4 / 8 * n, 4 / 8 * n, 4 / 8 * n, 0, 0])
+    assert with_ema.checkpoint_gib == pytest.approx(1.5 * plain.checkpoint_gib)
 
 
 @pytest.mark.parametrize("name", ["vitb16_mae", "vitb16_lomar"])
-def test_activations_are_what_autograd_keeps_by_a_real_count(name):
+def test_activations_are_what_autograd_saves(name):
     small = ["model.depth=3", "model.width=64", "model.heads=4", "engine.precision=fp32"]
     recipe = load_recipe(name, [*small, "model.decoder_width=32", "model.decoder_heads=4"])
     method = build_method(recipe)
     weights = {p.untyped_storage().data_ptr() for p in method.parameters()}
 
-    def kept(batch: int) -> int:
+    def saved_bytes(batch: int) -> int:
         storages = {}
 
-        def keep(tensor):
+        def save(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 storages[storage.data_ptr()] = storage
             return tensor
 
         images, noise = torch.rand(batch, 3, 224, 224), torch.rand(batch, method.noise_size)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             method(images, noise)
         return sum(storage.nbytes() for storage in storages.values())
 
-    assert activation_bytes(recipe) == pytest.approx(kept(5) - kept(4), rel=0.03)
+    assert activation_bytes(recipe) == pytest.approx(saved_bytes(5) - saved_bytes(4), rel=0.03)
 
 
-def test_checkpointing_saves_most_activations_and_costs_a_forward_pass():
+def test_activation_checkpointing_costs_a_forward_pass():
     plain = plan(load_recipe("vitl16_mae"))
-    saving = plan(load_recipe("vitl16_mae", ["engine.activation_checkpointing=true"]))
-    assert saving.memory[0].activations < 0.2 * plain.memory[0].activations
-    assert saving.step_gflops == pytest.approx(4 / 3 * plain.step_gflops)
-    assert saving.images_per_s == pytest.approx(0.75 * plain.images_per_s)
+    checkpointed = plan(load_recipe("vitl16_mae", ["engine.activation_checkpointing=true"]))
+    assert checkpointed.memory[0].activations < 0.2 * plain.memory[0].activations
+    assert checkpointed.step_gflops == pytest.approx(4 / 3 * plain.step_gflops)
+    assert checkpointed.images_per_s == pytest.approx(0.75 * plain.images_per_s)
 
 
 @pytest.mark.parametrize(("nodes", "micro_batch"), [(32, 16), (64, 8)])
-def test_more_gpus_than_the_batch_holds_take_their_shares_and_the_text_says_so(nodes, micro_batch):
+def test_the_micro_batch_is_limited_to_the_gpus_share(nodes, micro_batch):
     result = plan(load_recipe("vitb16_emae"), gpus=8, nodes=nodes)
     assert (result.micro_batch, result.accumulation) == (micro_batch, 1)
-    advice = f"the recipe's 16 a GPU are more than that: --set engine.micro_batch={micro_batch}"
-    assert (advice in format_plan(result)) == (micro_batch < 16)
+    assert (f"--set engine.micro_batch={micro_batch}" in format_plan(result)) == (micro_batch < 16)
     overridden = load_recipe("vitb16_emae", [f"engine.micro_batch={micro_batch}"])
     assert plan(overridden, gpus=8, nodes=nodes).memory == result.memory
 
 
-def test_every_example_of_help_and_documentation_has_an_answer(capsys):
+def test_every_documented_plan_command_succeeds(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     texts = [capsys.readouterr().out, *(page.read_text() for page in PAGES)]
@@ -154,39 +153,30 @@ def test_every_example_of_help_and_documentation_has_an_answer(capsys):
         assert main(shlex.split(example)) == 0, example
 
 
-def test_the_json_holds_every_figure_and_the_text_names_the_main_ones():
+def test_json_round_trips_and_the_text_has_the_main_figures():
     result = plan(load_recipe("vitb16_emae"), samples=1000, shards=16)
-    again = json.loads(json.dumps(asdict(result)))
-    assert again["memory"][3]["zero_stage"] == 3 and again["shards_per_rank"] == 2
-    text = format_plan(result)
-    for part in (
-        "emae",
-        "vit_base",
-        "GFLOP",
-        "images/s",
-        "GPU-hours",
-        "largest micro batch",
-        "16 shards, 2.0 a rank",
-    ):
-        assert part in text
+    tree = json.loads(json.dumps(asdict(result)))
+    assert tree["memory"][3]["zero_stage"] == 3 and tree["shards_per_rank"] == 2
+    for part in ("emae", "vit_base", "GFLOP", "images/s", "GPU-hours", "largest micro batch", "16 shards, 2.0"):
+        assert part in format_plan(result)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"gpu": "h1000"}, "--gpu h1000: unknown; known are v100"),
-        ({"gpu": "v100"}, "--gpu v100: can't compute in bf16, the recipe's; --set engine.precision=fp16"),
+        ({"gpu": "v100"}, "--gpu v100: .* bf16.*--set engine.precision=fp16"),
         ({"gpus": 0}, "--gpus 0: must be at least 1"),
         ({"mfu": 1.5}, r"--mfu 1.5: must lie in \(0, 1\]"),
-        ({"gpus": 7}, "data.global_batch: 4096 is no multiple of"),
+        ({"gpus": 7}, "data.global_batch: 4096"),
     ],
 )
-def test_impossible_hardware_is_refused_in_one_line(options, message):
+def test_impossible_hardware_is_an_error(options, message):
     with pytest.raises(UserError, match=message):
         plan(load_recipe("vitb16_mae"), **options)
 
 
-def test_every_gpu_in_the_table_can_be_planned_for():
-    for gpu, figures in GPUS.items():
-        recipe = load_recipe("vitb16_mae", ["engine.precision=fp16"] * (not figures.bf16))
+def test_every_listed_gpu_can_be_planned():
+    for gpu, specs in GPUS.items():
+        recipe = load_recipe("vitb16_mae", ["engine.precision=fp16"] * (not specs.bf16))
         assert plan(recipe, gpu=gpu).images_per_s > 0

@@ -1,3 +1,7 @@
+"""Recipes are strict: errors name the key, overrides and deprecated keys work, and YAML round-trips."""
+
+import logging
+
 import pytest
 import yaml
 from hypothesis import given
@@ -6,10 +10,10 @@ from hypothesis import strategies as st
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe.finetune import FinetuneRecipe, load_finetune_recipe
-from pipeline.recipe.loading import shipped_recipes
+from pipeline.recipe.loading import DEPRECATED_KEYS, list_presets, load, mutable_keys
 
 
-def complaint(*overrides, name="demo_emae"):
+def error_of(*overrides, name="demo_emae"):
     with pytest.raises(UserError) as caught:
         load_recipe(name, overrides)
     message = str(caught.value)
@@ -35,24 +39,24 @@ def complaint(*overrides, name="demo_emae"):
         ("seed.x=1", "--set seed.x: 'seed' is a value in this recipe, not a section"),
     ],
 )
-def test_what_cannot_be_is_one_line_that_names_the_key(override, expected):
-    assert expected in complaint(override)
+def test_an_invalid_override_is_one_line_with_its_key(override, expected):
+    assert expected in error_of(override)
 
 
-def test_an_unknown_recipe_is_answered_with_the_names_there_are():
-    message = complaint(name="demo_emea")
-    assert "did you mean demo_emae?" in message and all(name in message for name in shipped_recipes())
+def test_an_unknown_recipe_lists_the_presets():
+    message = error_of(name="demo_emea")
+    assert "did you mean demo_emae?" in message and all(name in message for name in list_presets())
 
 
-def test_a_file_that_is_no_recipe_is_named(tmp_path):
+def test_an_invalid_recipe_file_is_named(tmp_path):
     for text in ["", "[1, 2]", "a: {", "seed: 1\nseed: 2", "\x00"]:
         path = tmp_path / "broken.yaml"
         path.write_text(text)
-        assert str(path) in complaint(name=path)
+        assert str(path) in error_of(name=path)
 
 
 @given(st.integers(0, 2**63 - 1), st.floats(1e-6, 1.0), st.sampled_from(["mae", "emae"]), st.booleans())
-def test_a_resolved_recipe_is_read_back_equal(tmp_path_factory, seed, rate, method, trace):
+def test_a_resolved_recipe_round_trips(tmp_path_factory, seed, rate, method, trace):
     overrides = [f"seed={seed}", f"optim.base_lr={rate!r}", f"method.name={method}", f"data.trace={trace}"]
     recipe = load_recipe("demo_emae", overrides)
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
@@ -64,59 +68,90 @@ def test_an_exponent_without_a_point_is_a_number():
     assert load_recipe("demo_emae", ["optim.base_lr=1e-4"]).optim.base_lr == 1e-4
 
 
-def test_steps_take_the_place_of_epochs_and_the_other_way_round():
+def test_overriding_steps_removes_epochs_and_vice_versa():
     assert load_recipe("demo_emae", ["train.epochs=3"]).train.steps is None
     recipe = load_recipe("vitb16_mae", ["train.steps=7", "optim.warmup_steps=2"])
     assert recipe.train.epochs is None and recipe.optim.warmup_epochs is None
 
 
-def test_steps_and_warm_up_follow_from_epochs_and_the_size_of_the_set():
+def test_steps_and_warm_up_follow_from_epochs_and_samples():
     recipe = load_recipe("vitb16_mae", ["train.epochs=800"])
     assert recipe.total_steps(1_281_167) == 250_228  # 800 x 1,281,167 / 4096, rounded up
     assert recipe.warmup_steps(1_281_167) == pytest.approx(12511.4, abs=0.1)
-    assert recipe.lr == pytest.approx(2.4e-3)  # 1.5e-4 x 4096 / 256
+    assert recipe.peak_lr == pytest.approx(2.4e-3)  # 1.5e-4 x 4096 / 256
 
 
 @given(st.integers(1, 64), st.integers(1, 128), st.integers(1, 64))
-def test_accumulation_makes_up_the_global_batch_or_is_refused(world, micro, accumulation):
-    batch = world * micro * accumulation
-    recipe = load_recipe("demo_emae", [f"data.global_batch={batch}", f"engine.micro_batch={micro}"])
-    assert recipe.accumulation(world) == accumulation
-    if world * micro > 1:
-        with pytest.raises(UserError, match="is no multiple of"):
-            load_recipe(
-                "demo_emae", [f"data.global_batch={batch + 1}", f"engine.micro_batch={micro}"]
-            ).accumulation(world)
+def test_gradient_accumulation_gives_the_global_batch(world_size, micro_batch, steps):
+    def recipe(global_batch):
+        return load_recipe("demo_emae", [f"data.global_batch={global_batch}", f"engine.micro_batch={micro_batch}"])
+
+    batch = world_size * micro_batch * steps
+    assert recipe(batch).gradient_accumulation_steps(world_size) == steps
+    if world_size * micro_batch > 1:
+        with pytest.raises(UserError, match=r"data\.global_batch"):
+            recipe(batch + 1).gradient_accumulation_steps(world_size)
 
 
-def test_differences_name_the_keys_that_differ():
+def test_differences_have_the_keys_that_differ():
     one, other = load_recipe("demo_emae"), load_recipe("demo_emae", ["seed=4", "data.flip=false"])
     assert one.differences(other) == {"seed": (0, 4), "data.flip": (True, False)}
     assert one.differences(one) == {}
 
 
-def test_every_shipped_recipe_is_possible():
-    for name in shipped_recipes():
-        if name.startswith("finetune_"):
-            assert isinstance(load_finetune_recipe(name, "W"), FinetuneRecipe)
-        else:
-            assert isinstance(load_recipe(name), Recipe)
+def test_every_preset_is_valid():
+    for name in list_presets():
+        kind = FinetuneRecipe if name.startswith("finetune_") else Recipe
+        assert isinstance(load(kind, name), kind)
 
 
-def test_a_recipe_of_another_command_is_said_to_be_one():
-    tuning = r"finetune_tiny\.yaml: is a recipe for `finetune`: it has a section .*; give one of `pretrain`"
-    with pytest.raises(UserError, match=tuning):
+def test_a_recipe_of_another_command_names_that_command():
+    with pytest.raises(UserError, match=r"finetune_tiny\.yaml: is a recipe for `finetune`"):
         load_recipe("finetune_tiny")
-    training = r"demo_emae\.yaml: is a recipe for `pretrain`: it has a section .*; give one of `finetune`"
-    with pytest.raises(UserError, match=training):
+    with pytest.raises(UserError, match=r"demo_emae\.yaml: is a recipe for `pretrain`"):
         load_finetune_recipe("demo_emae", "W")
 
 
-def test_keys_of_the_removed_muon_change_nothing_and_muon_is_an_error(tmp_path):
+def test_mutable_keys_are_those_that_affect_only_execution():
+    common = {
+        "data": "sources read_threads read_ahead_mb timeout_s retries cache_dir cache_gb decode_threads "
+        "prefetch max_undecodable trace",
+        "engine": "micro_batch activation_checkpointing compile zero_stage offload timeout_minutes",
+        "guard": "window spike_z max_consecutive_skips max_rollbacks",
+        "train": "steps epochs log_every checkpoint_every keep_checkpoints keep_every wandb profile_steps",
+    }
+    keys = {f"{section}.{name}" for section, names in common.items() for name in names.split()}
+    assert mutable_keys(Recipe) == keys | {"evals.knn_every", "evals.knn_samples"}
+    assert mutable_keys(FinetuneRecipe) == keys | {"evaluation.every_epochs"}
+
+
+@pytest.mark.parametrize(("old", "new"), DEPRECATED_KEYS.items())
+def test_a_deprecated_key_is_accepted_with_one_message(tmp_path, caplog, monkeypatch, old, new):
+    monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)  # as before setup_logging()
+    section, old_name = old.split(".")
+    expected = load_recipe("demo_emae", [f"{new}=7"])
+    tree = yaml.safe_load(load_recipe("demo_emae").to_yaml())
+    del tree[section][new.split(".")[1]]
+    tree[section][old_name] = 7
+    path = tmp_path / "old.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    for name, overrides in ((path, []), ("demo_emae", [f"{old}=7"])):
+        assert load_recipe(name, overrides) == expected
+        (message,) = caplog.messages
+        assert old in message and "deprecated" in message and "\n" not in message
+        caplog.clear()
+    assert load_recipe(path, [f"{new}=8"]) == load_recipe("demo_emae", [f"{new}=8"])
+    assert old in error_of(f"{old}=7", f"{new}=7")
+    tree[section][new.split(".")[1]] = 7
+    path.write_text(yaml.safe_dump(tree))
+    assert f"{path}: {old}" in error_of(name=path)
+
+
+def test_keys_of_muon_are_ignored_and_muon_is_an_error(tmp_path):
     path = tmp_path / "recipe.yaml"
     old = yaml.safe_load(load_recipe("demo_emae").to_yaml())
     old["optim"] |= {"name": "adamw", "muon_lr": 0.5, "muon_momentum": 0.9}
     path.write_text(yaml.safe_dump(old))
     assert load_recipe(path) == load_recipe("demo_emae")
-    with pytest.raises(UserError, match=r"recipe.yaml.*optim.name: Muon was removed"):
+    with pytest.raises(UserError, match=r"recipe.yaml.*optim\.name"):
         load_recipe(path, ["optim.name=muon"])

@@ -1,4 +1,4 @@
-"""The recipes that ship: complete, possible, documented, and with the papers' settings."""
+"""The shipped recipes: valid, documented, and with the papers' settings."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from pipeline.estimate.plan import plan
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 from pipeline.recipe.finetune import load_finetune_recipe
-from pipeline.recipe.loading import PRESETS, shipped_recipes
+from pipeline.recipe.loading import PRESETS_DIR, list_presets
 
 MODELS = {
     "vitb16": ("vit_base", 16, (768, 12, 12)),
@@ -23,50 +23,51 @@ NAMES = [f"{model}_{method}" for model in MODELS for method in METHODS]
 every_recipe = pytest.mark.parametrize("name", NAMES)
 
 
-def test_three_models_of_four_methods_ship():
-    assert set(NAMES) <= set(shipped_recipes())
+def header(name: str) -> str:
+    """The comment at the start of a recipe file, as one line."""
+    comment = (PRESETS_DIR / f"{name}.yaml").read_text().partition("seed: 0")[0]
+    return " ".join(line.removeprefix("# ") for line in comment.splitlines())
+
+
+def test_every_model_ships_with_every_method():
+    assert set(NAMES) <= set(list_presets())
 
 
 @every_recipe
-def test_a_recipe_trains_the_model_and_the_method_of_its_name(name):
+def test_a_recipe_has_the_model_and_method_of_its_name(name):
     model, _, method = name.partition("_")
     recipe = load_recipe(name)
-    named, patch, size = MODELS[model]
-    assert (recipe.model.name, recipe.model.patch_size, tuple(recipe.model.size)) == (named, patch, size)
+    model_name, patch, size = MODELS[model]
+    assert (recipe.model.name, recipe.model.patch_size, tuple(recipe.model.size)) == (model_name, patch, size)
     assert recipe.method.name == method and recipe.data.image_size == 224
     with torch.device("meta"):
         build_method(recipe)
 
 
 @every_recipe
-def test_the_optimiser_is_the_papers(name):
+def test_the_optimizer_is_the_papers(name):
     optim = load_recipe(name).optim
     assert (optim.base_lr, optim.betas, optim.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
     assert optim.warmup_epochs == (20 if name.endswith("lomar") else 40) and optim.clip_grad is None
 
 
 @every_recipe
-def test_the_head_comment_names_paper_time_accuracy_and_command(name):
-    lines = (PRESETS / f"{name}.yaml").read_text().splitlines()
-    head = " ".join(line.removeprefix("# ") for line in lines[: lines.index("seed: 0")])
-    assert re.search(r"arXiv \d{4}\.\d{5}|WACV 2024", head)
-    assert re.search(r"\b\d+ (A100|H100)\b.*\b\d+(\.\d)? hours", head)
-    assert "ImageNet-1k" in head or "No figure" in head
-    assert f"deepspeed --module pipeline pretrain {name} --data DATA --run RUN" in head
-    assert "has not been trained to the end" in head
+def test_a_header_has_paper_time_accuracy_and_command(name):
+    text = header(name)
+    assert re.search(r"arXiv \d{4}\.\d{5}|WACV 2024", text)
+    assert re.search(r"\bTime\b.*\b\d+(\.\d)? hours", text) and re.search(r"\b\d+ (A100|H100)\b", text)
+    assert "ImageNet-1k" in text or "No figure" in text
+    assert f"deepspeed --module pipeline pretrain {name} --data DATA --run RUN" in text
+    assert "has not been trained to the end" in text
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(("_emae", "_lomar"))])
-def test_hours_that_nobody_has_published_are_the_plans(name):
-    head = (PRESETS / f"{name}.yaml").read_text().partition("seed: 0")[0]
-    said = re.search(
-        r"an estimate by `pipeline plan`: (\d+) H100 at (\d+) % of their peak, an assumption, "
-        r"would take ([\d.]+) hours",
-        head,
+def test_unpublished_hours_are_those_of_plan(name):
+    estimate = re.search(
+        r"estimated by `pipeline plan`: ([\d.]+) hours on (\d+) H100 at an assumed MFU of (\d+) %", header(name)
     )
-    gpus, percent, hours = map(float, said.groups())
-    cost = plan(load_recipe(name), gpus=int(gpus), mfu=percent / 100)
-    assert hours == pytest.approx(cost.hours, abs=0.06)
+    hours, gpus, percent = map(float, estimate.groups())
+    assert hours == pytest.approx(plan(load_recipe(name), gpus=int(gpus), mfu=percent / 100).hours, abs=0.06)
 
 
 def test_the_mask_ratios_are_the_papers():
@@ -80,25 +81,24 @@ def test_the_mask_ratios_are_the_papers():
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16])
 def test_the_batch_divides_among_the_usual_numbers_of_gpus(gpus):
     for name in NAMES:
-        assert load_recipe(name).accumulation(gpus) >= 1
-
-
-def ranks_of(template: str) -> int:
-    """Tasks that a Slurm template asks for."""
-    text = (SLURM / f"{template}.sh").read_text()
-    nodes, tasks = (
-        int(re.search(rf"^#SBATCH --{name}=(\d+)$", text, re.MULTILINE)[1])
-        for name in ("nodes", "ntasks-per-node")
-    )
-    return nodes * tasks
+        assert load_recipe(name).gradient_accumulation_steps(gpus) >= 1
 
 
 @pytest.mark.parametrize(("size", "model"), [("vitl", "vitl16"), ("vith", "vith14")])
-def test_the_batch_divides_among_the_tasks_of_the_models_slurm_templates(size, model):
+def test_the_batch_divides_among_the_tasks_of_slurm_scripts(size, model):
+    def world_size(script: str) -> int:
+        text = (SLURM / f"{script}.sh").read_text()
+        nodes, tasks = (
+            int(re.search(rf"^#SBATCH --{option}=(\d+)$", text, re.MULTILINE)[1])
+            for option in ("nodes", "ntasks-per-node")
+        )
+        return nodes * tasks
+
     for method in METHODS:
-        assert load_recipe(f"{model}_{method}").accumulation(ranks_of(f"pretrain_{size}")) >= 1
-    tuning = load_finetune_recipe(f"finetune_{model}", "W")
-    assert tuning.accumulation(ranks_of(f"finetune_{size}")) >= 1
+        recipe = load_recipe(f"{model}_{method}")
+        assert recipe.gradient_accumulation_steps(world_size(f"pretrain_{size}")) >= 1
+    recipe = load_finetune_recipe(f"finetune_{model}", "W")
+    assert recipe.gradient_accumulation_steps(world_size(f"finetune_{size}")) >= 1
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_fine_tuning_has_the_settings_of_maes_code(model, rate, epochs, decay, d
     assert (options.layer_decay, options.drop_path, options.encoder) == (decay, drop, MODELS[model][0])
     assert (options.mixup, options.cutmix, options.label_smoothing) == (0.8, 1.0, 0.1)
     assert (options.erasing, options.rand_augment, options.rand_augment_deviation) == (0.25, 9, 0.5)
-    assert recipe.data.crop_scale == (0.08, 1.0) and recipe.resize == 256
-    head = (PRESETS / f"finetune_{model}.yaml").read_text().partition("seed: 0")[0]
-    assert f"finetune finetune_{model} --weights RUN --data TRAIN --val VAL --run DIR" in head
-    assert "hours on" in head and "has not been trained to the end" in head
+    assert recipe.data.crop_scale == (0.08, 1.0) and recipe.eval_resize == 256
+    text = header(f"finetune_{model}")
+    assert f"finetune finetune_{model} --weights RUN --data TRAIN --val VAL --run DIR" in text
+    assert "hours on" in text and "has not been trained to the end" in text
