@@ -1,1 +1,1 @@
-"""What a run has learned, in pictures and numbers."""
+"""Evaluation of frozen encoders on labeled shard sets: k-NN and the linear probe."""

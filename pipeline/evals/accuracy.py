@@ -1,19 +1,15 @@
-"""How many were right, and how sure that is.
+"""Top-1 and top-5 accuracy with confidence intervals.
 
-Invariant: counts are integers over samples, so they add up over ranks and batches without rounding. A score
-that is not finite is never right.
+Invariant: counts are integers over samples, so they add up over ranks and batches without rounding.
 """
 
 from typing import NamedTuple
 
 import torch
 
-Z = 1.959963984540054
-"""95 % of a normal distribution lie within so many standard deviations."""
 RESULT = "accuracy.json"
-"""Of a run directory: what was measured."""
-FIRST = 5
-"""Classes among which top-5 looks for the true one."""
+"""File of a run directory that holds the accuracies."""
+TOP_K = 5
 
 
 class Accuracy(NamedTuple):
@@ -26,21 +22,15 @@ class Accuracy(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval (Wilson 1927): of the samples drawn, not of the training."""
-        n, p = self.total, self.share
-        centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-        half = Z / (1 + Z**2 / n) * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
-        return max(0.0, centre - half), min(1.0, centre + half)
+        """Wilson's 95 % interval. It covers the draw of the test images, not the variance of training."""
+        from scipy.stats import binomtest  # takes a second to import
+
+        low, high = binomtest(self.correct, self.total).proportion_ci(method="wilson")
+        return float(low), float(high)
 
     def as_json(self) -> dict:
         low, high = self.interval
-        return {
-            "correct": self.correct,
-            "total": self.total,
-            "accuracy": self.share,
-            "low": low,
-            "high": high,
-        }
+        return {**self._asdict(), "accuracy": self.share, "low": low, "high": high}
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -48,23 +38,23 @@ class Accuracy(NamedTuple):
 
 
 def rank_of_label(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many classes stand before the true one, (B,), for scores (B, C) and labels (B,).
+    """Count the classes ranked before the true one, (B,), for scores (B, C) and labels (B,).
 
-    Of equal scores the smaller class comes first, as in `argmax`. C where the true one's is not finite.
+    Of equal scores the lower class ranks first, as in `argmax`. C if the true class's score is not finite.
     """
-    own = scores.gather(1, labels[:, None])
-    numbers = torch.arange(scores.shape[1], device=scores.device)
-    before = (scores > own) | ((scores == own) & (numbers < labels[:, None]))
-    return before.sum(1).masked_fill(~own[:, 0].isfinite(), scores.shape[1])
+    true_scores = scores.gather(1, labels[:, None])
+    classes = torch.arange(scores.shape[1], device=scores.device)
+    before = (scores > true_scores) | ((scores == true_scores) & (classes < labels[:, None]))
+    return before.sum(1).masked_fill(~true_scores[:, 0].isfinite(), scores.shape[1])
 
 
 def count_topk_correct(scores: torch.Tensor, labels: torch.Tensor) -> tuple[int, int]:
-    """How many of B samples have their true class first, and among the first five."""
+    """Count the samples whose true class has the highest score, and one of the five highest."""
     ranks = rank_of_label(scores, labels)
-    return int((ranks < 1).sum()), int((ranks < FIRST).sum())
+    return int((ranks < 1).sum()), int((ranks < TOP_K).sum())
 
 
-def topk_accuracies(first: int, five: int, total: int, classes: int) -> dict[str, Accuracy]:
-    """By name; without top5 where so few classes make it meaningless."""
-    found = {"top1": Accuracy(first, total)}
-    return found if classes <= FIRST else {**found, "top5": Accuracy(five, total)}
+def topk_accuracies(top1: int, top5: int, total: int, num_classes: int) -> dict[str, Accuracy]:
+    """Return the accuracies by name; top-5 only if there are more than five classes."""
+    accuracies = {"top1": Accuracy(top1, total)}
+    return accuracies if num_classes <= TOP_K else {**accuracies, "top5": Accuracy(top5, total)}

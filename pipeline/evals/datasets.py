@@ -1,9 +1,10 @@
-"""The labelled shard sets of an evaluation: one to learn from, one to be judged on.
+"""Labeled shard sets for evaluation: one for training, one for validation.
 
-Invariant: both name the same classes in the same order, and have no shard in common.
+Invariant: both have the same classes in the same order, and no shard in common.
 """
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,67 +18,70 @@ from pipeline.recipe.sections import DataSection
 logger = logging.getLogger(__name__)
 
 
-class LabelledSets(NamedTuple):
+class LabeledSets(NamedTuple):
     train: ShardReader
     val: ShardReader
 
     @property
     def classes(self) -> int:
+        """Number of classes."""
         return len(self.train.manifest.classes)
 
 
-def open_labelled_sets(train: str | Path, val: str | Path, data: DataSection) -> LabelledSets:
-    """The sets in two directories or URLs; `data.subset` and `data.holdout` are of the training set.
+def open_labeled_sets(train: str | Path, val: str | Path, data: DataSection) -> LabeledSets:
+    """Open two shard sets (directories or URLs) and check that they fit together.
 
-    UserError as `check_labelled`.
+    `data.subset` and `data.holdout` apply to the training set only.
+
+    Raises:
+        UserError: As `check_labeled_sets`.
     """
-    whole = data.model_copy(update={"subset": 1.0, "subset_by_class": False, "holdout": 0.0})
-    found = LabelledSets(ShardReader(train, data), ShardReader(val, whole))
-    check_labelled(*found)
-    return found
+    complete = data.model_copy(update={"subset": 1.0, "subset_by_class": False, "holdout": 0.0})
+    sets = LabeledSets(ShardReader(train, data), ShardReader(val, complete))
+    check_labeled_sets(*sets)
+    return sets
 
 
-def check_labelled(train: ShardReader, val: ShardReader) -> None:
-    """UserError where one has no labels, there is but one class, their classes differ, or they share a
-    shard."""
+def check_labeled_sets(train: ShardReader, val: ShardReader) -> None:
+    """Raise UserError if a set has no labels or one class only, or if classes differ or shards are shared."""
     for option, reader in (("--data", train), ("--val", val)):
         if not reader.manifest.classes:
             raise UserError(
-                f"{option} {reader.places[0]}: its samples have no labels; build it from a folder of class "
-                "folders, or from a source with labels"
+                f"{option} {reader.paths[0]}: its samples have no labels; build it from class folders or a "
+                "labeled source"
             )
-    if len(train.manifest.classes) == 1:
-        (only,) = train.manifest.classes
+    data_option, val_option = f"--data {train.paths[0]}", f"--val {val.paths[0]}"
+    classes, val_classes = train.manifest.classes, val.manifest.classes
+    if len(classes) == 1:
+        raise UserError(f"{data_option}: all samples have one class, {classes[0]!r}; give at least two")
+    if val_classes != classes:
         raise UserError(
-            f"--data {train.places[0]}: all its samples are of one class, {only!r}: nothing to tell apart"
+            f"{val_option}: its classes differ from those of {data_option}: "
+            f"{_describe_difference(classes, val_classes)}"
         )
-    where = f"--val {val.places[0]}"
-    theirs, ours = val.manifest.classes, train.manifest.classes
-    if theirs != ours:
-        raise UserError(
-            f"{where}: its classes are not those of --data {train.places[0]}: {_difference(ours, theirs)}"
-        )
-    digests = [{shard.sha256 for shard in reader.manifest.shards} for reader in (train, val)]
-    if digests[0] & digests[1]:
-        raise UserError(
-            f"{where}: holds shards of --data {train.places[0]}; judge on images that were not learned"
-        )
+    checksums = [{shard.sha256 for shard in reader.manifest.shards} for reader in (train, val)]
+    if checksums[0] & checksums[1]:
+        raise UserError(f"{val_option}: shares shards with {data_option}; evaluate on other images")
 
 
 def verify_checksums(dist_info: DistInfo, **sets: ShardReader) -> None:
-    """Compare sets, by the options that name them, with their checksums, each rank a part; what is not
-    compared is said. Every rank calls it. AgreedError at a fault."""
+    """Compare shards with the checksums of their manifests, each rank a part. Collective.
+
+    Args:
+        sets: Shard sets by the command-line option that names them.
+
+    Raises:
+        AllRanksError: If a shard differs from its manifest.
+    """
     for option, reader in sets.items():
-        unchecked = raise_on_all_ranks(partial(reader.check_bytes, dist_info.rank, dist_info.world_size))
+        unchecked = raise_on_all_ranks(partial(reader.verify_checksums, dist_info.rank, dist_info.world_size))
         if unchecked:
-            logger.info(f"--{option} {reader.places[0]}: {unchecked}")
+            logger.info(f"--{option} {reader.paths[0]}: {unchecked}")
 
 
-def _difference(train: list[str], val: list[str]) -> str:
-    missing, more = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+def _describe_difference(train: Sequence[str], val: Sequence[str]) -> str:
     parts = []
-    if missing:
-        parts.append(f"{len(missing)} are missing, {join_names([*map(repr, missing)])}")
-    if more:
-        parts.append(f"{len(more)} are not there, {join_names([*map(repr, more)])}")
-    return "; ".join(parts) or "the same names in another order"
+    for name, classes in (("missing", set(train) - set(val)), ("unexpected", set(val) - set(train))):
+        if classes:
+            parts.append(f"{len(classes)} {name}: {join_names([*map(repr, sorted(classes))])}")
+    return "; ".join(parts) or "same names, different order"

@@ -1,7 +1,9 @@
-"""What is judged: a map from images to one vector each.
+"""Frozen encoders: maps from an image to one feature vector.
 
-a run directory, .safetensors, .pth, random:RECIPE     an encoder's class token, or its patches' mean
-pixels, pixels:SIZE                                    the image itself, 32 px or SIZE: the baseline
+Invariant: parameters have no gradient, and `digest` changes if anything that determines the features does.
+
+    run directory, .safetensors, .pth, random:RECIPE    class token of an encoder, or mean of its patch tokens
+    pixels, pixels:SIZE                                 the image itself, 32 px or SIZE, as a baseline
 """
 
 import hashlib
@@ -21,9 +23,10 @@ PIXELS_SIZE = 32
 
 
 class FrozenEncoder(nn.Module):
-    """`name`: for people. `width`: D. `image_size`, `mean` and `std`: of the images it takes."""
+    """Base class: images (B, 3, S, S), normalized by `mean` and `std`, to features (B, width)."""
 
     name: str
+    """For reports."""
     width: int
     image_size: int
     mean: tuple[float, float, float]
@@ -31,12 +34,12 @@ class FrozenEncoder(nn.Module):
 
     @cached_property
     def digest(self) -> str:
-        """Of everything that decides what comes out."""
-        return digest(self, self.name, self.image_size, self.mean, self.std)
+        """SHA-256 of the weights and of all settings that determine the features."""
+        return module_digest(self, self.name, self.image_size, self.mean, self.std)
 
 
 class PooledTokens(FrozenEncoder):
-    """MAE's own choice for the probe is the class token."""
+    """A transformer's class token, which MAE's probe uses, or the mean of its patch tokens."""
 
     def __init__(self, encoder: ImageEncoder, pool: Pool) -> None:
         super().__init__()
@@ -46,16 +49,17 @@ class PooledTokens(FrozenEncoder):
         self.image_size, self.mean, self.std = encoder.image_size, encoder.mean, encoder.std
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, S, S) -> (B, D)."""
         tokens = self.encoder(images)
         return tokens[:, 0] if self.pool == "class_token" else tokens[:, 1:].mean(dim=1)
 
     @cached_property
     def digest(self) -> str:
-        return digest(self, self.name, self.encoder.heads, self.image_size, self.mean, self.std)
+        return module_digest(self, self.name, self.encoder.heads, self.image_size, self.mean, self.std)
 
 
 class Pixels(FrozenEncoder):
+    """The flattened image."""
+
     def __init__(self, image_size: int) -> None:
         super().__init__()
         self.name, self.image_size = f"pixels of {image_size} px", image_size
@@ -66,25 +70,32 @@ class Pixels(FrozenEncoder):
         return images.flatten(1)
 
 
-def digest(module: nn.Module, *about: object) -> str:
-    """Of a module's weights, and what is said about it."""
-    found = hashlib.sha256(repr(about).encode())
+def module_digest(module: nn.Module, *settings: object) -> str:
+    """Return the SHA-256 of a module's weights and of `settings`."""
+    digest = hashlib.sha256(repr(settings).encode())
     for key, tensor in sorted(module.state_dict().items()):
-        found.update(key.encode())
-        found.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return found.hexdigest()
+        digest.update(key.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_frozen_encoder(weights: str, image_size: int | None, pool: Pool) -> FrozenEncoder:
-    """What `weights` names (see above), frozen, on the CPU. UserError as `load_encoder`."""
-    if weights.partition(":")[0] == PIXELS:
-        given = weights.removeprefix(PIXELS).removeprefix(":")
-        if pool != "class_token":
-            raise UserError(f"--pool {pool}: pixels have no tokens; leave it out")
-        if given and image_size:
-            raise UserError(f"--image-size {image_size}: --weights {weights} has a size; leave one out")
-        size = given or str(image_size or PIXELS_SIZE)
-        if not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--weights {weights}: expected pixels:SIZE, for example pixels:32")
-        return Pixels(int(size))
-    return PooledTokens(load_encoder(weights, image_size), pool).requires_grad_(False).eval()
+    """Load the encoder that `weights` names (see above), frozen, on the CPU.
+
+    Args:
+        image_size: In pixels; None: the size the encoder was trained on, 32 for `pixels`.
+
+    Raises:
+        UserError: If the options contradict each other, or as `load_encoder`.
+    """
+    if weights.partition(":")[0] != PIXELS:
+        return PooledTokens(load_encoder(weights, image_size), pool).requires_grad_(False).eval()
+    size = weights.removeprefix(PIXELS).removeprefix(":")
+    if pool != "class_token":
+        raise UserError(f"--pool {pool}: pixels have no tokens; omit --pool")
+    if size and image_size:
+        raise UserError(f"--image-size {image_size}: --weights {weights} sets the size; omit one of them")
+    size = size or str(image_size or PIXELS_SIZE)
+    if not size.isdecimal() or int(size) < 1:
+        raise UserError(f"--weights {weights}: expected pixels:SIZE, for example pixels:32")
+    return Pixels(int(size))

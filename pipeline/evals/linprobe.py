@@ -1,46 +1,44 @@
-"""`python -m pipeline linprobe`: linear classifiers on a frozen encoder, from top to bottom.
+"""`python -m pipeline linprobe`: linear classifiers on a frozen encoder.
 
-    RUN/accuracy.json    top-1 and top-5 of every learning rate on --val, and which one was chosen by what
-    RUN/metrics.jsonl, checkpoints/, ... as of a pre-training run (docs/architecture.md)
+    RUN/accuracy.json    top-1 and top-5 of every learning rate on --val, and which rate was chosen
+    RUN/metrics.jsonl, checkpoints/, ... as for pre-training (docs/architecture.md)
 
-Invariant: every rank trains every head on the whole global batch's features, gathered in the order of the
-stream; so normalisation, losses and weights do not depend on the number of ranks, and a run that was killed
-ends as one that was not. The learning rate is chosen on samples of the training set that no head has seen,
-never on --val.
+Invariant: every rank trains every head on the features of the whole global batch, gathered in stream order; so
+normalization, losses and weights do not depend on the world size. The learning rate is chosen on held-out samples
+of the training set, never on --val.
 
-The heads are not DeepSpeed's: LARS needs each weight whole, and they are far smaller than the features that
-they share.
+The heads are not sharded by DeepSpeed: LARS needs each weight as a whole, and the heads are much smaller than the
+features.
 """
 
-import time
-from contextlib import ExitStack, closing
+import logging
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pipeline.data.reader import ShardReader
-from pipeline.distributed.collectives import all_gather_uneven, init_distributed, raise_on_all_ranks
-from pipeline.distributed.hardware import device_name, memory_gib
+from pipeline.distributed.collectives import all_gather_uneven, init_process_group, raise_on_all_ranks
+from pipeline.distributed.launch import DistInfo
 from pipeline.errors import UserError
-from pipeline.evals.accuracy import RESULT, Accuracy, count_topk_correct, topk_accuracies
-from pipeline.evals.datasets import open_labelled_sets, verify_checksums
-from pipeline.evals.feature_cache import FeatureExtractor, Features
-from pipeline.evals.feature_extractor import FrozenEncoder, load_frozen_encoder
+from pipeline.evals.accuracy import Accuracy, count_topk_correct, topk_accuracies
+from pipeline.evals.datasets import open_labeled_sets, verify_checksums
+from pipeline.evals.feature_cache import Features
+from pipeline.evals.feature_extractor import FeatureExtractor
+from pipeline.evals.frozen_encoder import FrozenEncoder, load_frozen_encoder
 from pipeline.evals.linear_heads import LinearHeads
 from pipeline.evals.probe_batches import CachedFeatures, RandomCropFeatures
 from pipeline.io.atomic import write_json
 from pipeline.io.tensors import save_tensors
 from pipeline.recipe.linear_probe import ProbeRecipe
 from pipeline.recipe.loading import load
-from pipeline.train import checkpoint, run_directory, wandb_logger
 from pipeline.train.lr_schedule import learning_rate, warmup_warning
-from pipeline.train.metric_accumulator import MetricAccumulator
-from pipeline.train.metrics import MetricsLogger
-from pipeline.train.preemption import WRITE_ERROR, PreemptionHandler
-from pipeline.train.watchdog import Watchdog
+from pipeline.train.run_directory import RunDirectory
+from pipeline.train.throughput import ThroughputMeter
+from pipeline.train.train_loop import TrainLoop
+from pipeline.train.wandb_logger import check_installed
 
+logger = logging.getLogger(__name__)
 HEADS = "heads.safetensors"
 BLOCK = 4096
 """Samples that are scored at once."""
@@ -54,244 +52,218 @@ def linprobe(
     image_size: int | None = None,
     cache: Path | None = None,
 ) -> dict:
-    """Train the probe on the labelled shard set `train` and judge it on `val`, in the run directory `run`;
-    continue where it stands.
+    """Train a linear probe, or resume it, and evaluate it. Every rank calls it.
 
-    image_size: of the images, None: the encoder's own. cache: a directory for features. Every rank calls it.
-    Returns what is in accuracy.json. UserError for what the user can mend; StoppedEarly after a signal.
+    Args:
+        recipe: The probe's recipe.
+        train: Labeled shard set to train on.
+        val: Labeled shard set to evaluate on.
+        run: The run directory.
+        image_size: In pixels; None for the encoder's own.
+        cache: Directory for features; None to keep none.
+
+    Returns:
+        The content of accuracy.json.
+
+    Raises:
+        UserError: If the user has to fix something.
+        StoppedEarly: After a signal.
     """
-    # ---- Who we are, what is judged and on what
-    preemption = PreemptionHandler()
-    with init_distributed(recipe.engine.timeout_minutes) as dist_info, ExitStack() as held:
-        preemption.connect(recipe.engine.timeout_minutes)
-        accumulation = raise_on_all_ranks(lambda: recipe.accumulation(dist_info.world_size))
-        model = raise_on_all_ranks(
-            lambda: load_frozen_encoder(recipe.probe.weights, image_size, recipe.probe.pool)
-        )
-        recipe = _resolved(recipe, model)
-        data = recipe.data
-        raise_on_all_ranks(lambda: wandb_logger.check_installed(recipe))
-        raise_on_all_ranks(lambda: _check(run, recipe))
-        sets = raise_on_all_ranks(lambda: open_labelled_sets(train, val, data))
-        verify_checksums(dist_info, data=sets.train, val=sets.val)
-        held_out = raise_on_all_ranks(lambda: ShardReader(train, data, "held_out") if data.holdout else None)
-        raise_on_all_ranks(
-            lambda: (
-                held.enter_context(run_directory.lock_run_dir(run, recipe)) if dist_info.rank == 0 else None
-            )
-        )
-        timeout_s = 60 * recipe.engine.timeout_minutes
-        watchdog = raise_on_all_ranks(
-            lambda: held.enter_context(closing(Watchdog(run, dist_info.rank, timeout_s)))
-        )
+    probe = LinearProbe(recipe, train, val, RunDirectory(run), image_size, cache)
+    probe.train()
+    return probe.result
+
+
+class LinearProbe(TrainLoop[ProbeRecipe, CachedFeatures | RandomCropFeatures]):
+    """Trains one linear head per learning rate. Arguments as for `linprobe`."""
+
+    def __init__(
+        self,
+        recipe: ProbeRecipe,
+        train: str,
+        val: str,
+        run: RunDirectory,
+        image_size: int | None = None,
+        cache: Path | None = None,
+    ):
+        super().__init__(recipe, run)
+        self._paths, self._image_size, self._cache = (train, val), image_size, cache
+        self._lr = 0.0
+        self.result: dict = {}
+
+    def connect(self, dist_info: DistInfo) -> None:
+        init_process_group(dist_info, self.recipe.engine.timeout_minutes)
+
+    def prepare(self) -> None:
+        raise_on_all_ranks(self._prepare)
+        verify_checksums(self.session.dist_info, data=self.sets.train, val=self.sets.val)
+
+    def _prepare(self) -> None:
+        probe = self.recipe.probe
+        self.accumulation_steps = self.recipe.gradient_accumulation_steps(self.session.dist_info.world_size)
+        self.model = load_frozen_encoder(probe.weights, self._image_size, probe.pool)
+        self.recipe = _with_encoder_settings(self.recipe, self.model)
+        check_installed(self.recipe)
+        check_run(self.run, self.recipe)
+        data = self.recipe.data
+        self.sets = open_labeled_sets(*self._paths, data)
+        self.held_out_reader = ShardReader(self._paths[0], data, "held_out") if data.holdout else None
+        self.num_samples, self.fingerprint = self.sets.train.num_samples, self.sets.train.fingerprint
+        self.total_steps = self.recipe.total_steps(self.num_samples)
+        self.warmup_steps = probe.warmup_epochs * self.num_samples / data.global_batch
+
+    def build(self) -> None:
+        recipe, session = self.recipe, self.session
 
         def heartbeat() -> None:
-            watchdog.heartbeat()
-            preemption.check()
+            session.watchdog.heartbeat()
+            session.preemption.raise_if_requested()
 
-        extract = FeatureExtractor(
-            model,
-            dist_info,
+        self.extract = FeatureExtractor(
+            self.model,
+            session.dist_info,
             resize=recipe.probe.resize,
             precision=recipe.engine.precision,
             batch=recipe.engine.micro_batch,
-            cache=cache,
+            cache=self._cache,
             heartbeat=heartbeat,
         )
-        judged = extract(sets.val)
-        chosen_by = extract(held_out) if held_out else None
+        self.val = self.extract(self.sets.val)
+        self.held_out = self.extract(self.held_out_reader) if self.held_out_reader else None
         torch.manual_seed(recipe.seed)
-        heads = LinearHeads(recipe.probe.base_lrs, sets.classes, model.width).to(dist_info.device)
+        heads = LinearHeads(recipe.probe.base_lrs, self.sets.classes, self.model.width)
+        self.heads = heads.to(session.dist_info.device)
+        self.throughput = ThroughputMeter(recipe, 0.0, session.dist_info)
 
-        # ---- Continue where the run directory stands
-        checkpoints = run / "checkpoints"
-        identity = {"data": sets.train.fingerprint, "world_size": dist_info.world_size}
-        newest = checkpoint.latest_valid_checkpoint(checkpoints, dist_info.rank, dist_info.world_size)
-        state = checkpoint.read_state(newest) if newest else {"step": 0, "window": None}
-        if newest:
-            run_directory.check_continuation(newest, state, identity)
-            heads.load_state_dict(load_file(newest / HEADS, str(dist_info.device)))
-        step = saved_step = state["step"]
-        window = MetricAccumulator(state["window"])
-        samples = sets.train.num_samples
-        batch, total_steps = recipe.data.global_batch, recipe.total_steps(samples)
-        warmup = recipe.probe.warmup_epochs * samples / batch
-        feed = (CachedFeatures if recipe.probe.center_crops else RandomCropFeatures)(
-            recipe, sets.train, extract, step
+    def load(self, path: Path | None, state: dict) -> None:
+        if path:
+            self.heads.load_state_dict(load_file(path / HEADS, str(self.session.dist_info.device)))
+        source = CachedFeatures if self.recipe.probe.center_crops else RandomCropFeatures
+        self.loader = source(self.recipe, self.sets.train, self.extract, self.state.step)
+
+    def on_train_start(self) -> None:
+        batch, device = self.recipe.data.global_batch, self.session.dist_info.device.type
+        resumed = f", resumed after step {self.state.step}" if self.state.step else ""
+        logger.info(
+            f"{len(self.heads.rates)} heads on {self.model.name}: {self.num_samples} images of "
+            f"{self.sets.classes} classes, {self.total_steps} steps of {batch} on "
+            f"{self.session.dist_info.world_size} x {device}{resumed}"
         )
-        log = raise_on_all_ranks(
-            lambda: MetricsLogger(run, recipe, step, total_steps, []) if dist_info.rank == 0 else None
-        )
-        device = device_name(dist_info.device)
-        raise_on_all_ranks(lambda: checkpoint.remove_partial(checkpoints, step) if log else None)
-        start = {"step": step, "world_size": dist_info.world_size, "device": device}
-        described = run, recipe, sets.train.described()
-        raise_on_all_ranks(
-            lambda: run_directory.describe(*described, **start, before=log.found) if log else None
-        )
-        if log:
-            log.note(
-                f"{len(heads.rates)} heads on {model.name}: {samples} images of {sets.classes} classes, "
-                f"{total_steps} steps of {batch} on {dist_info.world_size} x {device}"
-                + (f", continued after step {step}" if step else "")
+        if warning := warmup_warning(self.total_steps, self.warmup_steps):
+            logger.warning(f"probe.warmup_epochs: {warning}")
+        if batch > self.num_samples:
+            logger.warning(
+                f"data.global_batch: {batch} is more than the {self.num_samples} training images; use a smaller batch "
+                "for more steps"
             )
-            if short := warmup_warning(total_steps, warmup):
-                log.note(f"probe.warmup_epochs: {short}")
-            if batch > samples:
-                log.note(
-                    f"data.global_batch: {batch} is more than the {samples} training images: steps see them "
-                    f"more than once, and {total_steps} steps are few; a small set wants a small batch"
-                )
 
-        def make_sure() -> None:
-            """Write a checkpoint."""
-            state = {**identity, "window": window.collect(), "recipe": recipe.model_dump(mode="json")}
-            raise_on_all_ranks(lambda: log.flush() if log else None)
-            raise_on_all_ranks(lambda: _save(heads, checkpoints, step, state, recipe) if log else None)
-            watchdog.heartbeat()
+    def train_step(self) -> bool:
+        step, batch = self.state.step, self.recipe.data.global_batch
+        parts = []
+        for _ in range(self.accumulation_steps):
+            part = self.session.preemption.next_batch(self.loader)
+            if part is None:
+                return False
+            parts.append(part)
+            self.session.watchdog.heartbeat()
+        features, labels = (all_gather_uneven(torch.cat(rows)) for rows in zip(*parts, strict=True))
+        self._lr = learning_rate(step, self.total_steps, self.warmup_steps, batch / 256)
+        with self.throughput.time_compute():
+            losses = self.heads.train_step(features, labels, self._lr)
+        self.state.step += 1
+        metrics = {f"loss_{rate:g}": loss for rate, loss in zip(self.heads.rates, losses, strict=True)}
+        self.state.metrics.add({**metrics, "skipped": torch.zeros((), device=losses.device)})
+        return True
 
-        # ---- Train
-        began, waited, logged_step = time.perf_counter(), feed.waited, step
-        while step < total_steps:
-            parts = []
-            for _ in range(accumulation):
-                parts.append(preemption.next(feed))
-                if preemption.reason:
-                    break
-                watchdog.heartbeat()
-            if preemption.reason:
-                break
-            features, labels = (all_gather_uneven(torch.cat(rows)) for rows in zip(*parts, strict=True))
-            rate = learning_rate(step, total_steps, warmup, batch / 256)
-            losses = heads.train_step(features, labels, rate)
-            step += 1
-            zero = torch.zeros((), device=dist_info.device)
-            by_rate = {f"loss_{lr:g}": loss for lr, loss in zip(heads.rates, losses, strict=True)}
-            window.add({**by_rate, "skipped": zero})
+    def current_lr(self) -> float:
+        return self._lr
 
-            # ---- Say how it goes
-            if step % recipe.train.log_every == 0 or step == total_steps:
-                means = window.close()
-                took = time.perf_counter() - began
-                line = {
-                    "step": step,
-                    "epoch": step * batch / samples,
-                    "samples": step * batch,
-                    "time": round(time.time(), 3),
-                    "loss": min(means[name] for name in by_rate),
-                    **means,
-                    "lr": rate,
-                    "images_per_s": (step - logged_step) * batch / took,
-                    "data_wait": (feed.waited - waited) / took,
-                    "memory": memory_gib(dist_info.device),
-                }
-                if log:
-                    with preemption.writing():
-                        log.write(line)
-                began, waited, logged_step = time.perf_counter(), feed.waited, step
-            if log:
-                log.advance(step)
+    def extra_metrics(self, means: dict) -> dict:
+        return {"loss": min(means[f"loss_{rate:g}"] for rate in self.heads.rates)}
 
-            # ---- Make sure of it
-            if step % recipe.train.checkpoint_every == 0 or step == total_steps:
-                if not preemption.sync_write_errors():
-                    break
-                make_sure()
-                saved_step = step
-        if step > saved_step and preemption.reason != WRITE_ERROR:
-            make_sure()
-            saved_step = step
+    def metadata(self) -> dict:
+        return {"data": self.sets.train.source_info()}
 
-        # ---- Judge, and close
-        result = {}
-        if not preemption.reason:
-            result = {
-                "weights": recipe.probe.weights,
-                "features": model.name,
-                "image_size": model.image_size,
-                "resize": extract.resize,
-                "train": {
-                    "data": train,
-                    "samples": samples,
-                    "labels": recipe.data.subset,
-                    "by_class": recipe.data.subset_by_class,
-                },
-                "held_out": {"samples": len(chosen_by.labels) if chosen_by else 0},
-                "val": {"data": val, "samples": len(judged.labels)},
-                "classes": sets.classes,
-                "steps": step,
-                "recipe": recipe.model_dump(mode="json"),
-                **_judge(heads, sets.classes, judged, chosen_by, dist_info.device),
-            }
-            raise_on_all_ranks(lambda: write_json(run / RESULT, result) if log else None)
-        with watchdog.extended_timeout():
-            feed.close()
-            with preemption.writing():
-                if log:
-                    log.close()
-            preemption.sync_write_errors()
-        if log and not preemption.reason:
-            log.note(f"done: {step} steps; {run / RESULT}")
-        preemption.raise_reason(saved_step)
-        return result
+    def write_part(self, directory: Path) -> None:
+        """Write nothing: every rank has the same heads."""
+
+    def write_shared(self, directory: Path) -> None:
+        save_tensors(self.heads.state_dict(), directory / HEADS)
+
+    def on_train_end(self) -> None:
+        """Evaluate all heads and write accuracy.json."""
+        recipe, classes, device = self.recipe, self.sets.classes, self.session.dist_info.device
+        self.result = {
+            "weights": recipe.probe.weights,
+            "features": self.model.name,
+            "image_size": self.model.image_size,
+            "resize": self.extract.resize,
+            "train": {
+                "data": self._paths[0],
+                "samples": self.num_samples,
+                "labels": recipe.data.subset,
+                "by_class": recipe.data.subset_by_class,
+            },
+            "held_out": {"samples": len(self.held_out.labels) if self.held_out else 0},
+            "val": {"data": self._paths[1], "samples": len(self.val.labels)},
+            "classes": classes,
+            "steps": self.state.step,
+            "recipe": recipe.model_dump(mode="json"),
+            **evaluate_heads(self.heads, classes, self.val, self.held_out, device),
+        }
+        self.session.on_rank_0(lambda: write_json(self.run.accuracy, self.result))
+
+    def close(self) -> None:
+        self.loader.close()
 
 
 def format_probe(result: dict) -> str:
-    """A table for people."""
+    """Return accuracy.json as a table."""
     train = result["train"]
     share = "" if train["labels"] == 1 else f" ({train['labels']:g} of the labels"
     share += (", class-balanced" if train["by_class"] else "") + ")" if share else ""
-    crops = ", centre crops alone" if result["recipe"]["probe"]["center_crops"] else ""
+    crops = ", center crops only" if result["recipe"]["probe"]["center_crops"] else ""
     lines = [
         f"{result['features']}: {train['samples']} training images{share}{crops}, "
-        f"{result['held_out']['samples']} held out, {result['val']['samples']} to be judged, "
+        f"{result['held_out']['samples']} held out, {result['val']['samples']} validation images, "
         f"{result['classes']} classes",
         " base lr   held out                      top-1 [95 % interval]"
         + "         top-5" * ("top5" in result["rates"][0]["val"]),
     ]
     for row in result["rates"]:
-        found = [row["held_out"]["top1"] if row["held_out"] else None, *row["val"].values()]
-        cells = [str(Accuracy(cell["correct"], cell["total"])) if cell else " " * 25 for cell in found]
+        accuracies = [row["held_out"]["top1"] if row["held_out"] else None, *row["val"].values()]
+        cells = [str(Accuracy(cell["correct"], cell["total"])) if cell else " " * 25 for cell in accuracies]
         mark = "  <- chosen" if row["base_lr"] == result["chosen"] else ""
         lines.append(f"{row['base_lr']:8g}  " + "   ".join(cells) + mark)
     rates = [row["base_lr"] for row in result["rates"] if row["held_out"]]
     if len(rates) > 1 and result["chosen"] in (min(rates), max(rates)):
-        lines.append(
-            "The chosen rate is the last of the sweep on its side; a better one may lie beyond: --lr"
-        )
+        lines.append("The chosen rate is at the edge of the sweep; extend the sweep with --lr")
     return "\n".join(lines)
 
 
-def _check(run: Path, recipe: ProbeRecipe) -> None:
-    """UserError where `run` is there and no run of this recipe, or of one of another length."""
-    run_directory.check(run, recipe)
-    if not (run / "recipe.yaml").is_file():
+def check_run(run: RunDirectory, recipe: ProbeRecipe) -> None:
+    """Raise UserError if the run directory is not a run of this recipe, or one with another number of steps."""
+    run.check(recipe)
+    if not run.recipe_file.is_file():
         return
-    changed = load(ProbeRecipe, run / "recipe.yaml").differences(recipe)
+    changed = load(ProbeRecipe, run.recipe_file).differences(recipe)
     for key in ("train.epochs", "train.steps"):
         if key in changed:
-            was, now = changed[key]
+            old, new = changed[key]
             raise UserError(
-                f"--run {run}: {key} was {was}, is {now}; rates fall towards the end, so another length "
-                "is another probe: give a new directory"
+                f"--run {run}: {key} was {old}, is {new}; the learning rate depends on it; use the old value or a new "
+                "--run"
             )
 
 
-def _resolved(recipe: ProbeRecipe, model: FrozenEncoder) -> ProbeRecipe:
-    """With what follows from the weights."""
-    data = {"image_size": model.image_size, "mean": model.mean, "std": model.std}
-    return recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(update=data),
-            "probe": recipe.probe.model_copy(update={"digest": model.digest}),
-        }
-    )
-
-
-def _judge(
+def evaluate_heads(
     heads: LinearHeads, classes: int, val: Features, held_out: Features | None, device: torch.device
 ) -> dict:
-    """Every head on both sets, and the one that is best on what was held out; the smaller rate of equals."""
+    """Evaluate every head, and choose the best one on the held-out samples; of equal ones the smaller rate.
+
+    Returns:
+        "rates": one row per head; "chosen": the base learning rate; and the chosen head's accuracies on `val`.
+    """
     rows = [
         {
             "base_lr": rate,
@@ -307,23 +279,22 @@ def _judge(
 
 
 @torch.inference_mode()
-def _accuracies(heads: LinearHeads, head: int, classes: int, on: Features, device: torch.device) -> dict:
+def _accuracies(heads: LinearHeads, head: int, classes: int, features: Features, device: torch.device) -> dict:
     heads.eval()
-    found = [
+    counts = [
         count_topk_correct(heads(values.to(device), head), labels.to(device))
-        for values, labels in zip(*(tensor.split(BLOCK) for tensor in on), strict=True)
+        for values, labels in zip(*(tensor.split(BLOCK) for tensor in features), strict=True)
     ]
-    counts = (sum(column) for column in zip(*found, strict=True))
-    return {name: a.as_json() for name, a in topk_accuracies(*counts, len(on.labels), classes).items()}
+    top1, top5 = (sum(column) for column in zip(*counts, strict=True))
+    return {name: a.as_json() for name, a in topk_accuracies(top1, top5, len(features.labels), classes).items()}
 
 
-def _save(heads: LinearHeads, directory: Path, step: int, state: dict, recipe: ProbeRecipe) -> None:
-    """Write and publish a checkpoint, on one rank."""
-    partial = directory / (checkpoint.checkpoint_name(step) + checkpoint.PARTIAL)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        save_tensors(heads.state_dict(), partial / HEADS)
-        files = checkpoint.fsync_and_hash(partial, checkpoint.list_files(partial))
-        checkpoint.publish(directory, step, {"step": step, **state, "files": files}, recipe.train)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory}: the checkpoint of step {step} cannot be written: {error}") from None
+def _with_encoder_settings(recipe: ProbeRecipe, model: FrozenEncoder) -> ProbeRecipe:
+    """Fill in what the weights determine."""
+    data = {"image_size": model.image_size, "mean": model.mean, "std": model.std}
+    return recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update=data),
+            "probe": recipe.probe.model_copy(update={"digest": model.digest}),
+        }
+    )

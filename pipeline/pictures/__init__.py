@@ -1,1 +1,1 @@
-"""Everything that draws."""
+"""Pictures of what a model reconstructs and attends to."""

@@ -1,6 +1,6 @@
-"""How pictures are laid out: columns of tiles under titles, scales of colours, a chart, a caption.
+"""Layout of pictures: columns of tiles under titles, color scales, a chart, a caption; and tiling of images.
 
-Invariant: no text is cut off, whatever the number of tiles; all pictures have the same type and gaps.
+Invariant: no text is clipped, for any number of tiles.
 """
 
 import math
@@ -11,36 +11,35 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+# Pixels.
 GAP, MARGIN = 6, 12
-"""Pixels between tiles, and around everything."""
-TILE = 160
-"""Pixels that a tile is enlarged to at least, by a whole factor."""
-NOTHING = 200
-"""Level of grey where a map has no value."""
-INK, FAINT, ACCENT = "#1a1a1a", "#d9d9d9", "#b5367a"
-SMALLEST, OF_THE_WIDTH = 14, 1 / 90
-"""Of the type, in pixels: it grows with the picture, which is shown smaller the wider it is."""
+MIN_TILE = 160
+"""Smaller tiles are enlarged by an integer factor."""
+MIN_FONT, FONT_PER_WIDTH = 14, 1 / 90
+"""The font grows with the picture, because wider pictures are shown smaller."""
+NO_VALUE = 200
+"""Gray level of patches without a value."""
+INK, GRID, ACCENT = "#1a1a1a", "#d9d9d9", "#b5367a"
 
 
-class Type(NamedTuple):
+class TextStyle(NamedTuple):
     font: ImageFont.FreeTypeFont
     small: ImageFont.FreeTypeFont
     size: int
 
     @property
-    def line(self) -> int:
-        """From line to line."""
+    def line_height(self) -> int:
         return round(1.4 * self.size)
 
 
 class Column(NamedTuple):
     title: str
-    tiles: Sequence[np.ndarray]
-    """A row each: uint8 (H, W, 3)."""
+    tiles: Sequence[np.ndarray] | np.ndarray
+    """One uint8 image (H, W, 3) per row."""
 
 
 class Scale(NamedTuple):
-    """What the colours of a map mean."""
+    """Legend of the colors of a map."""
 
     title: str
     low: str
@@ -48,7 +47,7 @@ class Scale(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Points with their error bars, joined by a line."""
+    """Points with error bars, connected by a line."""
 
     title: str
     x_title: str
@@ -57,164 +56,158 @@ class Chart(NamedTuple):
     bars: Sequence[float]
 
 
-def heat(values: np.ndarray, low: float, high: float, side: int) -> np.ndarray:
-    """(B, G, G) to colours from black over red to light yellow: uint8 (B, side, side, 3), without
-    smoothing. NaN is grey."""
+def heatmap(values: np.ndarray, low: float, high: float, side: int) -> np.ndarray:
+    """Color maps (B, G, G) from black over red to yellow: uint8 (B, side, side, 3). NaN is gray."""
     from matplotlib import colormaps  # slow to import, and training draws without it
 
     share = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    colours = (colormaps["inferno"](share)[..., :3] * 255).round().astype(np.uint8)
-    colours[np.isnan(values)] = NOTHING
-    return enlarged(colours, side)
+    colors = (colormaps["inferno"](share)[..., :3] * 255).round().astype(np.uint8)
+    colors[np.isnan(values)] = NO_VALUE
+    return upscale(colors, side)
 
 
-def enlarged(pixels: np.ndarray, side: int) -> np.ndarray:
-    """uint8 (B, G, G, 3) to (B, side, side, 3), pixel by pixel."""
-    return np.stack(
-        [np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.NEAREST)) for p in pixels]
-    )
+def upscale(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Resize uint8 images (B, G, G, 3) to (B, side, side, 3) by nearest neighbor."""
+    return np.stack([np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.NEAREST)) for p in pixels])
 
 
 def render_grid(
     columns: Sequence[Column], caption: str, scales: Sequence[Scale] = (), chart: Chart | None = None
 ) -> Image.Image:
-    """The picture. All columns have as many tiles, all tiles one size."""
-    size, rows = columns[0].tiles[0].shape[0], len(columns[0].tiles)
-    tile = size * max(1, -(-TILE // size))
-    inside = len(columns) * (tile + GAP) - GAP
-    type_ = _type(inside, tile)
-    lines = wrapped(caption, inside, type_)
-    titles = [wrapped(column.title, tile, type_) for column in columns]
-    top = MARGIN + type_.line * max(map(len, titles))
-    below = top + rows * (tile + GAP) + MARGIN - GAP
-    scale_width = 15 * type_.size
-    per_line = max(1, (inside + MARGIN) // (scale_width + MARGIN))
-    scale_height = 4 * type_.line
-    top_of_chart = below + math.ceil(len(scales) / per_line) * scale_height
-    top_of_caption = top_of_chart + (18 * type_.size if chart else 0)
+    """Draw columns of equally many square tiles of one size, and below them scales, chart and caption."""
+    rows, tile = len(columns[0].tiles), _tile_side(columns[0].tiles[0].shape[0])
+    width = len(columns) * (tile + GAP) - GAP
+    style = _text_style(width, tile)
+    titles = [wrap_text(column.title, tile, style) for column in columns]
+    caption_lines = wrap_text(caption, width, style)
+    scale_width, scale_height = 15 * style.size, 4 * style.line_height
+    scales_per_row = max(1, (width + MARGIN) // (scale_width + MARGIN))
 
-    height = top_of_caption + type_.line * len(lines) + MARGIN
-    canvas = Image.new("RGB", (inside + 2 * MARGIN, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for number, column in enumerate(columns):
+    tiles_top = MARGIN + style.line_height * max(map(len, titles))
+    scales_top = tiles_top + rows * (tile + GAP) + MARGIN - GAP
+    chart_top = scales_top + math.ceil(len(scales) / scales_per_row) * scale_height
+    caption_top = chart_top + (18 * style.size if chart else 0)
+    height = caption_top + style.line_height * len(caption_lines) + MARGIN
+    picture = Image.new("RGB", (width + 2 * MARGIN, height), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (column, title) in enumerate(zip(columns, titles, strict=True)):
         x = MARGIN + number * (tile + GAP)
-        _text(draw, (x + tile / 2, top - type_.line * len(titles[number])), titles[number], "ma", type_)
+        _draw_lines(draw, (x + tile / 2, tiles_top - style.line_height * len(title)), title, "ma", style)
         for row, pixels in enumerate(column.tiles):
-            canvas.paste(Image.fromarray(enlarged(pixels[None], tile)[0]), (x, top + row * (tile + GAP)))
+            picture.paste(Image.fromarray(upscale(pixels[None], tile)[0]), (x, tiles_top + row * (tile + GAP)))
     for number, scale in enumerate(scales):
-        line, place = divmod(number, per_line)
-        x = MARGIN + place * (scale_width + MARGIN)
-        _draw_scale(canvas, (x, below + line * scale_height), scale_width, scale, type_)
+        row, position = divmod(number, scales_per_row)
+        corner = MARGIN + position * (scale_width + MARGIN), scales_top + row * scale_height
+        _draw_scale(picture, corner, scale_width, scale, style)
     if chart:
-        box = (MARGIN, top_of_chart, MARGIN + inside, top_of_caption - MARGIN)
-        _draw_chart(draw, box, chart, type_)
-    _text(draw, (MARGIN, top_of_caption), lines, "la", type_)
-    return canvas
+        _draw_lines(draw, (MARGIN, chart_top), wrap_text(chart.title, width, style), "la", style)
+        axes_top = chart_top + style.line_height
+        plot = _render_chart(chart, width, caption_top - MARGIN - axes_top, 0.86 * style.size)
+        picture.paste(plot, (MARGIN, axes_top))
+    _draw_lines(draw, (MARGIN, caption_top), caption_lines, "la", style)
+    return picture
 
 
-def columns_of(picture: Image.Image, size: int) -> list[Image.Image]:
-    """The columns of a sheet of tiles of `size` pixels, without their titles; for one without scales and
-    chart, whose titles take a line."""
-    tile = size * max(1, -(-TILE // size))
-    inside = picture.width - 2 * MARGIN
-    top = MARGIN + _type(inside, tile).line
+def split_columns(picture: Image.Image, size: int) -> list[Image.Image]:
+    """Crop the columns of tiles, without titles, out of a picture of `render_grid`.
+
+    Args:
+        picture: Drawn without scales and chart, with titles of one line.
+        size: Side of the tiles before they were enlarged.
+    """
+    tile = _tile_side(size)
+    width = picture.width - 2 * MARGIN
+    top = MARGIN + _text_style(width, tile).line_height
     rows = (picture.height - top) // (tile + GAP)
-    edges = range(MARGIN, MARGIN + inside, tile + GAP)
+    edges = range(MARGIN, MARGIN + width, tile + GAP)
     return [picture.crop((x, top, x + tile, top + rows * (tile + GAP) - GAP)) for x in edges]
 
 
-def wrapped(text: str, width: float, type_: Type) -> list[str]:
-    """Lines no wider than `width` pixels; a single word that is wider stands alone."""
+def wrap_text(text: str, width: float, style: TextStyle) -> list[str]:
+    """Split text into lines of at most `width` pixels; a wider word gets its own line."""
     lines: list[str] = []
     for word in text.split():
-        if lines and type_.font.getlength(f"{lines[-1]} {word}") <= width:
+        if lines and style.font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
     return lines
 
 
-def _type(width: int, tile: int) -> Type:
-    size = max(SMALLEST, min(round(width * OF_THE_WIDTH), tile // 8))  # so that a title's words fit
-    return Type(ImageFont.load_default(size), ImageFont.load_default(round(0.86 * size)), size)
+def _tile_side(size: int) -> int:
+    return size * max(1, math.ceil(MIN_TILE / size))
 
 
-def _text(
-    draw: ImageDraw.ImageDraw, place: tuple[float, float], lines: list[str], anchor: str, type_: Type
+def _text_style(width: int, tile: int) -> TextStyle:
+    size = max(MIN_FONT, min(round(width * FONT_PER_WIDTH), tile // 8))  # the words of a title have to fit
+    font, small = (ImageFont.load_default(pixels) for pixels in (size, round(0.86 * size)))
+    assert isinstance(font, ImageFont.FreeTypeFont) and isinstance(small, ImageFont.FreeTypeFont)
+    return TextStyle(font, small, size)
+
+
+def _draw_lines(
+    draw: ImageDraw.ImageDraw, corner: tuple[float, float], lines: list[str], anchor: str, style: TextStyle
 ) -> None:
     for number, line in enumerate(lines):
-        draw.text((place[0], place[1] + number * type_.line), line, INK, type_.font, anchor=anchor)
+        draw.text((corner[0], corner[1] + number * style.line_height), line, INK, style.font, anchor=anchor)
 
 
-def _draw_scale(canvas: Image.Image, place: tuple[int, int], width: int, scale: Scale, type_: Type) -> None:
-    x, y = place
-    draw = ImageDraw.Draw(canvas)
-    draw.text((x, y), scale.title, INK, type_.small)
-    ramp = heat(np.linspace(0, 1, width)[None, None], 0, 1, width)[0][: type_.size]
-    canvas.paste(Image.fromarray(ramp), (x, y + type_.line))
-    under = y + type_.line + type_.size + 3
-    draw.text((x, under), scale.low, INK, type_.small)
-    draw.text((x + width, under), scale.high, INK, type_.small, anchor="ra")
+def _draw_scale(picture: Image.Image, corner: tuple[int, int], width: int, scale: Scale, style: TextStyle) -> None:
+    x, y = corner
+    draw = ImageDraw.Draw(picture)
+    draw.text((x, y), scale.title, INK, style.small)
+    ramp = heatmap(np.linspace(0, 1, width)[None, None], 0, 1, width)[0][: style.size]
+    picture.paste(Image.fromarray(ramp), (x, y + style.line_height))
+    below = y + style.line_height + style.size + 3
+    draw.text((x, below), scale.low, INK, style.small)
+    draw.text((x + width, below), scale.high, INK, style.small, anchor="ra")
 
 
-def _draw_chart(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], chart: Chart, type_: Type) -> None:
-    left, top, right = box[0] + 3 * type_.size, box[1] + type_.line + GAP, box[2] - type_.size
-    bottom = box[3] - 2 * type_.line - GAP
-    draw.text(box[:2], chart.title, INK, type_.font)
-    most_x, step_x = _ticks(max(chart.x))
-    most_y, step_y = _ticks(max(y + bar for y, bar in zip(chart.y, chart.bars, strict=True)))
+def _render_chart(chart: Chart, width: int, height: int, font_size: float) -> Image.Image:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return left + x / most_x * (right - left), bottom - y / most_y * (bottom - top)
-
-    for number in range(round(most_y / step_y) + 1):
-        y = number * step_y
-        draw.line([at(0, y), at(most_x, y)], FAINT)
-        draw.text((left - GAP, at(0, y)[1]), f"{y:g}", INK, type_.small, anchor="rm")
-    for number in range(round(most_x / step_x) + 1):
-        x = number * step_x
-        draw.text((at(x, 0)[0], bottom + GAP), f"{x:g}", INK, type_.small, anchor="ma")
-    draw.text(((left + right) / 2, bottom + type_.line), chart.x_title, INK, type_.small, anchor="ma")
-    thick, radius = max(2, type_.size // 7), type_.size / 4
-    draw.line([at(x, y) for x, y in zip(chart.x, chart.y, strict=True)], ACCENT, thick, joint="curve")
-    for x, y, bar in zip(chart.x, chart.y, chart.bars, strict=True):
-        draw.line([at(x, max(0, y - bar)), at(x, y + bar)], ACCENT, max(1, thick // 2))
-        across, down = at(x, y)
-        draw.ellipse([across - radius, down - radius, across + radius, down + radius], ACCENT)
+    figure = Figure((width / 72, height / 72), dpi=72, layout="constrained")  # one point is one pixel
+    axes = figure.add_subplot()
+    axes.errorbar(chart.x, chart.y, chart.bars, color=ACCENT, marker="o", markersize=font_size / 2, linewidth=2)
+    axes.set_xlabel(chart.x_title, color=INK, size=font_size)
+    axes.tick_params(length=0, pad=GAP, labelcolor=INK, labelsize=font_size)
+    axes.set_xlim(0, 1.05 * max(chart.x))
+    axes.set_ylim(0, 1.1 * max(np.add(chart.y, chart.bars)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.grid(axis="y", color=GRID)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _ticks(most: float) -> tuple[float, float]:
-    """The end of an axis from 0, and the step of its ticks: 1, 2 or 5 times a power of ten, 4 to 10 of
-    them."""
-    power = 10 ** math.floor(math.log10(most))
-    step = next(power * factor for factor in (0.1, 0.2, 0.5, 1, 2) if most / (power * factor) <= 8)
-    return math.ceil(most / step - 1e-9) * step, step
-
-
-def cut(images: torch.Tensor, per_side: int) -> torch.Tensor:
-    """(B, C, N S, N S) to (B N N, C, S, S), row by row."""
+def split_tiles(images: torch.Tensor, per_side: int) -> torch.Tensor:
+    """Cut images (B, C, N S, N S) into tiles (B N N, C, S, S), row by row."""
     batch, channels, side, _ = images.shape
     size = side // per_side
-    squares = images.reshape(batch, channels, per_side, size, per_side, size)
-    return squares.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, size, size)
+    tiles = images.reshape(batch, channels, per_side, size, per_side, size)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, size, size)
 
 
-def join(squares: torch.Tensor, per_side: int) -> torch.Tensor:
-    """The inverse of `cut`."""
-    count, channels, size, _ = squares.shape
-    images = squares.reshape(count // per_side**2, per_side, per_side, channels, size, size)
+def join_tiles(tiles: torch.Tensor, per_side: int) -> torch.Tensor:
+    """Invert `split_tiles`."""
+    count, channels, size, _ = tiles.shape
+    images = tiles.reshape(count // per_side**2, per_side, per_side, channels, size, size)
     return images.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, per_side * size, per_side * size)
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, L, P*P*3) in patchify's order back to square images (B, 3, S, S)."""
+    """Invert `losses.patchify` for square images: (B, L, P*P*3) to (B, 3, S, S)."""
     batch, length, _ = patches.shape
     grid = math.isqrt(length)
     tiles = patches.reshape(batch, grid, grid, patch_size, patch_size, 3)
     return tiles.permute(0, 5, 1, 3, 2, 4).reshape(batch, 3, grid * patch_size, grid * patch_size)
 
 
-def as_maps(values: torch.Tensor, per_side: int) -> torch.Tensor:
-    """A number a patch, (B N N, L), to maps of whole photographs (B, N G, N G)."""
+def to_maps(values: torch.Tensor, per_side: int) -> torch.Tensor:
+    """Arrange one number per patch, (B N N, L), as maps of whole images (B, N G, N G)."""
     grid = math.isqrt(values.shape[1])
-    return join(values.reshape(-1, 1, grid, grid), per_side)[:, 0]
+    return join_tiles(values.reshape(-1, 1, grid, grid), per_side)[:, 0]

@@ -1,113 +1,98 @@
-"""`python -m pipeline reconstruct`: photographs through trained methods, as pictures.
+"""`python -m pipeline reconstruct`: draw what trained methods make of images, one module per kind of picture."""
 
-Each kind of picture has a file of its own beside this one.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.pictures import agreement, attention, difficulty_map, feature_pca, reconstruction
-from pipeline.pictures.images import as_batch, open_images
+from pipeline.pictures.agreement import plot_agreement
+from pipeline.pictures.attention import plot_attention
+from pipeline.pictures.difficulty_map import plot_difficulty
+from pipeline.pictures.feature_pca import plot_features
+from pipeline.pictures.images import open_images, to_batch
+from pipeline.pictures.reconstruction import plot_reconstruction
 from pipeline.weights.encoder import load_encoder
 from pipeline.weights.run import LoadedRun, load_run
 
-MOST_TILES = 16
-KINDS = ("grid", "agreement", "difficulty", "attention", "features")
-
-
-class Options(NamedTuple):
-    """Of the pictures."""
-
-    count: int = 8
-    """Photographs, at most."""
-    tiles: int = 1
-    """Squares of the model's image size along a photograph's side. Attention and features are not cut up:
-    they see the photograph whole, at that size."""
-    seed: int = 0
-    """Of the masks."""
-    seeds: int = 3
-    """Masks of each photograph that `agreement` compares."""
+MAX_TILES = 16
 
 
 def reconstruct(
-    runs: Sequence[Path], images: Sequence[Path], out: Path, kinds: Sequence[str], options: Options
+    runs: list[Path], images: list[Path], out: Path, kinds: list[str], count: int, tiles: int, seed: int, seeds: int
 ) -> str:
-    """Draw each kind of picture of each run; returns a line for each.
+    """Draw each kind of picture of each run and return a line for each.
 
-    out: a .png where there is one picture, else a folder for RUN-KIND.png. UserError for what cannot be read,
-    before anything is drawn.
+    Args:
+        images: Files and folders, of which the first `count` images are drawn.
+        out: A .png for a single picture, else a folder for RUN-KIND.png.
+        kinds: Among grid, agreement, difficulty, attention and features.
+        tiles: Tiles of the model's image size along a side of an image. Attention and features use the whole image at
+            that size instead.
+        seed: Of the masks.
+        seeds: Masks per image that `agreement` compares.
+
+    Raises:
+        UserError: If an argument is invalid, an input cannot be read or a picture cannot be written.
     """
-    places = _places(runs, out, kinds)
-    if options.tiles > MOST_TILES:
-        raise UserError(f"--tiles {options.tiles}: at most {MOST_TILES}")
-    if options.seeds < 2:
-        raise UserError(f"--seeds {options.seeds}: two predictions or more can agree")
+    outputs = _output_paths(runs, out, kinds)
+    if tiles > MAX_TILES:
+        raise UserError(f"--tiles {tiles}: at most {MAX_TILES}")
+    if seeds < 2:
+        raise UserError(f"--seeds {seeds}: agreement needs at least two")
     if missing := [path for path in images if not path.exists()]:
         raise UserError(f"--images {missing[0]}: no such file or folder")
-    if blocked := [above for place in places.values() for above in place.parents if above.is_file()]:
-        raise UserError(f"--out {out}: {blocked[0]} is a file, so no folder can be there")
-    photographs, said = open_images(images, options.count), []
-    counted = f"{len(photographs)} photograph{'s' * (len(photographs) > 1)}"
+    opened, lines = open_images(images, count), []
     for run in runs:
-        trained = load_run(run)
-        data = trained.recipe.data
-        batch = as_batch(photographs, data, options.tiles * data.image_size)
+        loaded = load_run(run)
+        batch = to_batch(opened, loaded.recipe.data, tiles * loaded.recipe.data.image_size)
         for kind in kinds:
-            place = places[run, kind]
-            with _writing(place):
-                place.parent.mkdir(parents=True, exist_ok=True)
-            drawn, sentence = _draw(kind, run, trained, batch, options)
-            with _writing(place):
-                drawn.save(place)
-            said.append(f"{place}: {counted} after step {trained.step}{sentence}")
-    return "\n".join(said)
+            path = outputs[run, kind]
+            with _report_write_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            picture, summary = _draw(kind, run, loaded, batch, seed, seeds)
+            with _report_write_errors(path):
+                picture.save(path)
+            plural = "s" if len(opened) > 1 else ""
+            lines.append(f"{path}: {len(opened)} image{plural} after step {loaded.step}{summary}")
+    return "\n".join(lines)
 
 
 @contextmanager
-def _writing(place: Path) -> Iterator[None]:
+def _report_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"--out {place}: cannot be written: {error.strerror or error}; give another place"
-        ) from None
+        raise UserError(f"--out {path}: cannot be written: {error.strerror or error}") from error
 
 
 def _draw(
-    kind: str, run: Path, trained: LoadedRun, batch: torch.Tensor, options: Options
+    kind: str, run: Path, loaded: LoadedRun, batch: torch.Tensor, seed: int, seeds: int
 ) -> tuple[Image.Image, str]:
-    recipe, method, _ = trained
+    recipe, method, _ = loaded
     if kind == "grid":
-        return reconstruction.plot_reconstruction(method, recipe, batch, options.seed), ""
+        return plot_reconstruction(method, recipe, batch, seed), ""
     if kind == "agreement":
-        seeds = range(options.seed, options.seed + options.seeds)
-        drawn, sentence = agreement.plot_agreement(method, recipe, batch, seeds)
+        picture, summary = plot_agreement(method, recipe, batch, range(seed, seed + seeds))
     elif kind == "difficulty":
-        drawn, sentence = difficulty_map.plot_difficulty(method, recipe, batch, options.seed)
+        picture, summary = plot_difficulty(method, recipe, batch, seed)
     else:
-        module = {"attention": attention, "features": feature_pca}[kind]
-        drawn, sentence = module.picture(load_encoder(run, batch.shape[-1]), recipe.data, batch)
-    return drawn, f"; {sentence}"
+        plot = {"attention": plot_attention, "features": plot_features}[kind]
+        picture, summary = plot(load_encoder(run, batch.shape[-1]), recipe.data, batch)
+    return picture, f"; {summary}"
 
 
-def _places(runs: Sequence[Path], out: Path, kinds: Sequence[str]) -> dict[tuple[Path, str], Path]:
+def _output_paths(runs: list[Path], out: Path, kinds: list[str]) -> dict[tuple[Path, str], Path]:
     if out.suffix.lower() == ".png" and not out.is_dir():
         if len(runs) * len(kinds) > 1:
-            raise UserError(f"--out {out}: a folder is needed for {len(runs) * len(kinds)} pictures")
+            raise UserError(f"--out {out}: give a folder for {len(runs) * len(kinds)} pictures")
         return {(runs[0], kinds[0]): out}
-    names = [run.resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(f"{max(names, key=names.count)}: two runs of this name, whose pictures would be one")
     if (out.suffix.lower() in Image.registered_extensions() and not out.is_dir()) or out.is_file():
         raise UserError(f"--out {out}: give a folder, or a name that ends in .png")
-    return {
-        (run, kind): out / f"{name}-{kind}.png"
-        for run, name in zip(runs, names, strict=True)
-        for kind in kinds
-    }
+    names = [run.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        name = max(names, key=names.count)
+        raise UserError(f"two runs are named {name}, so their pictures would overwrite each other")
+    return {(run, kind): out / f"{name}-{kind}.png" for run, name in zip(runs, names, strict=True) for kind in kinds}

@@ -1,4 +1,4 @@
-"""The probe's heads: the official LARS, one head as many, scikit-learn's classifier at the end."""
+"""The probe's heads: updated as by MAE's LARS, independent of each other, converging to scikit-learn's."""
 
 import pytest
 import torch
@@ -13,60 +13,59 @@ from pipeline.train.lr_schedule import learning_rate
 WIDTH, CLASSES = 16, 5
 
 
-def clouds(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Overlapping clouds of points, one a class."""
+def gaussian_clusters(samples: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw overlapping clusters of points, one per class."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(0))
+    centers = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, CLASSES, (samples,), generator=generator)
-    return 3 + 2 * centres[labels] + 3 * torch.randn(samples, WIDTH, generator=generator), labels
+    return 3 + 2 * centers[labels] + 3 * torch.randn(samples, WIDTH, generator=generator), labels
 
 
 def official_lars(parameters: list[nn.Parameter], momenta: list[torch.Tensor], rate: float) -> None:
-    """util/lars.py of facebookresearch/mae, without weight decay."""
+    """Update as util/lars.py of facebookresearch/mae does without weight decay."""
     for p, mu in zip(parameters, momenta, strict=True):
         dp = p.grad
         if p.ndim > 1:
             param_norm, update_norm = torch.norm(p), torch.norm(dp)
             one = torch.ones_like(param_norm)
-            q = torch.where(
-                param_norm > 0.0, torch.where(update_norm > 0, 0.001 * param_norm / update_norm, one), one
-            )
+            q = torch.where(param_norm > 0.0, torch.where(update_norm > 0, 0.001 * param_norm / update_norm, one), one)
             dp = dp.mul(q)
         mu.mul_(0.9).add_(dp)
         p.data.add_(mu, alpha=-rate)
 
 
 @pytest.mark.parametrize("rates", [(0.5,), (0.1, 0.5, 4.0)])
-def test_each_head_learns_what_mae_s_probe_learns_at_its_rate(rates):
+def test_each_head_trains_as_mae_probe_at_its_rate(rates):
     torch.manual_seed(0)
     heads = LinearHeads(rates, CLASSES, WIDTH)
-    number = rates.index(0.5)
+    head = rates.index(0.5)
     peer = nn.Sequential(nn.BatchNorm1d(WIDTH, affine=False, eps=1e-6), nn.Linear(WIDTH, CLASSES))
-    peer[1].weight.data.copy_(heads.weight[number])
+    peer[1].weight.data.copy_(heads.weight[head])
     peer[1].bias.data.zero_()
     parameters = list(peer.parameters())
     momenta = [torch.zeros_like(p) for p in parameters]
     for step in range(30):
-        features, labels = clouds(64, step)
+        features, labels = gaussian_clusters(64, step)
         losses = heads.train_step(features, labels, rate=3.0 - 0.1 * step)
         peer.zero_grad()
         loss = F.cross_entropy(peer(features), labels)
         loss.backward()
         official_lars(parameters, momenta, 0.5 * (3.0 - 0.1 * step))
-        assert losses[number].item() == pytest.approx(loss.item(), rel=1e-5)
-    features, _ = clouds(50, 99)
-    assert torch.allclose(heads.eval()(features, number), peer.eval()(features), atol=1e-5)
+        assert losses[head].item() == pytest.approx(loss.item(), rel=1e-5)
+    features, _ = gaussian_clusters(50, 99)
+    assert torch.allclose(heads.eval()(features, head), peer.eval()(features), atol=1e-5)
 
 
-def test_what_it_converges_to_is_scikit_learns_logistic_regression():
-    (features, labels), (unseen, truth) = clouds(2000, 1), clouds(2000, 2)
+def test_head_converges_to_scikit_learns_logistic_regression():
+    (features, labels), (val_features, val_labels) = gaussian_clusters(2000, 1), gaussian_clusters(2000, 2)
     torch.manual_seed(0)
     heads = LinearHeads((30.0,), CLASSES, WIDTH)
     for step in range(2000):
         heads.train_step(features, labels, learning_rate(step, 2000, 100, 1.0))
     scaler = StandardScaler().fit(features.numpy())
-    theirs = LogisticRegression(C=1e6, max_iter=2000).fit(scaler.transform(features.numpy()), labels.numpy())
-    wanted = theirs.predict(scaler.transform(unseen.numpy()))
-    ours = heads.eval()(unseen, 0).argmax(1).numpy()
-    assert (ours == wanted).mean() > 0.99
-    assert abs((ours == truth.numpy()).mean() - (wanted == truth.numpy()).mean()) < 0.005
+    reference = LogisticRegression(C=1e6, max_iter=2000).fit(scaler.transform(features.numpy()), labels.numpy())
+    expected = reference.predict(scaler.transform(val_features.numpy()))
+    predicted = heads.eval()(val_features, 0).argmax(1).numpy()
+    assert (predicted == expected).mean() > 0.99
+    accuracies = [(classes == val_labels.numpy()).mean() for classes in (predicted, expected)]
+    assert abs(accuracies[0] - accuracies[1]) < 0.005
