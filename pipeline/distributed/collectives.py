@@ -1,8 +1,6 @@
-"""Who am I among the ranks, and what do the others say: the one place that reads what a launcher sets.
+"""Collectives, and errors that every rank raises together.
 
-Understood are DeepSpeed's launcher and torchrun (RANK, WORLD_SIZE, LOCAL_RANK), srun (SLURM_*) and no
-launcher at all. Invariant: after `find_world` the environment says the same thing in the words that DeepSpeed
-reads.
+Without a process group each collective returns this process's value, as on one rank.
 """
 
 import errno
@@ -22,20 +20,29 @@ T = TypeVar("T")
 
 @contextmanager
 def init_distributed(timeout_minutes: float) -> Iterator[DistInfo]:
-    """Connected with the other ranks, without DeepSpeed: for what trains no large model."""
+    """Connect the ranks without DeepSpeed, for commands that train no large model.
+
+    Args:
+        timeout_minutes: Time that ranks wait for each other in training; collectives wait longer.
+    """
     dist_info = init_dist_env()
+    with destroy_process_group_on_exit():
+        init_process_group(dist_info, timeout_minutes)
+        yield dist_info
+
+
+def init_process_group(dist_info: DistInfo, timeout_minutes: float) -> None:
+    """Connect the ranks by NCCL on GPUs and by Gloo on CPUs."""
     backend = "nccl" if dist_info.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=10 + 2 * timeout_minutes))
-    with destroy_process_group_on_exit():
-        yield dist_info
 
 
 @contextmanager
 def destroy_process_group_on_exit() -> Iterator[None]:
-    """Takes the ranks apart again where the block ends on all of them: at its end, or by what all raise.
+    """Destroy the process group if the block ends on every rank: normally, or by an error that all ranks raise.
 
-    Left to the end of the process, a connection whose other side has gone can abort it, and with it the exit
-    code is lost. Where one rank alone fails, nobody waits for the others.
+    A group that is left to the end of the process can abort it and lose its exit code. If only this rank fails,
+    the group is left alone, because destroying it would wait for the others.
     """
     try:
         yield
@@ -46,13 +53,13 @@ def destroy_process_group_on_exit() -> Iterator[None]:
 
 
 def destroy_process_group() -> None:
-    """Take the connection to the other ranks apart, where there is one."""
+    """Destroy the process group if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over the ranks, element by element, in place."""
+    """Average a tensor over the ranks, elementwise and in place."""
     if not dist.is_initialized():
         return values
     dist.all_reduce(values)
@@ -60,17 +67,17 @@ def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_scalar(value: float, dist_info: DistInfo) -> list[float]:
-    """Every rank's number, in the order of ranks, on every rank."""
-    own = torch.tensor([value], dtype=torch.float64, device=dist_info.device)
+    """Return every rank's number, in rank order."""
+    local = torch.tensor([value], dtype=torch.float64, device=dist_info.device)
     if not dist.is_initialized():
-        return own.tolist()
-    everyone = [torch.empty_like(own) for _ in range(dist_info.world_size)]
-    dist.all_gather(everyone, own)
-    return torch.cat(everyone).tolist()
+        return local.tolist()
+    outputs = [torch.empty_like(local) for _ in range(dist_info.world_size)]
+    dist.all_gather(outputs, local)
+    return torch.cat(outputs).tolist()
 
 
-def broadcast_object(value: object) -> object:
-    """Rank 0's value, on every rank."""
+def broadcast_object(value: T) -> T:
+    """Return rank 0's value on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -78,17 +85,17 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
-def all_gather_object(value: object) -> list[object]:
-    """Every rank's value, in the order of ranks, on every rank."""
+def all_gather_object(value: T) -> list[T]:
+    """Return every rank's value, in rank order."""
     if not dist.is_initialized():
         return [value]
-    boxes = [None] * dist.get_world_size()
-    dist.all_gather_object(boxes, value)
-    return boxes
+    outputs: list = [None] * dist.get_world_size()
+    dist.all_gather_object(outputs, value)
+    return outputs
 
 
 def all_gather_uneven(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of every rank, (n, ...), in the order of ranks, on every rank; n may differ."""
+    """Concatenate the rows (n, ...) of every rank, in rank order; n may differ between ranks."""
     if not dist.is_initialized():
         return rows
     counts = all_gather_object(len(rows))
@@ -99,43 +106,51 @@ def all_gather_uneven(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def raise_on_all_ranks(what: Callable[[], T]) -> T:
-    """This rank's result of what needs no other rank. AgreedError on all where one raises UserError, or its
-    storage an OSError; StoppedEarly on all where one raises that."""
-    done, fault, early = None, None, None
+def raise_on_all_ranks(function: Callable[[], T]) -> T:
+    """Run a function on this rank; if it raises on any rank, raise on all of them. Collective.
+
+    Args:
+        function: May not call collectives.
+
+    Returns:
+        This rank's result.
+
+    Raises:
+        AllRanksError: If a rank raised UserError or OSError, with the messages of all ranks.
+        StoppedEarly: If a rank raised it.
+    """
+    result, failure, cause = None, None, None
     try:
-        done = what()
-    except UserError as error:
-        fault = str(error)
+        result = function()
+    except (UserError, StoppedEarly) as error:
+        failure, cause = (str(error), isinstance(error, StoppedEarly)), error
     except OSError as error:
-        fault = str(storage_error(error))
-    except StoppedEarly as stop:
-        early = str(stop)
-    faults, stops = (
-        list(dict.fromkeys(filter(None, texts)))
-        for texts in zip(*all_gather_object((fault, early)), strict=True)
-    )
-    if faults:
-        raise AllRanksError("; ".join(faults))
-    if stops:
-        raise StoppedEarly(stops[0])
-    return done
+        failure, cause = (str(storage_error(error)), False), error
+    failures = list(dict.fromkeys(filter(None, all_gather_object(failure))))
+    if errors := [text for text, stopped in failures if not stopped]:
+        raise AllRanksError("; ".join(errors)) from cause
+    if failures:
+        raise StoppedEarly(failures[0][0]) from cause
+    return result  # pyright: ignore[reportReturnType] (function returned it: nothing was raised)
 
 
 def iterate_in_lockstep(batches: Iterable[T]) -> Iterator[T | None]:
-    """This rank's batches, then None as long as another rank has one: for what all ranks do together, as
-    ZeRO-3 computes. Every rank calls it. AgreedError on all where one cannot get its next."""
-    own = iter(batches)
+    """Yield this rank's batches, then None until every rank has finished. Collective.
+
+    For models whose forward pass is collective, as with ZeRO-3.
+
+    Raises:
+        AllRanksError: If a rank's iterator fails.
+    """
+    iterator = iter(batches)
     while True:
-        batch = raise_on_all_ranks(lambda: next(own, None))
+        batch = raise_on_all_ranks(lambda: next(iterator, None))
         if not any(all_gather_object(batch is not None)):
             return
         yield batch
 
 
 def storage_error(error: OSError) -> UserError:
-    """What a user can do about it."""
+    """Turn an OSError of a read or write into a UserError with the fix."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return UserError(
-        f"{error}; {'make room' if full else 'mend the storage'}, and start the same command again"
-    )
+    return UserError(f"{error}; {'free some space' if full else 'repair the storage'} and run the same command again")

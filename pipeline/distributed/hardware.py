@@ -1,4 +1,4 @@
-"""What the device can do and what of it is in use."""
+"""Devices: their peak throughput and memory, and malloc settings for training on a CPU."""
 
 import ctypes
 import os
@@ -9,20 +9,15 @@ from dataclasses import dataclass
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-LARGEST, LARGEST_OF_OLD = 2**31 - 1, 32 * 2**20  # bytes; a glibc before 2.35 takes no more for mmap
-
-
-NEVER = -1
-
-
-CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+MMAP_THRESHOLDS = (2**31 - 1, 32 * 2**20)
+"""Bytes, in order of preference: glibc before 2.35 accepts at most 32 MiB."""
+TRIM_NEVER = -1
+MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak dense TFLOP/s of matrix products in 16 and 32 bits, and memory, by NVIDIA's data sheets."""
+    """Peak dense TFLOP/s of matrix products in 16 and 32 bits, and memory, from NVIDIA's data sheets."""
 
     bits16: float
     bits32: float
@@ -43,40 +38,45 @@ GPUS = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The card's peak in FLOP/s; None where `pipeline.estimate.plan` does not know it, as for a CPU."""
+    """Return the device's peak in FLOP/s, None for a CPU and for GPUs that `GPUS` does not list."""
     if device.type != "cuda":
         return None
     words = re.split(r"[ -]", torch.cuda.get_device_name(device).lower())
-    if {"pcie", "nvl", "mig"} & set(words):  # slower than the cards in the table
+    if {"pcie", "nvl", "mig"} & set(words):  # slower than the listed variants
         return None
-    for card, figures in GPUS.items():
-        if card.split("-")[0] in (*words, "".join(words[-2:])):
-            return 1e12 * (figures.bits32 if precision == "fp32" else figures.bits16)
+    for name, gpu in GPUS.items():
+        if name.split("-")[0] in (*words, "".join(words[-2:])):
+            return 1e12 * (gpu.bits32 if precision == "fp32" else gpu.bits16)
     return None
 
 
-def memory_gib(device: torch.device) -> float:
-    """The most memory this process has held so far, in GiB: on the GPU, or on the host without one."""
+def peak_memory_gib(device: torch.device) -> float:
+    """Return this process's peak memory in GiB: of the GPU, or of the host for a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def device_name(device: torch.device) -> str:
+    """Return the GPU's product name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees for its next allocations. -> whether it does.
+    """Make glibc's malloc keep freed memory for later allocations of this process.
 
-    Nothing is changed where the environment says already how malloc shall behave (mallopt(3)), or where the C
-    library is not glibc.
+    Every training step allocates and frees the same gigabytes. By default glibc returns much of it to the kernel,
+    and the next step pays for tens of thousands of page faults (docs/benchmarks.md). Does nothing if the
+    environment configures malloc (mallopt(3)) or the C library is not glibc.
+
+    Returns:
+        Whether malloc accepted the settings.
     """
-    if any(name in os.environ for name in CHOSEN_BY_USER):
+    if any(name in os.environ for name in MALLOC_VARIABLES):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    # The order counts: to set any of the two ends glibc's own adjustment of both.
-    taken = any(mallopt(M_MMAP_THRESHOLD, size) == 1 for size in (LARGEST, LARGEST_OF_OLD))
-    return taken and mallopt(M_TRIM_THRESHOLD, NEVER) == 1
+    # Both are set, in this order: setting either disables glibc's automatic adjustment of both.
+    accepted = any(mallopt(M_MMAP_THRESHOLD, size) == 1 for size in MMAP_THRESHOLDS)
+    return accepted and mallopt(M_TRIM_THRESHOLD, TRIM_NEVER) == 1

@@ -1,4 +1,8 @@
-"""What the launcher set: rank, world size, device."""
+"""The launcher's environment: rank, world size and device of this process.
+
+The only module that reads launcher variables. Supported are DeepSpeed's launcher and torchrun (RANK, WORLD_SIZE,
+LOCAL_RANK), srun (SLURM_*), and no launcher. Afterwards the environment has the variables that DeepSpeed reads.
+"""
 
 import os
 import platform
@@ -13,7 +17,8 @@ import torch
 from pipeline.distributed.hardware import keep_freed_memory
 from pipeline.errors import UserError
 
-PORTS = range(20000, 32768)  # below the usual range of ephemeral ports
+PORTS = range(20000, 32768)
+"""Rendezvous ports of Slurm jobs, below the usual range of ephemeral ports."""
 
 
 class DistInfo(NamedTuple):
@@ -29,59 +34,61 @@ class DistInfo(NamedTuple):
 
 
 def init_dist_env() -> DistInfo:
-    """Read the launcher's environment, complete it for DeepSpeed, choose the device.
+    """Read the launcher's environment, complete it for DeepSpeed, and select the device.
 
-    On a CPU also the number of threads, and how memory is held.
+    On a CPU it also sets the number of threads and makes malloc keep freed memory.
+
+    Raises:
+        UserError: If a launcher variable is invalid, or the node has a GPU that torch cannot use.
     """
     env = os.environ
-    cores = None
+    num_cpus = None
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size = _env_int("RANK"), _env_int("WORLD_SIZE")
+        rank, world_size = _env_int("RANK"), _env_int("WORLD_SIZE")
         local_rank = _env_int("LOCAL_RANK", rank)
-        # DeepSpeed's launcher says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
-        local_size = _env_int("LOCAL_WORLD_SIZE", _env_int("LOCAL_SIZE", size))
+        # torchrun sets LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE.
+        local_world_size = _env_int("LOCAL_WORLD_SIZE", _env_int("LOCAL_SIZE", world_size))
     elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun for its tasks, not by sbatch for its script
-        rank, size = _env_int("SLURM_PROCID"), _env_int("SLURM_STEP_NUM_TASKS")
+        rank, world_size = _env_int("SLURM_PROCID"), _env_int("SLURM_STEP_NUM_TASKS")
         local_rank = _env_int("SLURM_LOCALID")
-        local_size = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0])
+        local_world_size = int(env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0])
         if "SLURM_CPUS_PER_TASK" in env:
-            cores = _env_int("SLURM_CPUS_PER_TASK")
+            num_cpus = _env_int("SLURM_CPUS_PER_TASK")
         if "MASTER_ADDR" not in env:
             env["MASTER_ADDR"] = _first_node_address(env["SLURM_STEP_NODELIST"])
         env.setdefault("MASTER_PORT", str(PORTS[_env_int("SLURM_JOB_ID") % len(PORTS)]))
     else:
-        rank, size, local_rank, local_size = 0, 1, 0, 1
+        rank, world_size, local_rank, local_world_size = 0, 1, 0, 1
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         env.setdefault("MASTER_PORT", str(_free_port()))
-    env.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    env.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     port = _env_int("MASTER_PORT")
-    if size > local_size and "GLOO_SOCKET_IFNAME" not in env:
+    if world_size > local_world_size and "GLOO_SOCKET_IFNAME" not in env:
         interface = _interface_to(env["MASTER_ADDR"], port)
-        if interface:  # Gloo would take the one that the host's name stands for, often the loopback
+        if interface:  # Gloo would choose the interface of the host name, often the loopback
             env["GLOO_SOCKET_IFNAME"] = interface
 
     if env.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available():
         device = torch.device("cuda", _device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
-        env["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device's number
+        env["LOCAL_RANK"] = str(device.index)  # DeepSpeed uses it as the device index
     else:
         if Path("/proc/driver/nvidia/version").exists() and "DS_ACCELERATOR" not in env:
             raise UserError(
-                f"this machine has an NVIDIA driver, but torch {torch.__version__} finds no GPU it can use; "
-                "install a torch for the driver's CUDA version, or set DS_ACCELERATOR=cpu to train without"
+                f"this machine has an NVIDIA driver, but torch {torch.__version__} finds no usable GPU; "
+                "install a torch for the driver's CUDA version, or set DS_ACCELERATOR=cpu"
             )
         device = torch.device("cpu")
         env["DS_ACCELERATOR"] = "cpu"
         keep_freed_memory()
-    cores = cores or max(1, len(os.sched_getaffinity(0)) // local_size)
-    dist_info = DistInfo(rank, size, local_rank, local_size, device, cores)
+    num_cpus = num_cpus or max(1, len(os.sched_getaffinity(0)) // local_world_size)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
-        torch.set_num_threads(dist_info.num_cpus)
-    return dist_info
+        torch.set_num_threads(num_cpus)
+    return DistInfo(rank, world_size, local_rank, local_world_size, device, num_cpus)
 
 
 def node_name() -> str:
-    """This machine, in Slurm's words where Slurm started it."""
+    """Return this node's name: Slurm's, or the host name."""
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
@@ -90,33 +97,32 @@ def _env_int(name: str, default: int | None = None) -> int:
     if text is None and default is not None:
         return default
     try:
-        return int(text)
-    except (TypeError, ValueError):
+        return int(text or "")
+    except ValueError as error:
         raise UserError(
             f"environment variable {name}: expected a number, found {text!r}; the launcher sets it: "
-            "start with deepspeed, torchrun, srun, or none of them"
-        ) from None
+            "start with deepspeed, torchrun, srun, or without a launcher"
+        ) from error
 
 
-def _device_index(local_rank: int, devices: int) -> int:
-    if local_rank < devices:
+def _device_index(local_rank: int, num_devices: int) -> int:
+    if local_rank < num_devices:
         return local_rank
-    if devices == 1:  # each task sees its own GPU, and nothing else
+    if num_devices == 1:  # the launcher shows each rank only its own GPU
         return 0
-    raise UserError(f"local rank {local_rank} finds {devices} GPUs: start at most one rank a GPU")
+    raise UserError(f"local rank {local_rank}: this node has {num_devices} GPUs; start at most one rank per GPU")
 
 
 def _first_node_address(nodelist: str) -> str:
-    """The address by which Slurm itself reaches the first of the nodes."""
+    """Return the address that Slurm has for the first node."""
     try:
         first = _scontrol("show", "hostnames", nodelist).split()[0]
-        words = _scontrol("--oneliner", "show", "node", first).split()
-        return next(word for word in words if word.startswith("NodeAddr=")).removeprefix("NodeAddr=")
+        fields = _scontrol("--oneliner", "show", "node", first).split()
+        return next(field for field in fields if field.startswith("NodeAddr=")).removeprefix("NodeAddr=")
     except (OSError, subprocess.CalledProcessError, IndexError, StopIteration) as error:
         raise UserError(
-            f"cannot ask scontrol for the address of the first node of {nodelist!r} ({error}); set "
-            "MASTER_ADDR to it"
-        ) from None
+            f"MASTER_ADDR: scontrol has no address for the first node of {nodelist!r} ({error}); set it yourself"
+        ) from error
 
 
 def _scontrol(*arguments: str) -> str:
@@ -124,7 +130,7 @@ def _scontrol(*arguments: str) -> str:
 
 
 def _interface_to(host: str, port: int) -> str | None:
-    """The network interface by which this machine reaches `host`; None where that is unclear."""
+    """Return the network interface that reaches `host`, None if it cannot be found."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, port))  # sends nothing

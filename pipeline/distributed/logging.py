@@ -13,6 +13,8 @@ ALL_RANKS = {"all_ranks": True}
 
 def setup_logging() -> None:
     """Send the records of `pipeline` and `data_prep` to stderr. Commands call it once, at their start."""
+    if logging.getLogger("pipeline").handlers:
+        return
     handler = _Handler()
     handler.setFormatter(
         logging.Formatter("[%(asctime)s %(levelname)s rank %(rank)d] %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -20,7 +22,7 @@ def setup_logging() -> None:
     handler.addFilter(_filter)
     for name in ("pipeline", "data_prep"):
         logger = logging.getLogger(name)
-        logger.handlers = [handler]
+        logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
 
@@ -41,5 +43,6 @@ class _Handler(logging.Handler):
 
 
 def _filter(record: logging.LogRecord) -> bool:
-    record.rank = env_rank()
-    return not record.rank or record.levelno >= logging.ERROR or getattr(record, "all_ranks", False)
+    rank = env_rank()
+    setattr(record, "rank", rank)  # noqa: B010 (LogRecord declares no such attribute)
+    return not rank or record.levelno >= logging.ERROR or getattr(record, "all_ranks", False)

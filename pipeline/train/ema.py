@@ -1,8 +1,7 @@
-"""An exponential moving average of the weights, in fp32.
+"""Exponential moving average (EMA) of the weights, in fp32.
 
-Invariant: it lies beside the fp32 weights that the optimiser updates, element by element, on the same rank
-and device. So it is saved and restored as they are, on any number of ranks, and does not depend on how they
-are shared out.
+Invariant: the EMA is partitioned like the fp32 weights that the optimizer updates, element by element, on the same
+rank and device. So it is saved and restored like them, on any world size and ZeRO stage.
 """
 
 import torch
@@ -11,16 +10,25 @@ from pipeline.train import sharded_state
 
 
 class ModelEma:
-    """Of a DeepSpeed engine's trained weights; begins as they are. decay: in (0.5, 1)."""
+    """EMA of the trained weights of a DeepSpeed engine, initialized with the weights.
 
-    def __init__(self, model, decay: float):
+    Args:
+        engine: A DeepSpeed engine.
+        decay: In (0.5, 1).
+    """
+
+    def __init__(self, engine, decay: float):
         self.decay = decay
-        self._weights = [flat.tensor for flat in sharded_state.iter_flat_partitions(model)]
+        self._weights = [partition.tensor for partition in sharded_state.iter_flat_partitions(engine)]
         self.tensors = [weight.detach().clone() for weight in self._weights]
-        """In the order of `elastic.flats`."""
+        """In the order of `sharded_state.iter_flat_partitions`."""
 
     def update(self, skipped: torch.Tensor) -> None:
-        """After the optimiser's step. skipped: 1.0 where it was left out, and the average stays, else 0.0."""
-        share = (1 - self.decay) * (1 - skipped)
-        for model_ema, weight in zip(self.tensors, self._weights, strict=True):
-            model_ema.lerp_(weight.detach(), share.to(model_ema.device))
+        """Update after an optimizer step.
+
+        Args:
+            skipped: 0-d; 1.0 if the step was skipped, which leaves the EMA unchanged, else 0.0.
+        """
+        weight_of_new = (1 - self.decay) * (1 - skipped)
+        for average, weight in zip(self.tensors, self._weights, strict=True):
+            average.lerp_(weight.detach(), weight_of_new.to(average.device))

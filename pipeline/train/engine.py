@@ -1,7 +1,6 @@
-"""The DeepSpeed engine: the only file that imports deepspeed.
+"""The DeepSpeed engine. The only module that imports deepspeed.
 
-Invariant: a step that the guard's verdict is against leaves weights and moments as they are, whichever the
-optimiser and the ZeRO stage.
+Invariant: a step that the guard skips leaves weights and optimizer state unchanged, for every optimizer and ZeRO stage.
 """
 
 import json
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,123 +21,148 @@ from torch import nn
 
 from pipeline.errors import Diverged, StoppedEarly, UserError
 from pipeline.io.tensors import save_tensors
-from pipeline.models.learner import TrainableModule
-from pipeline.recipe.base import TrainingRecipe
+from pipeline.models.trainable_module import TrainableModule
+from pipeline.recipe.training import TrainingRecipe
 from pipeline.train import sharded_state
 from pipeline.train.ema import ModelEma
 from pipeline.train.engine_config import ADAM_EPS
 from pipeline.train.watchdog import EXTENDED_FACTOR
 
-with redirect_stdout(sys.stderr):  # what it logs, now and later: stdout is for results
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables inside the block."""
+    saved = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+# Without a GPU DeepSpeed warns that it selects the CPU. To check the optimizer's type it imports Muon, and Muon imports
+# torch's compiler unless that is disabled, which takes longer than the import of DeepSpeed itself. It logs to stdout,
+# which is for results.
+_accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+with redirect_stdout(sys.stderr), _environment(TORCHDYNAMO_DISABLE="1", **_accelerator):
     import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.utils import logger
+    from deepspeed.utils import logger as deepspeed_logger
 
-    # To check the optimiser's type DeepSpeed imports its Muon, which loads torch's compiler unless that is
-    # disabled. It would take longer than the import of DeepSpeed itself.
-    _dynamo_disable = os.environ.get("TORCHDYNAMO_DISABLE", "")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import deepspeed.runtime.zero.muon.muon_optimizer
+# On a CPU DeepSpeed would compile a shared-memory all_reduce for a minute, which only its inference uses.
+setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 (not declared in its type)
 
-    os.environ["TORCHDYNAMO_DISABLE"] = _dynamo_disable
-
-# On a CPU, DeepSpeed would compile a shared-memory all-reduce, for a minute, that only its inference uses.
-deepspeed.ops.__compatible_ops__ = {}
-
-Engine = deepspeed.DeepSpeedEngine
+logger = logging.getLogger(__name__)
+Engine = Any
+"""deepspeed.DeepSpeedEngine, whose attributes depend on ZeRO stage and precision."""
+DEEPSPEED = "0.19."
+"""Supported versions: sharded_state.py depends on private attributes."""
 WEIGHTS, WEIGHTS_EMA = "weights.safetensors", "weights_ema.safetensors"
 ENGINE_STATE = "engine.json"
-SLOW_CONNECT_S = 30.0  # seconds that the ranks may take to find each other without a word
+SLOW_CONNECT_S = 30.0
 
 
-def init_distributed(timeout_minutes: float, watched: bool = True) -> None:
-    """Join the other ranks. `distributed.find_world` has prepared the environment. StoppedEarly where they
-    cannot meet.
+def init_distributed(timeout_minutes: float, with_watchdog: bool = True) -> None:
+    """Connect the ranks. `launch.init_dist_env` has prepared the environment.
 
-    The ranks wait `timeout_minutes` for each other, here and in collectives. Where they are watched, longer:
-    the watchdog is to end a rank, and say where it hung.
+    Args:
+        timeout_minutes: Timeout of the rendezvous and of collectives.
+        with_watchdog: Use a longer timeout, so that the watchdog ends a hanging rank and reports where it hangs.
+
+    Raises:
+        StoppedEarly: If the ranks cannot connect.
     """
-    logger.setLevel(logging.WARNING)
-    timeout = timedelta(
-        minutes=max(10.0, 2 * EXTENDED_FACTOR * timeout_minutes) if watched else timeout_minutes
-    )
-    waiting = threading.Timer(SLOW_CONNECT_S, _warn_connecting)
-    waiting.daemon = True
-    waiting.start()
+    check_version()
+    deepspeed_logger.setLevel(logging.WARNING)
+    minutes = max(10.0, 2 * EXTENDED_FACTOR * timeout_minutes) if with_watchdog else timeout_minutes
+    warning = threading.Timer(SLOW_CONNECT_S, _warn_connecting)
+    warning.daemon = True
+    warning.start()
     try:
-        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=minutes), verbose=False)
     except dist.DistError as error:
-        where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
         why = str(error).splitlines()[0].rstrip(".")
         raise StoppedEarly(
-            f"the ranks cannot meet at {where}: {why}. If another run has the port, "
-            "give this one its own: deepspeed --master_port N, or MASTER_PORT=N"
+            f"rendezvous failed at {_rendezvous()}: {why}. If the port is taken, choose another: "
+            "deepspeed --master_port N, or MASTER_PORT=N"
         ) from error
     finally:
-        waiting.cancel()
+        warning.cancel()
+
+
+def check_version() -> None:
+    """Raise UserError if the installed DeepSpeed is not supported."""
+    if not deepspeed.__version__.startswith(DEEPSPEED):
+        raise UserError(f"deepspeed {deepspeed.__version__}: not supported; pip install 'deepspeed>=0.19,<0.20'")
 
 
 def check_config(config: dict) -> None:
-    """UserError where DeepSpeed does not take a value of the configuration."""
+    """Raise UserError if DeepSpeed rejects a value of the configuration."""
     try:
         DeepSpeedConfig(config)
     except ValidationError as error:
         first = error.errors()[0]
         wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}, got {first['input']!r}"
+        raise UserError(f"--deepspeed_config: DeepSpeed rejects {wrong}") from error
     except ValueError as error:
-        wrong = str(error)
-    else:
-        return
-    raise UserError(f"--deepspeed_config: DeepSpeed does not take a value in it: {wrong}")
+        raise UserError(f"--deepspeed_config: DeepSpeed rejects it: {error}") from error
 
 
-def build_engine(
-    recipe: TrainingRecipe, learner: TrainableModule, config: dict, device: torch.device
-) -> Engine:
-    """Wrap the learner. config: of `engine_config`."""
-    engine, *_ = deepspeed.initialize(
-        model=learner.to(device),
-        optimizer=_optimizer(recipe, learner),
-        config=config,
-        dist_init_required=False,
-    )
+def check_precision(recipe: TrainingRecipe) -> None:
+    """Raise UserError if the device cannot compute in the recipe's precision."""
+    accelerator: Any = get_accelerator()
+    supported = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
+    precision = recipe.engine.precision
+    if precision in supported and not supported[precision]():
+        raise UserError(f"engine.precision: this {accelerator.device_name()} does not support {precision}; use fp32")
+
+
+def build_engine(recipe: TrainingRecipe, module: TrainableModule, config: dict, device: torch.device) -> Engine:
+    """Wrap a module in an engine with AdamW.
+
+    Args:
+        config: The result of `engine_config`.
+    """
+    optimizer = build_optimizer(recipe, module.to(device))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if recipe.engine.compile:
         engine.compile()
     return engine
 
 
-def _warn_connecting() -> None:
-    if os.environ["RANK"] == "0":
-        where = "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
-        print(f"still connecting at {where}: not all ranks have come", file=sys.stderr, flush=True)
-
-
-def _optimizer(recipe: TrainingRecipe, learner: TrainableModule) -> torch.optim.AdamW:
-    """On the learner's parameter groups."""
-    groups = learner.parameter_groups(recipe.optim.weight_decay)
+def build_optimizer(recipe: TrainingRecipe, module: TrainableModule) -> torch.optim.AdamW:
+    """Create AdamW with the module's parameter groups."""
+    groups = module.parameter_groups(recipe.optim.weight_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas, eps=ADAM_EPS, fused=True)
 
 
 def set_learning_rate(engine: Engine, rate: float) -> None:
+    """Set the learning rate, times "lr_scale" in parameter groups that have one."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def is_gradient_accumulation_boundary(engine: Engine) -> bool:
-    """Whether the micro batch at work is a global batch's last."""
+    """Return whether the present micro batch is the last of a global batch."""
     return engine.is_gradient_accumulation_boundary()
 
 
 def step(engine: Engine, should_skip: Callable[[float | torch.Tensor], torch.Tensor]) -> float | torch.Tensor:
-    """Count a micro batch; after a global batch's last, update the weights. Returns the gradient's norm, 0.0
-    before the last.
+    """Count a micro batch; after the last one of a global batch, update the weights.
 
-    `verdict` is asked with that norm once it is known, before any weight is touched; where it is 1.0 weights
-    and moments stay as they are. The host does not wait for the verdict, unless the optimiser works on the
-    CPU; for the norm DeepSpeed itself has it wait at most stages (docs/engine.md). There
-    DeepSpeed leaves a step out, too, where the gradient is not finite, and then says that its norm is
-    infinite.
+    Args:
+        should_skip: Called with the gradient norm before any weight changes. If it returns 1.0, weights and optimizer
+            state stay unchanged. The host does not wait for the result, unless the optimizer runs on the CPU.
+
+    Returns:
+        The gradient norm; 0.0 before the last micro batch; infinite if DeepSpeed itself skipped the step, as it does
+        at some stages if the gradient is not finite. docs/engine.md lists where DeepSpeed waits for the norm.
     """
     if not is_gradient_accumulation_boundary(engine):
         engine.step()
@@ -147,78 +172,75 @@ def step(engine: Engine, should_skip: Callable[[float | torch.Tensor], torch.Ten
         # Without ZeRO and in fp32 DeepSpeed keeps no norm.
         norm = nn.utils.get_total_norm(p.grad for p in engine.module.parameters() if p.grad is not None)
 
-    def judged() -> torch.Tensor:
+    def decide() -> torch.Tensor:
         return should_skip(engine.optimizer._global_grad_norm if norm is None else norm)
 
     try:
-        with skip_step_if(engine.basic_optimizer, judged):
+        with skip_step_if(engine.basic_optimizer, decide):
             engine.step()
     except Exception as error:
         if "loss scale already at minimum" in str(error):
             raise Diverged(
-                "fp16: the gradient overflows at the smallest loss scale there is. Look at engine.precision "
-                "(bf16 and fp32 have no loss scale), and the learning rate (optim.base_lr, optim.clip_grad)"
-            ) from None
+                "fp16: the gradient overflows at the smallest loss scale; use engine.precision bf16 or fp32 or a "
+                "smaller learning rate (optim.base_lr, optim.clip_grad)"
+            ) from error
         raise
     if getattr(engine.optimizer, "cpu_offload", False) and engine.optimizer.overflow:
-        # DeepSpeed 0.19 would go on adding to the sum that overflowed.
+        # DeepSpeed 0.19 would add the next gradients to the sum that overflowed.
         engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
     return engine.get_global_grad_norm() if norm is None else norm
 
 
 @contextmanager
-def skip_step_if(optimizer: torch.optim.AdamW, should_skip: Callable[[], torch.Tensor]) -> Iterator[None]:
-    """Let the optimiser leave its steps out where the verdict is 1.0: it reads found_inf where its parameters
-    are."""
+def skip_step_if(optimizer: torch.optim.Optimizer, should_skip: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Make the optimizer skip its steps inside the block if `should_skip` returns 1.0.
 
-    def ask(*_: object) -> None:
+    torch's fused AdamW reads `found_inf` on the device of its parameters.
+    """
+
+    def set_found_inf(*_: object) -> None:
         device = next(p.device for group in optimizer.param_groups for p in group["params"])
-        optimizer.found_inf = should_skip().to(device)  # torch's own copy to a CPU would not wait for it
+        # torch's own copy to a CPU would not wait for the value.
+        setattr(optimizer, "found_inf", should_skip().to(device))  # noqa: B010 (not declared in its type)
 
-    asking = optimizer.register_step_pre_hook(ask)
+    hook = optimizer.register_step_pre_hook(set_found_inf)
     try:
         yield
     finally:
-        asking.remove()
+        hook.remove()
 
 
 def save(engine: Engine, model_ema: ModelEma | None, path: Path) -> None:
-    """Write this rank's part of weights and optimiser state into the folder `path`; every rank calls it."""
+    """Write this rank's part of weights and optimizer state into the directory `path`. Every rank calls it."""
     sharded_state.save(engine, path / _rank_file(dist.get_rank()), model_ema.tensors if model_ema else [])
 
 
 def consolidate_fp32_weights(engine: Engine, model_ema: ModelEma | None, path: Path) -> None:
-    """Add what one rank alone writes, when all have saved: the numbers, and the weights in fp32."""
+    """Write the scalars and the whole fp32 weights from the parts of all ranks. Rank 0 calls it after `save`."""
     writers = dist.get_world_size() if engine.zero_optimization_stage() else 1
-    numbers = {**sharded_state.scalar_state(engine), "writers": writers}
-    (path / ENGINE_STATE).write_text(json.dumps(numbers, indent=1))
-    saved = sharded_state.SavedState([path / _rank_file(writer) for writer in range(writers)])
-    shapes = {key: getattr(p, "ds_shape", p.shape) for key, p in engine.module.named_parameters()}
+    scalars = {**sharded_state.scalar_state(engine), "writers": writers}
+    (path / ENGINE_STATE).write_text(json.dumps(scalars, indent=1))
+    saved = sharded_state.ShardedStateReader([path / _rank_file(writer) for writer in range(writers)])
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
     files = {WEIGHTS: sharded_state.WEIGHT} | ({WEIGHTS_EMA: sharded_state.EMA} if model_ema else {})
     for file, kind in files.items():
-        save_tensors(
-            {key: saved.read_all(key, kind).view(shape) for key, shape in shapes.items()}, path / file
-        )
+        tensors = {name: saved.read_all(name, kind).view(shape) for name, shape in shapes.items()}
+        save_tensors(tensors, path / file)
 
 
-def load(engine: Engine, model_ema: ModelEma | None, directory: Path, name: str) -> None:
-    """Read what was saved by whatever number of ranks, at whatever ZeRO stage, with whatever micro batch.
-
-    Every rank must call it.
-    """
-    path = directory / name
-    numbers = json.loads((path / ENGINE_STATE).read_text())
-    parts = [path / _rank_file(writer) for writer in range(numbers["writers"])]
-    sharded_state.load(engine, parts, numbers, model_ema.tensors if model_ema else [])
+def load(engine: Engine, model_ema: ModelEma | None, checkpoint: Path) -> None:
+    """Restore what any world size and ZeRO stage saved. Every rank calls it."""
+    scalars = json.loads((checkpoint / ENGINE_STATE).read_text())
+    parts = [checkpoint / _rank_file(writer) for writer in range(scalars["writers"])]
+    sharded_state.load(engine, parts, scalars, model_ema.tensors if model_ema else [])
 
 
-def check_precision(recipe: TrainingRecipe) -> None:
-    """UserError where the device can't compute in the recipe's precision."""
-    accelerator = get_accelerator()
-    able = {"fp16": accelerator.is_fp16_supported, "bf16": accelerator.is_bf16_supported}
-    precision = recipe.engine.precision
-    if precision in able and not able[precision]():
-        raise UserError(f"engine.precision: this {accelerator.device_name()} can't compute in {precision}")
+def _warn_connecting() -> None:
+    logger.warning(f"still connecting at {_rendezvous()}: waiting for all ranks to join")
+
+
+def _rendezvous() -> str:
+    return "{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)
 
 
 def _rank_file(rank: int) -> str:

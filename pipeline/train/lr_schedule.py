@@ -4,9 +4,9 @@ import math
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float, floor: float = 0.0) -> float:
-    """Rate for the step after `step` finished ones: linear from 0 to `peak`, then half a cosine to `floor`.
+    """Return the rate for the step after `step` completed ones: linear warm-up, then half a cosine to `floor`.
 
-    As in the official MAE code (util/lr_sched.py), where it is set at every iteration, not at every epoch.
+    As the official MAE code (util/lr_sched.py), which sets it at every iteration.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -15,10 +15,10 @@ def learning_rate(step: int, total_steps: int, warmup_steps: float, peak: float,
 
 
 def warmup_warning(total_steps: int, warmup_steps: float) -> str | None:
-    """What to say of a run that ends before its rate has risen."""
+    """Return a warning if the run ends before the warm-up does."""
     if warmup_steps < total_steps:
         return None
     return (
-        f"the warm-up, {warmup_steps:.0f} steps, is no shorter than the run, {total_steps}: the learning "
-        "rate never reaches its peak and never falls; train longer, or warm up for less"
+        f"warm-up of {warmup_steps:.0f} steps is not shorter than the run of {total_steps}: the learning rate never "
+        "reaches its peak; train longer or shorten the warm-up"
     )

@@ -1,26 +1,30 @@
-"""Metrics between two logged lines."""
+"""Metrics of the steps between two logged lines."""
 
 import torch
 
 from pipeline.distributed.collectives import all_reduce_mean
+from pipeline.io.metrics_file import RENAMED_COLUMNS
 
 
 class MetricAccumulator:
-    """Per-step numbers since the last logged line, kept on the device until they are asked for."""
+    """Keeps per-step metrics on the device until they are needed.
+
+    Args:
+        collected: The state of a checkpoint, also of earlier versions: metric name to one value per step.
+    """
 
     def __init__(self, collected: dict[str, list[float]] | None = None):
-        self.collected = {name: list(values) for name, values in (collected or {}).items()}
+        self._collected = {RENAMED_COLUMNS.get(name, name): list(values) for name, values in (collected or {}).items()}
         self._pending: list[dict[str, torch.Tensor]] = []
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Take one step's 0-d tensors; the same names at every step, "skipped" (1.0 or 0.0) among them."""
+        """Add one step's 0-d tensors: the same names at every step, with "skipped" (1.0 or 0.0) among them."""
         self._pending.append(values)
 
-    def collect(self) -> dict[str, list[float]]:
-        """Each number's mean over the ranks, a value a step. Every rank must call it; it waits for the
-        device.
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return the mean over ranks of each metric, one value per step. Collective; waits for the device.
 
-        The ranks are averaged step by step, so how often this is called does not change a value.
+        Ranks are averaged step by step, so the values do not depend on how often this is called.
         """
         if self._pending:
             names = list(self._pending[0])
@@ -28,18 +32,21 @@ class MetricAccumulator:
             for row in all_reduce_mean(torch.stack(rows)).tolist():
                 step = dict(zip(names, row, strict=True))
                 for name, value in step.items():
-                    kept = self.collected.setdefault(name, [])
+                    values = self._collected.setdefault(name, [])
                     if name == "skipped" or not step["skipped"]:
-                        kept.append(value)
+                        values.append(value)
             self._pending.clear()
-        return self.collected
+        return self._collected
 
-    def close(self) -> dict[str, float | int | None]:
-        """The mean of each number over the window's steps but the skipped ones, None without one; and how
-        many were skipped. The window starts anew."""
-        means = {
-            name: sum(values) / len(values) if values else None for name, values in self.collect().items()
+    def compute_and_reset(self) -> dict[str, float | int | None]:
+        """Return each metric's mean over the steps that were not skipped (None without one), and clear. Collective.
+
+        "skipped" is the number of skipped steps.
+        """
+        collected = self.state_dict()
+        means: dict[str, float | int | None] = {
+            name: sum(values) / len(values) if values else None for name, values in collected.items()
         }
-        means["skipped"] = int(sum(self.collected["skipped"]))
-        self.collected = {}
+        means["skipped"] = int(sum(collected["skipped"]))
+        self._collected = {}
         return means

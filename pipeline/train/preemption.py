@@ -1,191 +1,191 @@
-"""How a run stops before its end: a signal, a launcher that is gone, data that cannot be read, a full disk.
+"""Stop requests: signals, a launcher that died, data that cannot be read, files that cannot be written.
 
-Invariant: all ranks stop at the same place, between two steps. Whatever one rank has heard, the others hear
-before the next micro batch is computed, by a tiny all-reduce on the CPU that no device waits for. Until a
-step's last micro batch no weight has changed, so what is saved then is the state after the step before.
+Invariant: all ranks stop between the same two steps. Before each micro batch the ranks all_reduce their stop
+requests, on the CPU, without waiting for the device. Weights change only after a step's last micro batch, so a
+checkpoint written then is the state after the previous step.
 
-A first SIGTERM or SIGUSR1 asks the run to save and stop; a second one ends the process at once, wherever it
-is. Both are heard by a thread of their own, also while the main thread waits in a collective.
+SIGTERM and SIGUSR1 request a checkpoint and a stop. A thread receives them, also while the main thread waits in a
+collective. Repeated signals change nothing; Ctrl-C or SIGKILL ends the process at once.
 """
 
+import logging
 import os
 import signal
-import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipeline.distributed.collectives import all_gather_object, storage_error
+from pipeline.distributed.logging import ALL_RANKS
 from pipeline.errors import AllRanksError, StoppedEarly, StorageTimeout, UserError
 from pipeline.train.watchdog import EXTENDED_FACTOR
 
+logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Stop requests are integers, so that the ranks can agree on the maximum: a signal's number, or one of these.
 LAUNCHER_GONE = 128
-"""Stands among the signal numbers for a launcher that died and left its ranks behind."""
+"""The launcher died and left its ranks behind."""
 DATA_ERROR = 256
-"""More than any signal: some rank could not read its data."""
+"""A rank could not read its data."""
 WRITE_ERROR = 512
-"""Some rank could not write its own files. What was trained since the last checkpoint is trained again."""
-POLL = 1.0  # seconds between two looks at the launcher
-SAME = 1.0
-"""Seconds within which the same signal again is the first one, come to a process and to its group."""
+"""A rank could not write its files. Steps since the last checkpoint will be trained again."""
+LAUNCHER_POLL_S = 1.0
+
+Batch = TypeVar("Batch", covariant=True)
+
+
+class BatchSource(Protocol[Batch]):
+    """A loader without end."""
+
+    def next(self) -> Batch: ...
 
 
 class Failure(NamedTuple):
-    """What made a rank stop."""
+    """The error that stopped a rank."""
 
     text: str
     transient: bool
-    """Whether the next start may go on though nobody mended anything."""
-
-
-def describe_failure(error: Exception, rank: int) -> Failure:
-    """Of what is no UserError nobody knows what to mend."""
-    known = isinstance(error, UserError)
-    text = str(error) if known else f"{type(error).__name__}: {error}"
-    return Failure(f"rank {rank}: {text}", not known or isinstance(error, StorageTimeout))
-
-
-def exit_error(failures: Sequence[Failure], step: int) -> AllRanksError | StoppedEarly:
-    """How a run ends that is saved at `step`, by what its ranks met: to be mended where one of it must be."""
-    first = min(failures, key=lambda failure: failure.transient)
-    text = f"{first.text}. {f'Everything is saved at step {step}' if step else 'Nothing was trained yet'}"
-    return StoppedEarly(f"{text}; the same command continues") if first.transient else AllRanksError(text)
+    """Whether the next start may succeed although nobody fixed anything."""
 
 
 class PreemptionHandler:
-    """Hears what this rank is told, and agrees with the others on it. One a process, made before the run's
-    heavy work begins; `connect` follows when the ranks are connected."""
+    """Handles stop requests of this rank and synchronizes them across ranks.
+
+    Create one per process, before the heavy work starts; call `connect` when the process group exists.
+    """
 
     def __init__(self):
-        self.reason: int = 0
-        """Not 0 once all ranks have agreed to stop: what made them."""
-        self._heard = 0
+        self.stop_reason = 0
+        """The stop request that all ranks agreed on; 0 to continue."""
+        self._requested = 0
         self._failure: Exception | None = None
-        self._group = None
-        self._first, self._heard_at = 0, 0.0
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
+        self._group: Any = None  # a dist.ProcessGroup
+        read_fd, write_fd = os.pipe()
+        os.set_blocking(write_fd, False)
         for number in SIGNALS:
-            signal.signal(number, lambda *_: None)  # Python's part; the C part writes into the pipe at once
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reading,), daemon=True).start()
+            signal.signal(number, lambda *_: None)  # the C handler writes into the pipe at once
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(read_fd,), daemon=True).start()
         if depth := _launcher_depth():
             threading.Thread(target=self._watch_launcher, args=(depth,), daemon=True).start()
 
     def connect(self, timeout_minutes: float) -> None:
-        """Every rank calls it, after they have joined. It waits longer than the watchdog's time-out."""
-        self._group = dist.new_group(
-            backend="gloo", timeout=timedelta(minutes=10 + 2 * EXTENDED_FACTOR * timeout_minutes)
-        )
+        """Create the CPU group for stop requests. Collective. Its timeout is longer than the watchdog's."""
+        timeout = timedelta(minutes=10 + 2 * EXTENDED_FACTOR * timeout_minutes)
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
 
-    def check(self) -> None:
-        """StoppedEarly where this rank was told to stop: for what ranks do alone, inside `agreed`, before
-        there are steps and anything to save."""
-        if self._heard:
+    def raise_if_requested(self) -> None:
+        """Raise StoppedEarly if this rank received a signal before the first step. Not collective."""
+        if self._requested:
             raise StoppedEarly(
-                f"stopped early by {_signal_name(self._heard)}, before this start's first step; the same command "
-                "continues"
+                f"stopped by {_signal_name(self._requested)} before the first step; the same command resumes"
             )
 
-    def next(self, loader) -> object | None:
-        """The loader's next micro batch, or None on all ranks where one of them was told to stop or cannot
-        read its data. Every rank calls it."""
+    def next_batch(self, loader: BatchSource[Batch]) -> Batch | None:
+        """Return the loader's next micro batch, or None on all ranks if one has to stop. Collective."""
         batch = None
         try:
             batch = loader.next()
-        except Exception as error:  # all ranks stop for it, and this one raises it in `raise_reason`
+        except Exception as error:  # all ranks stop for it; `raise_stop_reason` raises it
             self._failure = storage_error(error) if isinstance(error, OSError) else error
-            self._heard = max(self._heard, DATA_ERROR)
-        self._agree(self._heard)
-        return None if self.reason else batch
+            self._requested = max(self._requested, DATA_ERROR)
+        self._sync(self._requested)
+        return None if self.stop_reason else batch
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Around what this rank writes by itself: where its storage says no, all ranks stop before the next
-        step."""
+    def catch_write_errors(self) -> Iterator[None]:
+        """Turn an OSError inside the block into a stop request: all ranks stop before the next step."""
         try:
             yield
         except OSError as error:
-            if self._heard != WRITE_ERROR:
+            if self._requested != WRITE_ERROR:
                 self._failure = storage_error(error)
-            self._heard = WRITE_ERROR
+            self._requested = WRITE_ERROR
 
     def sync_write_errors(self) -> bool:
-        """Whether every rank's writing went well; else all stop. Every rank calls it."""
-        self._agree(self._heard if self._heard == WRITE_ERROR else self.reason)
-        return self.reason != WRITE_ERROR
+        """Return whether every rank has written its files without error; if not, all ranks stop. Collective."""
+        self._sync(self._requested if self._requested == WRITE_ERROR else self.stop_reason)
+        return self.stop_reason != WRITE_ERROR
 
-    def _agree(self, heard: int) -> None:
-        said = torch.tensor(heard)
-        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
-        self.reason = int(said)
+    def raise_stop_reason(self, saved_step: int) -> None:
+        """Raise the error of the agreed stop reason, if there is one. Collective; call it after the last save.
 
-    def raise_reason(self, step: int) -> None:
-        """Nothing where the run went to its end. Else `StoppedEarly`, or the error of a rank whose data or
-        storage somebody must mend. Every rank calls it, when everything is saved."""
-        if self.reason >= DATA_ERROR:
+        Raises:
+            StoppedEarly: After a signal, or if every failure is transient.
+            AllRanksError: If a rank's data or storage has to be fixed.
+        """
+        if self.stop_reason >= DATA_ERROR:
             if self._failure and not isinstance(self._failure, UserError):
                 traceback.print_exception(self._failure)
             failures = all_gather_object(self._failure and describe_failure(self._failure, dist.get_rank()))
-            raise exit_error([failure for failure in failures if failure], step)
-        if self.reason:
+            raise exit_error([failure for failure in failures if failure], saved_step)
+        if self.stop_reason:
             raise StoppedEarly(
-                f"stopped early by {_signal_name(self.reason)}, everything is saved at step {step}; "
-                "the same command continues"
+                f"stopped by {_signal_name(self.stop_reason)}, saved at step {saved_step}; the same command resumes"
             )
 
-    def _listen(self, reading: int) -> None:
+    def _sync(self, requested: int) -> None:
+        reason = torch.tensor(requested)
+        dist.all_reduce(reason, dist.ReduceOp.MAX, group=self._group)
+        self.stop_reason = int(reason)
+
+    def _listen(self, read_fd: int) -> None:
         while True:
-            number = os.read(reading, 1)[0]
-            if number not in SIGNALS:
-                continue
-            if number == self._first and time.monotonic() - self._heard_at < SAME:
-                continue
-            if self._first:
-                _say(f"{_signal_name(number)} again: stopping at once; the last checkpoint is whole")
-                os._exit(128 + number)
-            self._first, self._heard_at = number, time.monotonic()
-            self._heard = max(self._heard, number)
-            _say(f"{_signal_name(number)}: saving and stopping after this step; once more stops at once")
+            number = os.read(read_fd, 1)[0]
+            if number in SIGNALS:
+                if not self._requested:
+                    logger.warning(
+                        f"{_signal_name(number)}: saving a checkpoint and stopping after this step",
+                        extra=ALL_RANKS,
+                    )
+                self._requested = max(self._requested, number)
 
     def _watch_launcher(self, depth: int) -> None:
-        before, sleep = _ancestors(depth), threading.Event()
-        while _ancestors(depth) == before:
-            sleep.wait(POLL)
-        self._heard = max(self._heard, LAUNCHER_GONE)
-        _say("the launcher is gone: saving and stopping after this step")
+        ancestors, poll = _ancestors(depth), threading.Event()
+        while _ancestors(depth) == ancestors:
+            poll.wait(LAUNCHER_POLL_S)
+        self._requested = max(self._requested, LAUNCHER_GONE)
+        logger.warning("launcher died: saving a checkpoint and stopping after this step", extra=ALL_RANKS)
+
+
+def describe_failure(error: Exception, rank: int) -> Failure:
+    """Describe a rank's error. Only UserErrors need a fix; all others are treated as transient."""
+    is_user_error = isinstance(error, UserError)
+    text = str(error) if is_user_error else f"{type(error).__name__}: {error}"
+    return Failure(f"rank {rank}: {text}", not is_user_error or isinstance(error, StorageTimeout))
+
+
+def exit_error(failures: Sequence[Failure], saved_step: int) -> AllRanksError | StoppedEarly:
+    """Return the error that ends a run: one that has to be fixed if there is any, else a transient one."""
+    first = min(failures, key=lambda failure: failure.transient)
+    text = f"{first.text}; {f'saved at step {saved_step}' if saved_step else 'nothing was trained yet'}"
+    return StoppedEarly(f"{text}; the same command resumes") if first.transient else AllRanksError(text)
 
 
 def _launcher_depth() -> int:
-    """How many processes above this one belong to the launcher and live as long as the run."""
-    if "CROSS_SIZE" in os.environ:  # DeepSpeed: `deepspeed`, and below it one launch.py a node
+    """Return how many ancestors of this process belong to the launcher and live as long as the run."""
+    if "CROSS_SIZE" in os.environ:  # DeepSpeed: `deepspeed`, which starts launch.py on each node
         return 2
     return 1 if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def _ancestors(depth: int) -> list[int]:
-    found = [os.getppid()]
-    while len(found) < depth and found[-1] > 1:
+    pids = [os.getppid()]
+    while len(pids) < depth and pids[-1] > 1:
         try:
-            status = Path(f"/proc/{found[-1]}/stat").read_text()
+            status = Path(f"/proc/{pids[-1]}/stat").read_text()
         except OSError:
             break  # it has just ended
-        found.append(int(status.rpartition(")")[2].split()[1]))
-    return found
+        pids.append(int(status.rpartition(")")[2].split()[1]))
+    return pids
 
 
 def _signal_name(number: int) -> str:
     return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
-
-
-def _say(text: str) -> None:
-    print(f"pipeline: {text}", file=sys.stderr, flush=True)

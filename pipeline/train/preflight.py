@@ -1,7 +1,7 @@
-"""What can be known before a run begins, found out in under a minute on every node at once.
+"""Preflight: check on every node, in under a minute, whether a run can start.
 
-Invariant: nothing is written. Every rank looks for itself and tells rank 0, which says what any of them
-found, with the node's name; so no cluster is kept busy by a run that cannot go on.
+Invariant: nothing is written. Every rank checks by itself, and rank 0 reports the problems of all ranks with their
+nodes, so that no allocation is wasted on a run that cannot train.
 """
 
 import os
@@ -27,212 +27,216 @@ from pipeline.distributed.collectives import (
 from pipeline.distributed.hardware import device_name
 from pipeline.distributed.launch import DistInfo, init_dist_env, node_name
 from pipeline.errors import AllRanksError, StoppedEarly, StorageTimeout, UserError
-from pipeline.recipe.base import TrainingRecipe
-from pipeline.train import checkpoint, engine, run_directory
+from pipeline.recipe.training import TrainingRecipe
+from pipeline.train import engine
+from pipeline.train.checkpoint import checkpoint_steps
 from pipeline.train.engine_config import engine_config
+from pipeline.train.run_directory import RunDirectory, package_versions
 from pipeline.train.sharded_state import checkpoint_bytes
 from pipeline.train.task import Task
 
-DECODED = 64
-"""Images that a node decodes, at least."""
-REDUCED = 64 * 2**20
-"""Bytes of the all-reduce."""
+MIN_DECODED = 64
+"""Images that each node decodes at least."""
+ALL_REDUCE_BYTES = 64 * 2**20
 ROUNDS = 5
 TIMEOUT_MINUTES = 10.0
-"""For the ranks to meet: as long as one may wait for storage that does not answer, and no longer."""
+"""Timeout of the rendezvous: as long as storage may take to fail."""
 
 
 class Findings(NamedTuple):
-    """What one rank found: texts by subject, and what is in the way."""
+    """The result of one rank's checks."""
 
     node: str
     device: str
     versions: dict[str, str]
     texts: dict[str, str]
-    faults: list[UserError]
+    """Results by topic."""
+    errors: list[UserError]
 
 
 def preflight(
-    make_task: Callable[[], Task], data: Sequence[str], run: Path, deepspeed_config: Path | None = None
-) -> str:
-    """Look at everything that `train` with the same arguments needs. Every rank calls it.
-
-    make_task: reads the recipe, too; what it finds wrong is a finding like others. Returns the findings, a
-    line each, for a reader. UserError where something is in the way, with the nodes; StoppedEarly where that
-    is only storage that does not answer a run with checkpoints.
-    """
-    began = time.monotonic()
-    dist_info = init_dist_env()
-    mine = look(make_task, data, run, deepspeed_config, dist_info)
-    engine.init_distributed(TIMEOUT_MINUTES, watched=False)
-    with destroy_process_group_on_exit():
-        everyone = all_gather_object(mine)
-        begun = broadcast_object(
-            raise_on_all_ranks(lambda: bool(checkpoint.checkpoint_steps(run / "checkpoints")))
-        )
-        if any(rank.faults for rank in everyone):
-            raise complaint(everyone, begun)
-        _complain([(rank.node, _difference(rank, everyone[0])) for rank in everyone])
-        reduced = _all_reduce(dist_info)
-        fault = "" if reduced else "the all-reduce gave a wrong sum; test this node's network"
-        _complain(all_gather_object((mine.node, fault)))
-    first = everyone[0]
-    nodes = list(dict.fromkeys(rank.node for rank in everyone))
-    lines = {
-        "ranks": f"{dist_info.world_size} on {', '.join(nodes)}; {', '.join({r.device: 0 for r in everyone})}",
-        **{name: first.texts[name] for name in ("batch", "precision", "data", "run")},
-        "decode": ", ".join(f"{r.node} {r.texts['decode']}" for r in everyone if "decode" in r.texts),
-        "network": reduced,
-        "versions": ", ".join(f"{name} {number}" for name, number in first.versions.items()),
-        "took": f"{time.monotonic() - began:.0f} s",
-    }
-    return "\n".join(f"preflight: {name:10}{text}" for name, text in lines.items())
-
-
-def look(
     make_task: Callable[[], Task],
     data: Sequence[str],
-    run: Path,
+    run: RunDirectory,
+    deepspeed_config: Path | None = None,
+) -> str:
+    """Check everything that training with the same arguments needs. Collective.
+
+    Args:
+        make_task: Reads the recipe; its UserErrors are reported like others.
+        data, run, deepspeed_config: As for `Trainer`.
+
+    Returns:
+        A report, one topic per line.
+
+    Raises:
+        AllRanksError: If the run cannot start, with the nodes.
+        StoppedEarly: If only the storage does not respond, and the run has checkpoints.
+    """
+    started = time.monotonic()
+    dist_info = init_dist_env()
+    local = run_checks(make_task, data, run, deepspeed_config, dist_info)
+    engine.init_distributed(TIMEOUT_MINUTES, with_watchdog=False)
+    with destroy_process_group_on_exit():
+        ranks = all_gather_object(local)
+        has_checkpoints = broadcast_object(raise_on_all_ranks(lambda: bool(checkpoint_steps(run.checkpoints))))
+        if any(rank.errors for rank in ranks):
+            raise combine_errors(ranks, has_checkpoints)
+        _raise_if_any([(rank.node, _version_differences(rank, ranks[0])) for rank in ranks])
+        network = _time_all_reduce(dist_info)
+        problem = "" if network else "all_reduce returned a wrong sum; test this node's network"
+        _raise_if_any(all_gather_object((local.node, problem)))
+    first = ranks[0]
+    nodes, devices = (list(dict.fromkeys(values)) for values in zip(*((r.node, r.device) for r in ranks), strict=True))
+    lines = {
+        "ranks": f"{dist_info.world_size} on {', '.join(nodes)}; {', '.join(devices)}",
+        **{topic: first.texts[topic] for topic in ("batch", "precision", "data", "run")},
+        "decode": ", ".join(f"{r.node} {r.texts['decode']}" for r in ranks if "decode" in r.texts),
+        "network": network,
+        "versions": ", ".join(f"{name} {number}" for name, number in first.versions.items()),
+        "took": f"{time.monotonic() - started:.0f} s",
+    }
+    return "\n".join(f"preflight: {topic:10}{text}" for topic, text in lines.items())
+
+
+def run_checks(
+    make_task: Callable[[], Task],
+    data: Sequence[str],
+    run: RunDirectory,
     deepspeed_config: Path | None,
     dist_info: DistInfo,
 ) -> Findings:
-    """What this rank finds by itself. A node's first rank decodes where nothing is in the way."""
-    found = Findings(node_name(), device_name(dist_info.device), run_directory.versions(), {}, [])
-    with _noting(found.faults):
+    """Run this rank's checks. If all pass, the first rank of each node also measures decoding. Not collective."""
+    findings = Findings(node_name(), device_name(dist_info.device), package_versions(), {}, [])
+    with _collect_errors(findings.errors):
         task = make_task()
         recipe = task.recipe
         checks = {
-            "batch": lambda: _batch(recipe, dist_info, deepspeed_config),
+            "batch": lambda: _check_batch(recipe, dist_info, deepspeed_config),
             "precision": lambda: engine.check_precision(recipe) or recipe.engine.precision,
-            "data": lambda: _data(recipe, data),
-            "run": lambda: _run(task, data, run),
+            "data": lambda: _check_data(recipe, data),
+            "run": lambda: _check_run(task, data, run),
         }
-        for name, check in checks.items():
-            with _noting(found.faults):
-                found.texts[name] = check()
-        if dist_info.local_rank == 0 and not found.faults:
-            found.texts["decode"] = _decode(recipe, data, dist_info)
-    return found
+        for topic, check in checks.items():
+            with _collect_errors(findings.errors):
+                findings.texts[topic] = check()
+        if dist_info.local_rank == 0 and not findings.errors:
+            findings.texts["decode"] = _measure_decoding(recipe, data, dist_info)
+    return findings
+
+
+def combine_errors(ranks: Sequence[Findings], has_checkpoints: bool) -> AllRanksError | StoppedEarly:
+    """Combine the errors of all ranks: StoppedEarly, to retry, if a run with checkpoints only waits for storage."""
+    errors = [(rank.node, error) for rank in ranks for error in rank.errors]
+    retry = has_checkpoints and all(isinstance(error, StorageTimeout) for _, error in errors)
+    text = _with_nodes([(node, str(error)) for node, error in errors])
+    return StoppedEarly(text) if retry else AllRanksError(text)
 
 
 @contextmanager
-def _noting(faults: list[UserError]) -> Iterator[None]:
+def _collect_errors(errors: list[UserError]) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        fault = storage_error(error) if isinstance(error, OSError) else error
-        if str(fault) not in map(str, faults):
-            faults.append(fault)
+        user_error = storage_error(error) if isinstance(error, OSError) else error
+        if str(user_error) not in map(str, errors):
+            errors.append(user_error)
 
 
-def complaint(everyone: Sequence[Findings], begun: bool) -> AllRanksError | StoppedEarly:
-    """Of what the ranks found to be in the way. begun: whether the run has checkpoints."""
-    faults = [(rank.node, fault) for rank in everyone for fault in rank.faults]
-    waits = begun and all(isinstance(fault, StorageTimeout) for _, fault in faults)
-    text = _with_nodes([(node, str(fault)) for node, fault in faults])
-    return StoppedEarly(text) if waits else AllRanksError(text)
-
-
-def _complain(found: list[tuple[str, str]]) -> None:
-    if text := _with_nodes(found):
+def _raise_if_any(problems: list[tuple[str, str]]) -> None:
+    if text := _with_nodes(problems):
         raise AllRanksError(text)
 
 
-def _with_nodes(found: list[tuple[str, str]]) -> str:
-    """Every fault once, and the nodes that have it; empty where there is none."""
+def _with_nodes(problems: list[tuple[str, str]]) -> str:
+    """List every problem once, with the nodes that have it; empty if there is none."""
     nodes: dict[str, list[str]] = {}
-    for node, fault in found:
-        if fault and node not in nodes.setdefault(fault, []):
-            nodes[fault].append(node)
-    return "; ".join(f"{', '.join(where)}: {fault}" for fault, where in nodes.items())
+    for node, problem in problems:
+        if problem and node not in nodes.setdefault(problem, []):
+            nodes[problem].append(node)
+    return "; ".join(f"{', '.join(names)}: {problem}" for problem, names in nodes.items())
 
 
-def _difference(rank: Findings, first: Findings) -> str:
-    """How a rank's software differs from rank 0's."""
-    pairs = {
-        name: (rank.versions.get(name), first.versions.get(name)) for name in rank.versions | first.versions
-    }
+def _version_differences(rank: Findings, first: Findings) -> str:
+    pairs = {name: (rank.versions.get(name), first.versions.get(name)) for name in rank.versions | first.versions}
     return "; ".join(
-        f"{name} is {here}, on {first.node} it is {there}: install the same"
-        for name, (here, there) in pairs.items()
-        if here != there
+        f"{name} is {version}, but {expected} on {first.node}; install the same version"
+        for name, (version, expected) in pairs.items()
+        if version != expected
     )
 
 
-def _batch(recipe: TrainingRecipe, dist_info: DistInfo, deepspeed_config: Path | None) -> str:
-    accumulation = recipe.accumulation(dist_info.world_size)
+def _check_batch(recipe: TrainingRecipe, dist_info: DistInfo, deepspeed_config: Path | None) -> str:
+    steps = recipe.gradient_accumulation_steps(dist_info.world_size)
     engine_config(recipe, dist_info.world_size, deepspeed_config)
-    return f"{recipe.data.global_batch} = {dist_info.world_size} ranks x {accumulation} x {recipe.engine.micro_batch}"
+    return f"{recipe.data.global_batch} = {dist_info.world_size} ranks x {steps} x {recipe.engine.micro_batch}"
 
 
-def _data(recipe: TrainingRecipe, data: Sequence[str]) -> str:
-    reader = ShardReader(recipe.sources(data), recipe.data)
-    shards = sum(len(place.manifest.shards) for place in reader.sets)
-    return f"{reader.num_samples:,} images in {shards:,} shards, each of the size it should have"
+def _check_data(recipe: TrainingRecipe, data: Sequence[str]) -> str:
+    reader = ShardReader(recipe.resolve_sources(data), recipe.data)
+    shards = sum(len(shard_set.manifest.shards) for shard_set in reader.sets)
+    return f"{reader.num_samples:,} images in {shards:,} shards of the expected sizes"
 
 
-def _run(task: Task, data: Sequence[str], run: Path) -> str:
-    """Whether the task can train on the data, and the directory be written; and whether the disk holds as
-    many checkpoints as will be kept, and one more."""
+def _check_run(task: Task, data: Sequence[str], run: RunDirectory) -> str:
+    """Check that the task fits the data, and that the disk has space for the checkpoints that will be kept."""
     recipe = task.recipe
-    run_directory.check(run, recipe)
-    parameters = task.parameters(ShardReader(recipe.sources(data), recipe.data))
-    place = run
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.W_OK):
-        raise UserError(f"--run {run}: {place} cannot be written; give another directory")
-    steps = checkpoint.checkpoint_steps(run / "checkpoints")
-    each = checkpoint_bytes(recipe, parameters)
-    needed = each * max(1, recipe.train.keep_checkpoints + 1 - len(steps))
-    free = shutil.disk_usage(place).free
+    run.check(recipe)
+    num_parameters = task.num_parameters(ShardReader(recipe.resolve_sources(data), recipe.data))
+    parent = run.path
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"--run {run}: {parent} is not writable; give another directory")
+    steps = checkpoint_steps(run.checkpoints)
+    size, kept = checkpoint_bytes(recipe, num_parameters), recipe.train.keep_checkpoints
+    needed = size * max(1, kept + 1 - len(steps))
+    free = shutil.disk_usage(parent).free
     if free < needed:
         raise UserError(
-            f"--run {run}: {needed / 1e9:.1f} GB are needed for train.keep_checkpoints "
-            f"{recipe.train.keep_checkpoints} of {each / 1e9:.1f} GB and one being written, "
-            f"{free / 1e9:.1f} GB are free; make room, or keep fewer"
+            f"--run {run}: {kept} checkpoints of {size / 1e9:.1f} GB and one being written need {needed / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; free some space, or reduce train.keep_checkpoints"
         )
-    at = f"continues after step {steps[-1]}" if steps else "new"
-    return f"{at}, {needed / 1e9:.1f} GB needed, {free / 1e9:,.0f} GB free"
+    state = f"resumes after step {steps[-1]}" if steps else "new"
+    return f"{state}, {needed / 1e9:.1f} GB needed, {free / 1e9:,.0f} GB free"
 
 
-def _decode(recipe: TrainingRecipe, data: Sequence[str], dist_info: DistInfo) -> str:
-    reader = ShardReader(recipe.sources(data), recipe.data)
+def _measure_decoding(recipe: TrainingRecipe, data: Sequence[str], dist_info: DistInfo) -> str:
+    reader = ShardReader(recipe.resolve_sources(data), recipe.data)
     threads = recipe.data.decode_threads or dist_info.num_cpus
-    loader = Loader(
-        reader, recipe, 1, dist_info.device, dist_info.rank, dist_info.world_size, threads=threads
-    )
+    loader = Loader(reader, recipe, 1, dist_info.device, dist_info.rank, dist_info.world_size, threads=threads)
     try:
         loader.next()  # starts the decoder
-        batches = -(-DECODED // recipe.engine.micro_batch)
-        began = time.perf_counter()
+        batches = -(-MIN_DECODED // recipe.engine.micro_batch)
+        started = time.perf_counter()
         for _ in range(batches):
             loader.next()
         if dist_info.device.type == "cuda":
             torch.cuda.synchronize()
-        took = time.perf_counter() - began
+        elapsed = time.perf_counter() - started
     finally:
         loader.close()
-    return f"{batches * recipe.engine.micro_batch / took:,.0f} images/s ({threads} threads, one rank)"
+    return f"{batches * recipe.engine.micro_batch / elapsed:,.0f} images/s ({threads} threads, one rank)"
 
 
-def _all_reduce(dist_info: DistInfo) -> str:
-    """The bandwidth, or an empty string where the sum is wrong."""
+def _time_all_reduce(dist_info: DistInfo) -> str:
+    """Return the bandwidth as text, empty if a sum is wrong."""
     if dist_info.world_size == 1:
         return "one rank, none needed"
-    numbers = torch.empty(REDUCED // 4, device=dist_info.device)
-    seconds = []
+    numbers = torch.empty(ALL_REDUCE_BYTES // 4, device=dist_info.device)
+    seconds, correct = [], True
     for _ in range(ROUNDS):
         numbers.fill_(dist_info.rank + 1)
-        began = time.perf_counter()
+        started = time.perf_counter()
         dist.all_reduce(numbers)
-        right = bool(
-            (numbers == dist_info.world_size * (dist_info.world_size + 1) / 2).all()
-        )  # waits for the device
-        seconds.append(time.perf_counter() - began)
-    took = sorted(seconds)[ROUNDS // 2]
-    sent = 2 * (dist_info.world_size - 1) / dist_info.world_size * REDUCED
-    text = (
-        f"all-reduce of {REDUCED / 2**20:.0f} MiB in {1e3 * took:.1f} ms, {sent / took / 1e9:.2f} GB/s a rank"
+        expected = dist_info.world_size * (dist_info.world_size + 1) / 2
+        correct = correct and bool((numbers == expected).all())  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    if not correct:
+        return ""
+    median = sorted(seconds)[ROUNDS // 2]
+    sent = 2 * (dist_info.world_size - 1) / dist_info.world_size * ALL_REDUCE_BYTES
+    return (
+        f"all_reduce of {ALL_REDUCE_BYTES / 2**20:.0f} MiB in {1e3 * median:.1f} ms, "
+        f"{sent / median / 1e9:.2f} GB/s per rank"
     )
-    return text if right else ""

@@ -1,57 +1,50 @@
-"""What a run says to whoever watches: a progress bar on a terminal, elsewhere a plain line now and then."""
+"""Progress of a run: a progress bar on a terminal, a log line every few seconds elsewhere."""
 
+import logging
 import sys
 import time
 
 from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+INTERVAL_S = 10.0
+"""Seconds between two log lines."""
+STRAGGLER_FACTOR = 1.25
+"""A rank that takes this multiple of the median time per step is named."""
+
 
 class ProgressBar:
-    """Steps done of those to do, with loss, images/s, data wait and the time that is left."""
-
-    INTERVAL = 10.0
-    """Seconds between two plain lines."""
-    SLOW = 1.25
-    """A rank that takes so many times the others' median is named."""
+    """Shows completed steps, loss, throughput, data wait and ETA."""
 
     def __init__(self, step: int, total_steps: int):
-        self.start, self.total, self.began, self.said = step, total_steps, time.monotonic(), 0.0
-        self.bar = (
-            tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
-            if sys.stderr.isatty()
-            else None
-        )
+        self.first_step, self.total_steps = step, total_steps
+        self._started, self._logged = time.monotonic(), 0.0
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def advance(self, step: int) -> None:
-        if self.bar:
-            self.bar.update(step - self.bar.n)
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
 
     def show(self, line: dict) -> None:
+        """Show the metrics of a logged step."""
         loss = "every step skipped" if line["loss"] is None else f"loss {line['loss']:.4f}"
         text = f"{loss}, {line['images_per_s']:.0f} images/s, data wait {line['data_wait']:.1%}"
-        if "slowest_time" in line and line["slowest_time"] > self.SLOW * line["rank_time"]:
+        if line["slowest_time"] > STRAGGLER_FACTOR * line["rank_time"]:
             text += (
                 f", slowest is rank {line['slowest_rank']} on {line['slowest_host']} "
                 f"({line['slowest_time'] / line['rank_time']:.1f} x the median)"
             )
-        if self.bar:
-            self.bar.set_postfix_str(text)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
             return
         now, step = time.monotonic(), line["step"]
-        if now - self.said >= self.INTERVAL or step == self.total:
-            self.said = now
-            left = (now - self.began) / max(step - self.start, 1) * (self.total - step)
-            print(f"step {step}/{self.total}: {text}, {_duration(left)} to go", file=sys.stderr, flush=True)
-
-    def note(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
+        if now - self._logged >= INTERVAL_S or step == self.total_steps:
+            self._logged = now
+            remaining = (now - self._started) / max(step - self.first_step, 1) * (self.total_steps - step)
+            logger.info(f"step {step}/{self.total_steps}: {text}, ETA {tqdm.format_interval(remaining)}")
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        if self._bar is not None:
+            self._bar.close()

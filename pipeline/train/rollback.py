@@ -1,11 +1,11 @@
-"""Going back to an earlier checkpoint, and on from there with other data.
+"""Rollback to an earlier checkpoint, after which training continues with later data.
 
-Invariant: what a run does after a return follows from the checkpoint it went back to: its state.json is
-amended by the return before anything is trained, and the checkpoints after it are gone. So a run that is
-killed during or after a return, and started again, comes to the same weights.
+Invariant: what a run does after a rollback is a function of the checkpoint it rolled back to. The rollback is written
+into that checkpoint's state.json, and later checkpoints are deleted, before anything is trained. So a run that is
+killed during or after a rollback and resumed ends with the same weights.
 """
 
-import sys
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,54 +15,60 @@ from pipeline.distributed.collectives import all_gather_object, broadcast_object
 from pipeline.distributed.launch import DistInfo
 from pipeline.train import checkpoint
 from pipeline.train.guard import BadSpan, Guard
+from pipeline.train.run_directory import RunDirectory
 
-SAMPLES = "offending-samples.txt"
+logger = logging.getLogger(__name__)
 
 
 def rollback(
-    run: Path, bad_span: BadSpan, guard: Guard, global_batch: int, every: int, dist_info: DistInfo
+    run: RunDirectory, bad_span: BadSpan, guard: Guard, global_batch: int, every: int, dist_info: DistInfo
 ) -> Path:
-    """The checkpoint to continue from, amended; every rank calls it. Raises Diverged where there is none."""
-    checkpoints = run / "checkpoints"
-    # Those that a signal made don't count: where to go back must not depend on interruptions.
-    scheduled = raise_on_all_ranks(
-        lambda: checkpoint.scheduled_steps(checkpoints, every) if dist_info.rank == 0 else None
+    """Choose the checkpoint to resume from, write the rollback into it, and delete later ones. Collective.
+
+    Args:
+        every: The present train.checkpoint_every.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        Diverged: If there is no checkpoint to roll back to, or there were too many rollbacks.
+    """
+    directory = run.checkpoints
+    # Checkpoints that a signal made are no targets: the target must not depend on interruptions.
+    scheduled = raise_on_all_ranks(lambda: checkpoint.scheduled_steps(directory, every) if dist_info.rank == 0 else [])
+    saved = [step for step in broadcast_object(scheduled) if step < bad_span.first_step]
+    target, consecutive = guard.rollback_target(bad_span, saved)
+    logger.warning(
+        f"too many consecutive skipped steps ({bad_span.first_step}-{bad_span.last_step}); rolling back to step "
+        f"{target}, resuming after step {bad_span.last_step}'s data"
     )
-    saved = [step for step in broadcast_object(scheduled) if step < bad_span.first]
-    back, in_a_row = guard.rollback_target(bad_span, saved)
-    if dist_info.rank == 0:
-        print(
-            f"steps {bad_span.first} to {bad_span.last} were skipped, too many in a row: back to step {back}, "
-            f"and on with the data after step {bad_span.last}",
-            file=sys.stderr,
-        )
-    found = checkpoint.latest_valid_checkpoint(
-        checkpoints, dist_info.rank, dist_info.world_size, at_most=back
-    )
-    state = checkpoint.read_state(found)
-    raise_on_all_ranks(
-        lambda: checkpoint.delete_after(checkpoints, state["step"]) if dist_info.rank == 0 else None
-    )
-    all_gather_object("read")
-    changed = guard.state_after_rollback(bad_span, state["step"], in_a_row, state["guard"], global_batch)
-    raise_on_all_ranks(
-        lambda: checkpoint.update_state(found, {"guard": changed}) if dist_info.rank == 0 else None
-    )
-    return found
+    path = checkpoint.latest_valid_checkpoint(directory, dist_info.rank, dist_info.world_size, at_most=target)
+    if path is None:
+        raise RuntimeError(f"{directory}: the checkpoint of step {target} was deleted during the rollback")
+    state = checkpoint.read_state(path)
+    raise_on_all_ranks(lambda: checkpoint.delete_after(directory, state["step"]) if dist_info.rank == 0 else None)
+    all_gather_object(None)  # every rank has read the state before rank 0 changes it
+    new_state = guard.state_after_rollback(bad_span, state["step"], consecutive, state["guard"], global_batch)
+    raise_on_all_ranks(lambda: checkpoint.update_state(path, {"guard": new_state}) if dist_info.rank == 0 else None)
+    return path
 
 
-def write_offending_samples(
-    run: Path, bad_span: BadSpan, loader: Loader, offset: int, global_batch: int, dist_info: DistInfo
+def write_bad_samples(
+    run: RunDirectory, bad_span: BadSpan, loader: Loader, offset: int, global_batch: int, rank: int
 ) -> None:
-    """Append the keys of the trouble's samples to offending-samples.txt: "<step> <sample key>" a line. Every
-    rank calls it."""
+    """Append the samples of the bad span to offending-samples.txt: "<step> <sample key>" per line. Collective.
+
+    Args:
+        offset: Stream positions that earlier rollbacks skipped.
+    """
 
     def write() -> None:
-        with open(run / SAMPLES, "a") as file:
-            for step in range(bad_span.first, bad_span.last + 1):
+        with open(run.bad_samples, "a") as file:
+            for step in range(bad_span.first_step, bad_span.last_step + 1):
                 positions = offset + (step - 1) * global_batch + np.arange(global_batch)
                 images = np.unique(positions // loader.recipe.data.crops_per_image)
-                keys = loader.keys(loader.stream.locate(images))
+                keys = loader.keys(loader.sampler.locate(images))
                 file.write("".join(f"{step} {key}\n" for key in keys))
 
-    raise_on_all_ranks(lambda: write() if dist_info.rank == 0 else None)
+    raise_on_all_ranks(lambda: write() if rank == 0 else None)

@@ -1,17 +1,16 @@
-"""What an engine holds, by parameter name: the same on any number of ranks and at any ZeRO stage.
+"""State of an engine by parameter name, independent of world size and ZeRO stage.
 
-Invariant: `save` writes every element of every trained weight (fp32), of its optimiser state and of its
-moving average exactly once, as a range of the flattened parameter of that name; `load` reads ranges. So no
-checkpoint belongs to a number of ranks or to a ZeRO stage, with offload or without, and a run that continues
-as it was takes the same path as one that does not.
+Invariant: `save` writes every element of every trained weight (fp32), of its optimizer state and of its EMA exactly
+once, as a range of the flattened parameter of that name; `load` reads ranges. So a checkpoint fits any world size and
+ZeRO stage, with or without offload, and a run that resumes on the same ones is bit-identical.
 
-DeepSpeed's own universal checkpoints know no ZeRO 0, cross neither to nor from ZeRO 3, and give at ZeRO 3
-every parameter group the first one's hyperparameters (weight decay on biases), as of version 0.19.
+DeepSpeed's universal checkpoints do not support ZeRO 0, cannot convert to or from ZeRO 3, and with ZeRO 3 give every
+parameter group the hyperparameters of the first (weight decay on biases); as of version 0.19.
 
-This file knows where DeepSpeed's optimisers keep their parts:
+Where DeepSpeed 0.19 keeps the fp32 weights:
 
-    optimiser                               engines                     a flat tensor holds
-    torch's or DeepSpeed's own              ZeRO 0 in fp32              a parameter
+    optimizer                               engines                     a flat tensor has
+    torch's or DeepSpeed's                  ZeRO 0 in fp32              a parameter
     FP16_UnfusedOptimizer                   ZeRO 0 in 16 bits           a parameter
     FP16_Optimizer                          the same, fused Adam        a group's parameters
     DeepSpeedZeroOptimizer, BF16_Optimizer  ZeRO 1 and 2                this rank's range of a group
@@ -21,7 +20,7 @@ This file knows where DeepSpeed's optimisers keep their parts:
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,14 +29,14 @@ from torch import nn
 
 from pipeline.errors import AllRanksError, join_names
 from pipeline.io.tensors import save_tensors
-from pipeline.recipe import Recipe
+from pipeline.recipe.training import TrainingRecipe
 
 WEIGHT, EMA = "fp32", "ema"
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class ParamFragment(NamedTuple):
-    """`numel` elements of the flattened parameter `name` from `start` on, at `offset` in a flat tensor."""
+    """`numel` elements of the flattened parameter `name`, from `start` on, at `offset` in a flat tensor."""
 
     name: str
     start: int
@@ -46,17 +45,17 @@ class ParamFragment(NamedTuple):
 
 
 class FlatPartition(NamedTuple):
-    """A tensor that the base optimiser updates, and where its elements belong."""
+    """A tensor that the base optimizer updates, and the parameters that its elements belong to."""
 
     tensor: torch.Tensor
-    """fp32, the weights themselves; the optimiser's state is kept under it."""
+    """The fp32 weights; also the key of their optimizer state."""
     names: list[str]
-    """The parameters of its group, whether or not this rank has a piece of them."""
+    """All parameters of the group, also those without a fragment on this rank."""
     fragments: list[ParamFragment]
 
 
 def iter_flat_partitions(model) -> Iterator[FlatPartition]:
-    """What this rank holds of a DeepSpeed engine's trained weights."""
+    """Yield the flat tensors with this rank's part of a DeepSpeed engine's trained weights."""
     optimizer, stage = model.optimizer, model.zero_optimization_stage()
     name_of = {id(parameter): name for name, parameter in model.module.named_parameters()}
     if stage == 3:
@@ -92,9 +91,10 @@ def iter_flat_partitions(model) -> Iterator[FlatPartition]:
 
 
 def save(model, path: Path, ema_tensors: list[torch.Tensor]) -> None:
-    """Write this rank's part to `path`; without ZeRO, where all ranks hold the same, rank 0 alone writes.
+    """Write this rank's part to `path`. Without ZeRO only rank 0 writes, because all ranks have the same state.
 
-    averages: of the tensors of `flats`, in their order; empty where none are kept.
+    Args:
+        ema_tensors: EMA of the tensors of `iter_flat_partitions`, in their order; empty without EMA.
     """
     if not model.zero_optimization_stage() and dist.get_rank():
         return
@@ -107,21 +107,21 @@ def save(model, path: Path, ema_tensors: list[torch.Tensor]) -> None:
             if torch.is_tensor(value) and value.numel() == flat.tensor.numel() and key != "step":
                 kinds[key] = value
             elif key != "step":
-                raise TypeError(f"optimiser state {key!r} of {flat.names[0]}: no element for every weight")
+                raise TypeError(f"optimizer state {key!r} of {flat.names[0]}: not one element per weight")
         for name, start, numel, offset in flat.fragments:
             ranges[name] = [start, numel]
             for kind, values in kinds.items():
-                # A copy: safetensors refuses tensors that share memory.
+                # A copy, because safetensors rejects tensors that share memory.
                 tensors[f"{kind}:{name}"] = values.reshape(-1)[offset : offset + numel].cpu().clone()
     save_tensors(tensors, path, {"ranges": json.dumps(ranges)})
 
 
 def scalar_state(model) -> dict:
-    """What else an engine remembers, the same on every rank."""
+    """Return the scalars of an engine's state, which are equal on all ranks."""
     optimizer, scaler = model.basic_optimizer, _loss_scaler(model)
     steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
     if len(steps) > 1:
-        raise RuntimeError(f"the optimiser has counted {sorted(steps)} steps, in different groups")
+        raise RuntimeError(f"parameter groups of the optimizer have different step counts: {sorted(steps)}")
     return {
         "steps": model.global_steps,
         "skipped_steps": model.skipped_steps,
@@ -130,18 +130,24 @@ def scalar_state(model) -> dict:
     }
 
 
-def load(model, paths: list[Path], scalar_state: dict, ema_tensors: list[torch.Tensor]) -> None:
-    """Take weights, optimiser state, averages and numbers from what `save` wrote, whoever the writers were.
+def load(model, paths: list[Path], scalars: dict, ema_tensors: list[torch.Tensor]) -> None:
+    """Restore weights, optimizer state, EMA and scalars from the files of all ranks that saved.
 
-    AgreedError, on every rank, where the parameters are not the model's.
+    Args:
+        paths: The files, in the order of the ranks that wrote them.
+        scalars: The result of `scalar_state`.
+        ema_tensors: As for `save`; overwritten.
+
+    Raises:
+        AllRanksError: If the files have other parameters than the model.
     """
-    saved = SavedState(paths)
+    saved = ShardedStateReader(paths)
     trained = {name for flat in iter_flat_partitions(model) for name in flat.names}
     if trained != saved.names:
         others = join_names(sorted(trained ^ saved.names))
         raise AllRanksError(
-            f"{paths[0].parent}: holds other parameters than the recipe's model: {others}; put the run's own "
-            "checkpoints back"
+            f"{paths[0].parent}: parameters differ from the recipe's model: {others}; restore the checkpoints of this "
+            "run"
         )
     optimizer, scaler = model.basic_optimizer, _loss_scaler(model)
     for number, flat in enumerate(iter_flat_partitions(model)):
@@ -155,16 +161,16 @@ def load(model, paths: list[Path], scalar_state: dict, ema_tensors: list[torch.T
             state[kind] = torch.zeros_like(flat.tensor.data)
             saved.fill(flat, kind, state[kind])
         if "exp_avg" in kinds:
-            state["step"] = torch.tensor(float(scalar_state["optimizer_steps"]), device=flat.tensor.device)
-    for key, value in scalar_state["loss_scale"].items():
+            state["step"] = torch.tensor(float(scalars["optimizer_steps"]), device=flat.tensor.device)
+    for key, value in scalars["loss_scale"].items():
         if hasattr(scaler, key):
             setattr(scaler, key, value)
-    model.global_steps, model.skipped_steps = scalar_state["steps"], scalar_state["skipped_steps"]
+    model.global_steps, model.skipped_steps = scalars["steps"], scalars["skipped_steps"]
     _copy_to_model_weights(model)
 
 
-class SavedState:
-    """The parts of all ranks that wrote, read as if they were one."""
+class ShardedStateReader:
+    """The files of all ranks that saved, read as one state."""
 
     def __init__(self, paths: list[Path]):
         self._files = [safe_open(path, framework="pt") for path in paths]
@@ -182,11 +188,11 @@ class SavedState:
         return set(self._ranges)
 
     def kinds(self, name: str) -> set[str]:
-        """What was saved of a parameter: its weight, and its optimiser state by the optimiser's names."""
+        """Return what was saved of a parameter: WEIGHT, EMA, and keys of the optimizer state."""
         return self._kinds[name]
 
     def read(self, name: str, kind: str, start: int, numel: int) -> torch.Tensor:
-        """(numel,) fp32: elements of the flattened parameter. ValueError where some were not saved."""
+        """Return elements of the flattened parameter, fp32 (numel,). Raises ValueError if some were not saved."""
         values, found = torch.empty(numel), 0
         for first, count, number in self._ranges[name]:
             low, high = max(start, first), min(start + numel, first + count)
@@ -195,14 +201,15 @@ class SavedState:
                 values[low - start : high - start] = part
                 found += high - low
         if found != numel:
-            raise ValueError(f"{kind} of {name}: {found} of {numel} elements from {start} on are there")
+            raise ValueError(f"{kind} of {name}: has {found} of {numel} elements from {start} on")
         return values
 
     def read_all(self, name: str, kind: str) -> torch.Tensor:
-        """Of the flattened parameter, fp32."""
+        """Return the whole flattened parameter, fp32."""
         return self.read(name, kind, 0, max(start + numel for start, numel, _ in self._ranges[name]))
 
     def fill(self, flat: FlatPartition, kind: str, into: torch.Tensor) -> None:
+        """Read this rank's fragments into a flat tensor."""
         for name, start, numel, offset in flat.fragments:
             into.view(-1)[offset : offset + numel] = self.read(name, kind, start, numel).to(into.device)
 
@@ -216,19 +223,20 @@ def _consecutive_fragments(named: list[tuple[str, nn.Parameter]]) -> list[ParamF
 
 
 def _fragments_of_group_partition(named: list[tuple[str, nn.Parameter]]) -> list[ParamFragment]:
-    here = [(name, parameter._hp_mapping) for name, parameter in named if parameter._hp_mapping is not None]
-    return [
-        ParamFragment(
-            name, m.lp_fragment_address.start, m.lp_fragment_address.numel, m.hp_fragment_address.start
-        )
-        for name, m in here
-    ]
+    fragments = []
+    for name, parameter in named:
+        mapping = getattr(parameter, "_hp_mapping")  # noqa: B009 (set by DeepSpeed, unknown to the type)
+        if mapping is not None:
+            low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+            fragments.append(ParamFragment(name, low.start, low.numel, high.start))
+    return fragments
 
 
 def _fragments_of_param_partitions(named: list[tuple[str, nn.Parameter]]) -> list[ParamFragment]:
     fragments, offset = [], 0
     for name, parameter in named:
-        share = parameter.ds_tensor.ds_numel  # the same on every rank; the last ones' may end in padding
+        parameter: Any  # DeepSpeed adds ds_tensor and ds_numel
+        share = parameter.ds_tensor.ds_numel  # the same on every rank; the last ones may end in padding
         start = share * dist.get_rank()
         numel = min(share, parameter.ds_numel - start)
         if numel > 0:
@@ -238,14 +246,12 @@ def _fragments_of_param_partitions(named: list[tuple[str, nn.Parameter]]) -> lis
 
 
 def _loss_scaler(model):
-    """Who keeps the loss scale."""
-    return getattr(model.optimizer, "loss_scaler", None) or getattr(
-        model.optimizer, "loss_scale_config", None
-    )
+    """Return the object with the loss scale, None without one."""
+    return getattr(model.optimizer, "loss_scaler", None) or getattr(model.optimizer, "loss_scale_config", None)
 
 
 def _copy_to_model_weights(model) -> None:
-    """Give the weights that the model computes with the masters' values."""
+    """Copy the fp32 weights to the weights that the model computes with."""
     optimizer, stage = model.optimizer, model.zero_optimization_stage()
     if stage == 3:
         optimizer.checkpoint_event_prologue()
@@ -266,6 +272,6 @@ def _copy_to_model_weights(model) -> None:
                 parameters[name].data.copy_(values.view_as(parameters[name]))
 
 
-def checkpoint_bytes(recipe: Recipe, parameters: int) -> int:
-    """Weights, moments and the weights once more, in float32; the weights' moving average twice as well."""
-    return parameters * (16 if recipe.train.ema_decay is None else 24)
+def checkpoint_bytes(recipe: TrainingRecipe, num_parameters: int) -> int:
+    """Return the size of a checkpoint: fp32 weights (twice), two moments, and the EMA (twice)."""
+    return num_parameters * (16 if recipe.train.ema_decay is None else 24)

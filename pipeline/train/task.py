@@ -1,58 +1,70 @@
-"""What a run trains, as the loop sees it: all that pre-training and fine-tuning differ in.
+"""What a run trains: everything in which pre-training and fine-tuning differ.
 
-Invariant: a task decides nothing about when or in what order the model learns; that is the loop's and the
-loader's. So whatever is trained, a run continues as docs/running.md says.
+Invariant: a task does not decide when or in what order the model is trained; that is the trainer's and the loader's
+part. So every task resumes as docs/running.md says.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
+from typing import Generic, TypeVar
 
 from pipeline.data.reader import ShardReader
 from pipeline.distributed.launch import DistInfo
-from pipeline.models.module import TrainableModule
-from pipeline.recipe.base import TrainingRecipe
+from pipeline.models.trainable_module import TrainableModule
+from pipeline.recipe.training import TrainingRecipe
+from pipeline.train.run_directory import RunDirectory
+
+RecipeT = TypeVar("RecipeT", bound=TrainingRecipe)
 
 
-class Task(Protocol):
-    """Every rank calls every method."""
+class Task(ABC, Generic[RecipeT]):
+    """A training task. Every rank calls every method, in this order: build, setup, then the others."""
 
-    recipe: TrainingRecipe
-    labelled: bool = False
-    """Whether the learner takes labels."""
+    recipe: RecipeT
+    labeled: bool = False
+    """Whether the module takes labels."""
 
     @property
     @abstractmethod
-    def title(self) -> str:
-        """What is trained, in a few words."""
+    def description(self) -> str:
+        """A few words on what is trained, for the log."""
 
     @abstractmethod
     def build(self, reader: ShardReader) -> TrainableModule:
-        """The module as it is at the beginning, on the CPU in float32. UserError where it can't be trained on
-        this data."""
+        """Create the module with its initial weights, on the CPU in fp32.
 
-    def parameters(self, reader: ShardReader) -> int:
-        """How many numbers are trained. UserError as `build`."""
+        Raises:
+            UserError: If it cannot be trained on this data.
+        """
+
+    def num_parameters(self, reader: ShardReader) -> int:
+        """Return the number of parameters. Raises UserError as `build`."""
         return sum(p.numel() for p in self.build(reader).parameters())
 
     @abstractmethod
     def forward_flops(self) -> float:
-        """Floating-point operations of an image's share of a micro batch's forward pass, after `build`."""
+        """Return the FLOPs of one image's forward pass in a micro batch."""
 
-    def begin(self, run: Path, reader: ShardReader, module: TrainableModule, dist_info: DistInfo) -> None:
-        """The run begins or continues in the directory `run`; `learner` is on its device."""
+    def setup(self, run: RunDirectory, reader: ShardReader, module: TrainableModule, dist_info: DistInfo) -> None:
+        """Prepare evaluation and images, when the run directory is locked and the module on its device."""
 
-    def show(self, step: int) -> None:
-        """Write what is to be seen of a checkpoint's weights, just before it is written."""
+    def log_images(self, step: int) -> None:
+        """Write images of the present weights. Called before a checkpoint is written."""
 
-    def evaluates(self, step: int, total_steps: int, num_samples: int) -> bool:
-        """Whether the weights of this step are measured; a function of the arguments alone."""
+    def should_evaluate(self, step: int, total_steps: int, num_samples: int) -> bool:
+        """Return whether the weights after `step` are evaluated; a function of the arguments alone."""
         return False
 
     def evaluate(self, step: int, heartbeat: Callable[[], None]) -> dict:
-        """Measure the weights: figures for the line of metrics.jsonl. alive: called now and then.
+        """Evaluate the present weights.
 
-        Where it raises AgreedError, the run saves everything, stops, and measures again when it continues.
+        Args:
+            heartbeat: Call it regularly, for the watchdog.
+
+        Returns:
+            Columns for metrics.jsonl.
+
+        Raises:
+            AllRanksError: The run then saves a checkpoint, stops, and evaluates again when it resumes.
         """
         return {}

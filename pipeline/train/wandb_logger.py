@@ -1,91 +1,85 @@
-"""Weights & Biases, where the recipe asks for it (train.wandb) and the package is installed.
+"""Weights & Biases logging (train.wandb), if the package is installed.
 
-Invariant: a run directory is one run there, whatever interrupts it: RUN/wandb/id names it. Nothing is sent
-unless the recipe asks; WANDB_MODE=offline keeps everything in RUN/wandb, for `wandb sync`.
+Invariant: a run directory is one W&B run, named by RUN/wandb/id, however often it is resumed. No failure of W&B stops
+training. Nothing is sent unless the recipe asks for it; WANDB_MODE=offline keeps everything in RUN/wandb.
 
-What happens there stops no training: the helper process that wandb starts may be gone at any moment.
-
-Lines that a continued run takes back from metrics.jsonl stay there and are drawn over; step is the axis.
+W&B keeps lines that a resumed run removed from metrics.jsonl; new lines of the same step replace them in plots.
 """
 
 import importlib.util
+import logging
 import os
 import secrets
 from contextlib import suppress
-from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.recipe.base import TrainingRecipe
+from pipeline.recipe.linear_probe import ProbeRecipe
+from pipeline.recipe.training import TrainingRecipe
+from pipeline.train.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 
-def check_installed(recipe: TrainingRecipe) -> None:
-    """UserError where the recipe asks for a package that is not installed."""
+def check_installed(recipe: TrainingRecipe | ProbeRecipe) -> None:
+    """Raise UserError if the recipe asks for wandb and the package is missing."""
     if recipe.train.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "train.wandb: the package wandb is not installed; pip install wandb, or set the key to null"
-        )
-
-
-class WandbError(Exception):
-    """wandb could not begin, by whatever it met: the run goes on without it."""
+        raise UserError("train.wandb: the package wandb is not installed; pip install wandb, or set the key to null")
 
 
 class WandbLogger:
-    """The run there, begun or continued; `said` is a sentence about it.
+    """Starts or resumes the W&B run of a run directory.
 
-    Where the server is out of reach, this start is recorded in RUN/wandb alone. UserError where nobody is
-    logged in; Failed for all else that wandb raises.
+    Raises:
+        UserError: If nobody is logged in.
     """
 
-    def __init__(self, run: Path, recipe: TrainingRecipe):
+    def __init__(self, run: RunDirectory, recipe: TrainingRecipe | ProbeRecipe):
         import wandb
+        from wandb.errors import AuthenticationError, UsageError
 
-        folder = run / "wandb"
-        folder.mkdir(exist_ok=True)
-        path = folder / "id"
-        if not path.exists():
-            path.write_text(secrets.token_hex(8))
-        options = {
-            "project": recipe.train.wandb,
-            "id": path.read_text().strip(),
-            "name": run.resolve().name,
-            "config": recipe.model_dump(mode="json"),
-            "dir": str(run),
-            "settings": wandb.Settings(console="off", silent=True, disable_git=True),
-        }
-        try:
-            self._begin(options)
-        except UserError:
-            raise
-        except Exception as error:
-            self.abandon()
-            raise WandbError(str(error)) from error
-
-    def _begin(self, options: dict) -> None:
-        import wandb
-
+        run.wandb.mkdir(exist_ok=True)
+        id_file = run.wandb / "id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
         offline = os.environ.get("WANDB_MODE") == "offline"
+        self._run: wandb.Run | None = None
         try:
-            self.run = wandb.init(**options, resume=None if offline else "allow")
-            self.said = f"Weights & Biases: {self.run.id}, {'offline' if self.run.offline else self.run.url}"
-        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-            raise UserError(f"train.wandb: {error}") from None
-        except wandb.errors.CommError as error:
-            wandb.teardown()  # its service holds on to the run
-            self.run = wandb.init(**options, mode="offline")
-            why = str(error).splitlines()[0]
-            self.said = f"Weights & Biases cannot be reached ({why}): for `wandb sync`, in {self.run.dir}"
-        self.run.define_metric("*", step_metric="step")
+            self._run = wandb.init(
+                project=recipe.train.wandb,
+                id=id_file.read_text().strip(),
+                name=run.path.resolve().name,
+                config=recipe.model_dump(mode="json"),
+                dir=str(run),
+                resume=None if offline else "allow",
+                settings=wandb.Settings(console="off", silent=True, disable_git=True),
+            )
+            self._run.define_metric("*", step_metric="step")
+            logger.info(f"W&B run {self._run.id}: {'offline' if self._run.offline else self._run.url}")
+        except (UsageError, AuthenticationError) as error:
+            raise UserError(f"train.wandb: {error}") from error
+        except Exception as error:
+            self._disable(error)
 
-    def write(self, line: dict) -> None:
-        self.run.log(line)
+    def log(self, line: dict) -> None:
+        """Log the numbers of one line of metrics.jsonl."""
+        if self._run is not None:
+            try:
+                self._run.log(line)
+            except Exception as error:  # of its service process, which a signal to the job may end
+                self._disable(error)
 
     def close(self) -> None:
-        self.run.finish()
+        if self._run is not None:
+            try:
+                self._run.finish()
+            except Exception as error:
+                self._disable(error)
 
-    def abandon(self) -> None:
-        """Let go of its helper process, which answers no more, or it would be waited for at the end."""
+    def _disable(self, error: Exception) -> None:
+        """Continue without W&B until the next start."""
         import wandb
 
+        logger.warning(f"W&B failed ({error}); metrics are in metrics.jsonl only until the run is resumed")
+        self._run = None
         with suppress(Exception):
-            wandb.teardown()
+            wandb.teardown()  # otherwise the process would wait for the service at its end

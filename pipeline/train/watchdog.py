@@ -1,49 +1,51 @@
-"""A rank that waits for ever ends itself, and leaves word where it waited.
+"""Watchdog: a rank that makes no progress writes its stack traces and exits.
 
-Invariant: a run makes progress, or every rank of it that can run ends within `patience` seconds, with exit
-code 3 and the stacks of all its threads in stacks/rank-R.txt, which later starts keep. Where it is `patient`,
-as while a checkpoint is written, `SLOW` times as much.
+Invariant: a run makes progress, or every rank that still runs code exits within `timeout_s` seconds with exit code 3.
+The stacks of all its threads are then in stacks/rank-R.txt; later starts keep that file under another name.
 
-It is a thread that looks at a clock. Where a call holds the interpreter so that no thread can run,
-faulthandler's own timer, which needs no interpreter, does the same a little later, with exit code 1.
+A thread checks the time of the last heartbeat. If a C call holds the interpreter lock, so that no Python thread
+runs, faulthandler's own timer does the same a little later, with exit code 1.
 """
 
 import faulthandler
+import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+from pipeline.distributed.logging import ALL_RANKS
+from pipeline.train.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
 EXIT_CODE = 3
 FAULTHANDLER_FACTOR = 1.25
-"""faulthandler's timer runs so much longer than the thread's patience."""
+"""Timeout of faulthandler's timer, as a multiple of the thread's."""
 EXTENDED_FACTOR = 6
-"""Times the patience that a start, a checkpoint, a return or the end may take: its time is the storage's."""
+"""Factor of the timeout for start, checkpoint, rollback and end, whose duration depends on the storage."""
 
 
 class Watchdog:
-    """Ends this process where `alive` is not called for `patience` seconds."""
+    """Ends this process if `heartbeat` is not called for `timeout_s` seconds."""
 
-    def __init__(self, run: Path, rank: int, timeout_s: float):
+    def __init__(self, run: RunDirectory, rank: int, timeout_s: float):
         self.timeout_s = timeout_s
-        self.path = run / "stacks" / f"rank-{rank}.txt"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._keep_stacks()
-        self.file = open(self.path, "w")  # noqa: SIM115 (open as long as the process may hang)
-        self.seen = time.monotonic()
-        self.closed = threading.Event()
+        self._path = run.stacks / f"rank-{rank}.txt"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._keep_earlier_stacks()
+        self._file = open(self._path, "w")  # noqa: SIM115 (closed in `close`)
+        self._last_heartbeat = time.monotonic()
+        self._closed = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def heartbeat(self) -> None:
-        """Something was done."""
-        self.seen = time.monotonic()
+        """Report progress."""
+        self._last_heartbeat = time.monotonic()
 
     @contextmanager
     def extended_timeout(self) -> Iterator[None]:
-        """Inside, `SLOW` times as much may pass."""
+        """Multiply the timeout by `EXTENDED_FACTOR` inside the block."""
         self.heartbeat()
         self.timeout_s *= EXTENDED_FACTOR
         try:
@@ -53,35 +55,33 @@ class Watchdog:
             self.timeout_s /= EXTENDED_FACTOR
 
     def close(self) -> None:
-        self.closed.set()
+        self._closed.set()
         faulthandler.cancel_dump_traceback_later()
-        self.file.close()
-        self.path.unlink(missing_ok=True)
+        self._file.close()
+        self._path.unlink(missing_ok=True)
 
-    def _keep_stacks(self) -> None:
-        """Those of an earlier start get its time: rank-0.20260131-235959.txt."""
-        if self.path.exists() and (found := self.path.stat()).st_size:
-            when = time.strftime("%Y%m%d-%H%M%S", time.localtime(found.st_mtime))
-            self.path.rename(self.path.with_suffix(f".{when}.txt"))
+    def _keep_earlier_stacks(self) -> None:
+        """Rename the stacks of an earlier start by their time: rank-0.20260131-235959.txt."""
+        if self._path.exists() and (stat := self._path.stat()).st_size:
+            when = time.strftime("%Y%m%d-%H%M%S", time.localtime(stat.st_mtime))
+            self._path.rename(self._path.with_suffix(f".{when}.txt"))
 
     def _watch(self) -> None:
-        while not self.closed.is_set():
-            left = self.seen + self.timeout_s - time.monotonic()
-            if left <= 0:
+        while not self._closed.is_set():
+            remaining = self._last_heartbeat + self.timeout_s - time.monotonic()
+            if remaining <= 0:
                 break
-            faulthandler.dump_traceback_later(
-                left + self.timeout_s * (FAULTHANDLER_FACTOR - 1), exit=True, file=self.file
-            )
-            self.closed.wait(min(left, self.timeout_s / 8))
-        if self.closed.is_set():
+            later = remaining + self.timeout_s * (FAULTHANDLER_FACTOR - 1)
+            faulthandler.dump_traceback_later(later, exit=True, file=self._file)
+            self._closed.wait(min(remaining, self.timeout_s / 8))
+        if self._closed.is_set():
             faulthandler.cancel_dump_traceback_later()
             return
-        faulthandler.dump_traceback(self.file, all_threads=True)
-        os.fsync(self.file.fileno())
-        print(
-            f"pipeline: nothing has happened for {self.timeout_s:.0f} s (engine.timeout_minutes): some rank "
-            f"hangs. Where this one waited is in {self.path}; the same command continues",
-            file=sys.stderr,
-            flush=True,
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        os.fsync(self._file.fileno())
+        logger.error(
+            f"no progress for {self.timeout_s:.0f} s (engine.timeout_minutes): a rank hangs; the stacks of this one "
+            f"are in {self._path}; the same command resumes",
+            extra=ALL_RANKS,
         )
         os._exit(EXIT_CODE)
