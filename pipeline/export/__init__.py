@@ -1,6 +1,6 @@
-"""What was learned, for other libraries: timm, Hugging Face transformers, the official MAE code, ONNX.
+"""Export weights to timm, Hugging Face transformers, the official MAE code and ONNX.
 
-Invariant: an export that exists was loaded again by the library it is for, and gave our features.
+Invariant: an export is reloaded with its target library, and kept only if its outputs match ours.
 """
 
 from pipeline.weights.state_dicts import (
@@ -10,9 +10,4 @@ from pipeline.weights.state_dicts import (
     transformers_state_dict,
 )
 
-__all__ = [
-    "load_official_state_dict",
-    "official_state_dict",
-    "timm_state_dict",
-    "transformers_state_dict",
-]
+__all__ = ["load_official_state_dict", "official_state_dict", "timm_state_dict", "transformers_state_dict"]

@@ -1,7 +1,7 @@
-"""`python -m pipeline export`: a run's weights as a folder for another library.
+"""`python -m pipeline export`: write a run's weights as a folder for another library.
 
-Invariant: OUT is whole and checked, or it is not there. The folder is written and checked under another name,
-and renamed at last; one that fails its check is removed. Nothing is removed that an export did not write.
+Invariant: OUT is complete and verified, or absent. The folder is written and verified under a temporary name,
+then renamed. Only directories that an export wrote are replaced or removed.
 """
 
 import json
@@ -9,29 +9,27 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from pipeline.errors import UserError, join_names
-from pipeline.export.model_card import card, recorded
+from pipeline.errors import UserError
+from pipeline.export.model_card import card_fields, render_card
 from pipeline.export.official_file import OFFICIAL, OFFICIAL_VIT
 from pipeline.export.onnx_file import ONNX
 from pipeline.export.target import Exportable, Target
 from pipeline.export.timm_folder import TIMM
 from pipeline.export.transformers_folder import HF, HF_MAE
-from pipeline.io.atomic import read_json
-from pipeline.tasks.finetuned_run import load_finetuned_run
+from pipeline.tasks.loaded_classifier import LoadedClassifier, load_classifier
 from pipeline.train.checkpoint import fsync_and_hash
-from pipeline.weights.run import is_classifier, load_run
-from pipeline.weights.vit import Vit
+from pipeline.weights.run import LoadedRun, is_classifier, load_run
 
-TARGETS = {"timm": TIMM, "hf": HF, "hf-mae": HF_MAE, "official": OFFICIAL, "onnx": ONNX}
-OF_CLASSIFIERS = {"timm": TIMM, "official": OFFICIAL_VIT, "onnx": ONNX}
+TARGETS: dict[str, Target[LoadedRun]] = {"timm": TIMM, "hf": HF, "hf-mae": HF_MAE, "official": OFFICIAL, "onnx": ONNX}
+CLASSIFIER_TARGETS: dict[str, Target[LoadedClassifier]] = {"timm": TIMM, "official": OFFICIAL_VIT, "onnx": ONNX}
 TOLERANCE = 1e-5
 """Largest relative difference of an export's tokens or logits from ours, in fp32."""
-ABOUT = "export.json"
-"""An export's format, check, and files with their digests; empty while it is being written."""
-PARTIAL, OLD = ".partial", ".old.partial"
+SUMMARY = "export.json"
+"""Format, verification result, and files with their digests. Empty until the export is verified."""
 
 
 def export(
@@ -44,140 +42,123 @@ def export(
     overwrite: bool = False,
     results: Sequence[Path] = (),
 ) -> str:
-    """Write the newest checkpoint of `run` to the folder `out`; returns a sentence about it.
+    """Export the newest checkpoint of a run to a new folder.
 
-    target: one of TARGETS. encoder_only: without the decoder, which only `official` can leave out. ema: the
-    weights' moving average. overwrite: replace an earlier export that nobody has changed. results: files of
-    JSON for the model card. UserError where the format cannot hold the method, or the check fails.
+    Args:
+        run: Run directory of a pre-training or fine-tuning.
+        out: Folder to create.
+        target: A key of TARGETS.
+        encoder_only: Leave the decoder out; only for `official`.
+        ema: Export the moving average of the weights.
+        overwrite: Replace `out` if an export wrote it.
+        results: JSON files to quote in the model card.
+
+    Returns:
+        A sentence for the user.
+
+    Raises:
+        UserError: If the format cannot represent the model, `out` exists or cannot be written, or the
+            verification fails.
     """
     if encoder_only and target == "hf-mae":
-        raise UserError("--encoder-only: hf-mae is the format with the decoder; the encoder alone is hf")
+        raise UserError("--encoder-only: hf-mae includes the decoder; use --format hf for the encoder alone")
     if out.is_symlink():
         out = out.resolve()
     _check_out(out, overwrite)
-    if is_classifier(run):
-        chosen, trained = _of_classifiers(target, encoder_only), load_finetuned_run(run, ema)
-    else:
-        chosen = OFFICIAL_VIT if encoder_only and target == "official" else TARGETS[target]
-        trained = load_run(run, ema)
-    vit = _vit(trained, target)
-    found = recorded(run, trained, chosen, ema, results)
-    partial = _cleared(out, PARTIAL)
+    chosen, loaded = _load(run, target, encoder_only, ema)
+    try:
+        vit = loaded.vit
+    except UserError as error:
+        raise UserError(f"--format {target}: {error}; use the run's own weights.safetensors") from error
+    fields = card_fields(run, loaded, chosen, ema, results)
+    partial, old = (out.with_name(out.name + suffix) for suffix in (".partial", ".old.partial"))
+    for leftover in (partial, old):  # of an export that was killed
+        _remove_export(leftover)
     try:
         partial.mkdir(parents=True)
-        (partial / ABOUT).touch()
-        difference = _write(trained, chosen, target, partial)
-        (partial / "README.md").write_text(card(found, difference))
-        about = {"format": target, "method": vit.origin, "step": trained.step, "ema": ema}
-        _publish(partial, out, about | {"difference": difference})
+        (partial / SUMMARY).touch()
+        difference = _write_and_verify(loaded, chosen, target, partial)
+        (partial / "README.md").write_text(render_card(fields, difference))
+        summary = {"format": target, "method": vit.origin, "step": loaded.step, "ema": ema}
+        _finalize(partial, summary | {"difference": difference})
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{out}: cannot be written: {_reason(error)}; make room or give another place"
-        ) from None
+            f"{out}: cannot be written: {_first_line(error)}; free some space or choose another directory"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return (
-        f"{out}: {vit.origin} after step {trained.step} for {target}, loaded again, outputs "
-        f"within {difference:.1e} of ours; its README.md has a line to fill in"
+        f"{out}: {vit.origin} after step {loaded.step}, exported for {target}; outputs of the reloaded model "
+        f"within {difference:.1e} of ours; complete the model card, README.md"
     )
+
+
+def _load(run: Path, target: str, encoder_only: bool, ema: bool) -> tuple[Target[Any], Exportable]:
+    if not is_classifier(run):
+        chosen = OFFICIAL_VIT if encoder_only and target == "official" else TARGETS[target]
+        return chosen, load_run(run, ema)
+    if encoder_only:
+        raise UserError("--encoder-only: a fine-tuned classifier has no decoder; omit the option")
+    if target not in CLASSIFIER_TARGETS:
+        raise UserError(
+            f"--format {target}: transformers' ViTForImageClassification has no mean pooling; use one of "
+            f"{', '.join(CLASSIFIER_TARGETS)}"
+        )
+    return CLASSIFIER_TARGETS[target], load_classifier(run, ema)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
     if not out.name:
-        raise UserError(f"{out}: an export makes its folder; give the name of a new one")
-    if out.is_dir() and not any(out.iterdir()):
+        raise UserError(f"{out}: give the name of a new directory")
+    if not os.path.lexists(out) or _is_empty(out):
         return
-    if not os.path.lexists(out):
-        return
-    if not (out / ABOUT).is_file():
-        raise UserError(f"{out}: is there and is no export; give the name of a new folder")
+    if not (out / SUMMARY).is_file():
+        raise UserError(f"{out}: already exists and is not an export; choose a new directory")
     if not overwrite:
-        raise UserError(f"{out}: holds an export; give another folder, or --overwrite to replace it")
-    if changed := _changed(out):
-        raise UserError(
-            f"{out}: holds what no export wrote, or what was changed since: {join_names(changed)}; --overwrite "
-            "would remove it: move it away, or give another folder"
-        )
+        raise UserError(f"{out}: already exists; choose a new directory, or pass --overwrite")
 
 
-def _changed(out: Path) -> list[str]:
-    """What in an export's folder is not as the export wrote it."""
-    about = read_json(out / ABOUT)
-    written = about.get("files") if isinstance(about, dict) else None
-    written = written if isinstance(written, dict) else {}
-    found = fsync_and_hash(
-        out, [path.name for path in out.iterdir() if path.name in written and path.is_file()]
-    )
-    there = sorted({path.name for path in out.iterdir()} - {ABOUT})
-    return [name for name in there if name not in found or found[name] != written[name]]
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
-def _cleared(out: Path, suffix: str) -> Path:
-    """A name beside `out` that is free, now that what a killed export left there is removed. UserError where
-    something else has it."""
-    path = out.with_name(out.name + suffix)
+def _remove_export(path: Path) -> None:
+    """Remove a directory that an export wrote, perhaps partially; refuse to remove anything else."""
     if os.path.lexists(path):
-        left = path.is_dir() and not path.is_symlink()
-        if not left or (any(path.iterdir()) and not (path / ABOUT).is_file()):
-            raise UserError(f"{path}: is in the way, and no export left it; move it away")
+        if path.is_symlink() or not (_is_empty(path) or (path / SUMMARY).is_file()):
+            raise UserError(f"{path}: is in the way and not from an export; move it")
         shutil.rmtree(path)
-    return path
 
 
-def _of_classifiers(target: str, encoder_only: bool) -> Target:
-    if encoder_only:
-        raise UserError(
-            "--encoder-only: a fine-tuned classifier has no decoder that could be left out; leave the option "
-            "out, or export the run that it began with"
-        )
-    if target not in OF_CLASSIFIERS:
-        raise UserError(
-            f"--format {target}: transformers' ViTForImageClassification classifies by the class token, a "
-            f"fine-tuned classifier by the mean of the patches; take one of {', '.join(OF_CLASSIFIERS)}"
-        )
-    return OF_CLASSIFIERS[target]
-
-
-def _vit(trained: Exportable, target: str) -> Vit:
+def _write_and_verify(loaded: Exportable, chosen: Target[Any], name: str, folder: Path) -> float:
+    """Write the format's files and return the largest relative difference of the reloaded model."""
     try:
-        return trained.vit
-    except UserError as error:
-        raise UserError(
-            f"--format {target}: {error}; the run's own weights.safetensors has everything"
-        ) from None
-
-
-def _write(trained: Exportable, chosen: Target, name: str, folder: Path) -> float:
+        chosen.write(loaded, folder)
+    except RuntimeError as error:  # torch raises it for storage errors, too
+        raise UserError(f"--format {name}: cannot be written: {_first_line(error)}") from error
     try:
-        chosen.write(trained, folder)
-    except RuntimeError as error:  # torch's own, of the storage, too
-        raise UserError(f"--format {name}: cannot be written: {_reason(error)}; removed") from error
-    try:
-        difference = chosen.difference(trained, folder)
-    except Exception as error:  # whatever a library raises for a file that it does not take
-        raise UserError(f"--format {name}: it does not load again ({_reason(error)}); removed") from error
+        difference = chosen.max_difference(loaded, folder)
+    except Exception as error:  # libraries raise any type for a file that they cannot load
+        raise UserError(f"--format {name}: the export cannot be reloaded: {_first_line(error)}") from error
     if not difference <= TOLERANCE:
         raise UserError(
-            f"--format {name}: loaded again, its outputs differ from ours by {difference:.1e} of the "
-            f"largest, and {TOLERANCE:.0e} is allowed; removed"
+            f"--format {name}: outputs of the reloaded model differ by {difference:.1e}, more than "
+            f"{TOLERANCE:.0e}; the export was removed"
         )
     return difference
 
 
-def _reason(error: Exception) -> str:
-    """Its first line."""
+def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _publish(partial: Path, out: Path, about: dict) -> None:
-    names = sorted({path.name for path in partial.iterdir()} - {ABOUT})
-    about["files"] = fsync_and_hash(partial, names)
-    (partial / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    fsync_and_hash(partial, [ABOUT])
-    if out.exists():
-        old = _cleared(out, OLD)
-        out.rename(old)
-        partial.rename(out)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out)
+def _finalize(partial: Path, summary: dict) -> None:
+    """Write the summary and force all files to the disk."""
+    names = sorted({path.name for path in partial.iterdir()} - {SUMMARY})
+    summary["files"] = fsync_and_hash(partial, names)
+    (partial / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+    fsync_and_hash(partial, [SUMMARY])

@@ -1,25 +1,25 @@
 """The model card: README.md of an export, filled from the run.
 
-Invariant: everything on it was recorded by the run or measured by the export. What nobody recorded is a line
-that says so, for a person to fill in.
+Invariant: every statement was recorded by the run or measured by the export; what is unknown is marked to be
+filled in.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.evals.accuracy import RESULT, Accuracy
+from pipeline.evals.accuracy import Accuracy
 from pipeline.export.target import Exportable, Target
 from pipeline.io.atomic import read_json
-from pipeline.report.history import METRICS, logged
-from pipeline.tasks.finetuned_run import FinetunedRun
+from pipeline.report.history import read_metrics_log
+from pipeline.tasks.loaded_classifier import LoadedClassifier
+from pipeline.train.run_directory import RunDirectory
 from pipeline.weights.run import LoadedRun
-from pipeline.weights.vit import Vit
 
 PAPERS = {
     "mae": ("MAE", "https://arxiv.org/abs/2111.06377"),
@@ -27,7 +27,7 @@ PAPERS = {
     "efficient_mae": ("Efficient MAE", "Han et al., WACV 2024"),
     "lomar": ("LoMaR", "https://arxiv.org/abs/2206.00790"),
 }
-LICENCE_OF = dict.fromkeys(("openimages", "coco"), "each image's own, in its sample's json")
+SOURCE_LICENSES = dict.fromkeys(("openimages", "coco"), "per image, in its sample's json")
 NOT_RECORDED = "not recorded: **to be filled in**"
 CARD = Template("""\
 ---
@@ -43,8 +43,8 @@ $summary
 $usage
 ```
 
-Images are RGB, from 0 to 1, less the mean $mean, over the standard deviation $std: the central
-$size x $size px where the shorter side has been resized (bicubic) to $resize px.
+Images are RGB in [0, 1], normalized with mean $mean and std $std. Evaluation resizes the shorter side to
+$resize px (bicubic) and crops the center, $size x $size px.
 
 ## Data
 
@@ -54,7 +54,7 @@ $data
 
 $training
 
-<details><summary>The recipe</summary>
+<details><summary>Recipe</summary>
 
 ```yaml
 $recipe
@@ -70,168 +70,159 @@ $compute
 
 $results
 
-## Check
+## Verification
 
-Loaded again by the library it is for, its outputs differ from the trained model's by at most $difference
-of the largest, in fp32.
+Outputs of the model reloaded with its target library differ from the trained model's by at most $difference
+of the largest output, in fp32.
 
-## Licence
+## License
 
-Licence of these weights: **to be filled in** by whoever publishes them; the data's terms may bind it.
+License of these weights: **to be filled in** by the publisher; the terms of the data may restrict it.
 """)
 
-CLASSES = Template("""\
-<details><summary>The classes, in the order of the logits</summary>
 
-```text
-$listed
-```
-
-</details>""")
-
-
-class Spent(NamedTuple):
-    """What the steps up to the exported one took."""
+class Compute(NamedTuple):
+    """Cost of the steps up to the exported one."""
 
     images: int
     hours: float
-    """Of training steps; without starts, checkpoints, and steps trained again after an interruption."""
+    """Hours of training steps, without start-up, checkpoints and repeated steps."""
     device_hours: float
-    """The same, times the number of ranks."""
+    """Hours times world size."""
 
 
-class Kind(NamedTuple):
-    """What only a card of an encoder says, or only that of a classifier."""
-
-    tags: tuple[str, ...]
+class Description(NamedTuple):
     title: str
     summary: str
-    training: dict[str, object]
-    """Rows of the table."""
-    results: tuple[str, ...]
+    tags: tuple[str, ...]
+    options: dict[str, object]
+    """Rows of the training table."""
 
 
-def recorded(
-    run: Path, trained: Exportable, target: Target, ema: bool, results: Sequence[Path] = ()
+def card_fields(
+    run: Path, loaded: Exportable, target: Target[Any], ema: bool, results: Sequence[Path] = ()
 ) -> dict[str, str]:
-    """What README.md says before the export is checked. ema: the weights are their moving average. results:
-    files of JSON to quote. UserError where one, or what the run wrote, cannot be read."""
-    vit, data = trained.vit, trained.recipe.data
-    environment = read_json(run / "environment.json") if (run / "environment.json").is_file() else {}
-    kind = _classifier(run, trained, ema) if isinstance(trained, FinetunedRun) else _encoder(trained)
+    """Return the fields of the card that are known before the export is verified.
+
+    Args:
+        run: Run directory.
+        loaded: The run's model.
+        target: Export format.
+        ema: Whether the weights are their moving average.
+        results: JSON files to quote.
+
+    Raises:
+        UserError: If one of `results` or a file of the run cannot be read.
+    """
+    vit, data, directory = loaded.vit, loaded.recipe.data, RunDirectory(run)
+    environment = read_json(directory.environment) if directory.environment.is_file() else {}
+    quotes = [f"{path.name}:\n\n```json\n{json.dumps(read_json(path), indent=1)}\n```" for path in results]
+    if isinstance(loaded, LoadedClassifier):
+        title, summary, tags, options = _describe_classifier(loaded)
+        quotes.insert(0, _accuracy_table(directory, ema))
+    else:
+        title, summary, tags, options = _describe_encoder(loaded)
     return dict(
-        tags=", ".join([*target.tags, "vit", *kind.tags]),
-        title=kind.title,
-        summary=kind.summary,
-        usage=target.usage(trained).strip(),
+        tags=", ".join([*target.tags, "vit", *tags]),
+        title=title,
+        summary=summary,
+        usage=target.usage(loaded).strip(),
         mean=str(list(data.mean)),
         std=str(list(data.std)),
         size=str(data.image_size),
         resize=str(vit.resize),
-        data=_data(environment.get("data")),
-        training=_training(trained, ema, kind.training),
-        recipe=yaml.safe_dump(trained.recipe.model_dump(mode="json"), sort_keys=False).strip(),
-        compute=_compute(run, environment, trained.step),
-        results="\n\n".join([*kind.results, *_quoted(results)]) or f"Results: {NOT_RECORDED}.",
+        data=_data_table(environment.get("data")),
+        training=_training_table(loaded, ema, options),
+        recipe=yaml.safe_dump(loaded.recipe.model_dump(mode="json"), sort_keys=False).strip(),
+        compute=_compute_table(directory, environment, loaded.step),
+        results="\n\n".join(quotes) or f"Results: {NOT_RECORDED}.",
     )
 
 
-def card(found: dict[str, str], difference: float) -> str:
-    """The text of README.md: what was `recorded`, and what the check measured."""
-    return CARD.substitute(found, difference=f"{difference:.1e}")
+def render_card(fields: dict[str, str], difference: float) -> str:
+    """Return the text of README.md."""
+    return CARD.substitute(fields, difference=f"{difference:.1e}")
 
 
-def spent(lines: list[dict], starts: list[dict], step: int) -> Spent:
-    """lines: of metrics.jsonl; starts: of environment.json. Up to `step`."""
-    done = [line for line in lines if "images_per_s" in line and line["step"] <= step]
+def training_compute(lines: list[dict], starts: list[dict], step: int) -> Compute:
+    """Sum the cost up to `step`, from lines of metrics.jsonl and starts of environment.json."""
     images = hours = device_hours = 0
-    for line in done:
-        took = (line["samples"] - images) / line["images_per_s"] / 3600
-        ranks = [start["world_size"] for start in starts if start["step"] < line["step"]]
-        images, hours = line["samples"], hours + took
-        device_hours += took * (ranks[-1] if ranks else 1)
-    return Spent(images, hours, device_hours)
+    for line in lines:
+        if "images_per_s" not in line or line["step"] > step:
+            continue
+        elapsed = (line["samples"] - images) / line["images_per_s"] / 3600
+        world_sizes = [start["world_size"] for start in starts if start["step"] < line["step"]]
+        images, hours = line["samples"], hours + elapsed
+        device_hours += elapsed * (world_sizes[-1] if world_sizes else 1)
+    return Compute(images, hours, device_hours)
 
 
 def _table(rows: dict[str, object]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _data(sets: list[dict] | None) -> str:
+def _data_table(sets: list[dict] | None) -> str:
     if not sets:
         return f"Data sets: {NOT_RECORDED}."
-    lines = ["| set | source | split | images | licence |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| set | source | split | images | license |", "| --- | --- | --- | --- | --- |"]
     for entry in sets:
-        licence = LICENCE_OF.get(entry["source"], NOT_RECORDED)
-        name = Path(entry["path"]).name
-        lines.append(f"| {name} | {entry['source']} | {entry['split']} | {entry['samples']:,} | {licence} |")
+        name, license_text = Path(entry["path"]).name, SOURCE_LICENSES.get(entry["source"], NOT_RECORDED)
+        lines.append(f"| {name} | {entry['source']} | {entry['split']} | {entry['samples']:,} | {license_text} |")
     return "\n".join(lines)
 
 
-def _encoder(trained: LoadedRun) -> Kind:
-    recipe = trained.recipe
+def _describe_encoder(run: LoadedRun) -> Description:
+    recipe = run.recipe
     name, paper = PAPERS[recipe.method.name]
-    return Kind(
-        tags=("masked-image-modeling", recipe.method.name),
+    return Description(
         title=f"{recipe.model.name}, patch {recipe.model.patch_size}, {recipe.data.image_size} px, {name}",
-        summary=f"A vision transformer, pre-trained without labels by {name} ({paper}).",
-        training={"targets": "pixels, normalised per patch" if recipe.method.normalize_targets else "pixels"},
-        results=(),
+        summary=f"A vision transformer, pre-trained without labels with {name} ({paper}).",
+        tags=("masked-image-modeling", recipe.method.name),
+        options={"targets": "pixels, normalized per patch" if recipe.method.normalize_targets else "pixels"},
     )
 
 
-def _classifier(run: Path, trained: FinetunedRun, ema: bool) -> Kind:
-    vit, begun = trained.vit, trained.begun
-    count, section = len(vit.classes), trained.recipe.classifier
-    return Kind(
+def _describe_classifier(run: LoadedClassifier) -> Description:
+    vit, options = run.vit, run.recipe.classifier
+    names = enumerate(zip(vit.classes, vit.descriptions or [""] * len(vit.classes), strict=True))
+    listed = "\n".join(f"{number:4} {name} {text}".rstrip() for number, (name, text) in names)
+    return Description(
+        title=f"Classifier of {len(vit.classes)} classes, patch {vit.patch_size}, {vit.data.image_size} px",
+        summary="A vision transformer, fine-tuned to classify images by the mean of the patch tokens. Initial "
+        f"weights: {run.initial.encoder} (digest {run.initial.digest}).\n\n<details><summary>Classes, in the "
+        f"order of the logits</summary>\n\n```text\n{listed}\n```\n\n</details>",
         tags=("image-classification",),
-        title=f"Classifier of {count} classes, patch {vit.patch_size}, {vit.data.image_size} px",
-        summary=f"A vision transformer with a head that tells {count} classes apart by the mean of the patch "
-        f"tokens, fine-tuned on labels. It began with {begun.encoder} (digest of those weights: "
-        f"{begun.digest}).\n\n{_classes(vit)}",
-        training={
-            "layer decay": section.layer_decay,
-            "drop path": section.drop_path,
-            "label smoothing": section.label_smoothing,
-        },
-        results=(_accuracy(run, ema),),
+        options={name: getattr(options, name) for name in ("layer_decay", "drop_path", "label_smoothing")},
     )
 
 
-def _classes(vit: Vit) -> str:
-    described = vit.descriptions or [""] * len(vit.classes)
-    pairs = enumerate(zip(vit.classes, described, strict=True))
-    listed = "\n".join(f"{number:4} {name} {more}".rstrip() for number, (name, more) in pairs)
-    return CLASSES.substitute(listed=listed)
-
-
-def _accuracy(run: Path, ema: bool) -> str:
-    """What the run measured last. UserError where that cannot be read."""
-    if not (run / RESULT).is_file():
+def _accuracy_table(run: RunDirectory, ema: bool) -> str:
+    """Return the last evaluation of the run. Raises UserError if it cannot be read."""
+    if not run.accuracy.is_file():
         return f"Accuracy: {NOT_RECORDED}."
-    found = read_json(run / RESULT)
+    result = read_json(run.accuracy)
     try:
-        names = ["top1", "top5"] if "top5" in found else ["top1"]  # few classes have no top5
-        tops = {name: Accuracy(found[name]["correct"], found[name]["total"]) for name in names}
+        names = ["top1", "top5"] if "top5" in result else ["top1"]  # no top5 with few classes
+        tops = {name: Accuracy(result[name]["correct"], result[name]["total"]) for name in names}
         table = _table({f"{name}, 95 % interval": accuracy for name, accuracy in tops.items()})
-        where = f"after step {found['step']:,} on {Path(found['val']['place']).name}"
+        where = f"after step {result['step']:,} on {Path(result['val']['place']).name}"
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"{run / RESULT}: is not what a fine-tuning measures ({error!r}); mend or remove it"
-        ) from None
-    average = "; of the weights, not of their moving average, which these are" if ema else ""
-    return f"{table}\n\nMeasured {where}{average}. The interval is of the samples drawn, not of the training."
+            f"{run.accuracy}: damaged ({error!r}); restore it, or remove it to export without an accuracy"
+        ) from error
+    average = "; of the weights, not of their moving average, which is exported" if ema else ""
+    return f"{table}\n\nMeasured {where}{average}. The interval covers sampling, not variance between runs."
 
 
-def _training(trained: Exportable, ema: bool, more: dict[str, object]) -> str:
-    recipe, size, optim = trained.recipe, trained.vit.size, trained.recipe.optim
+def _training_table(loaded: Exportable, ema: bool, more: dict[str, object]) -> str:
+    recipe, size, optim = loaded.recipe, loaded.vit.size, loaded.recipe.optim
     return _table(
         {
-            "encoder": f"{size.depth} layers, {size.width} wide, {size.heads} heads",
-            "weights": f"moving average, decay {recipe.train.ema_decay}" if ema else "of the last step",
-            "steps": f"{trained.step:,}, a batch of {recipe.data.global_batch:,} images each",
-            "optimiser": f"AdamW, betas {list(optim.betas)}, weight decay {optim.weight_decay}",
-            "learning rate": f"{recipe.lr:.3g} at its peak, then a cosine",
+            "encoder": f"{size.depth} layers, width {size.width}, {size.heads} heads",
+            "weights": f"moving average, decay {recipe.train.ema_decay}" if ema else "last step",
+            "steps": f"{loaded.step:,}, batch size {recipe.data.global_batch:,}",
+            "optimizer": f"AdamW, betas {list(optim.betas)}, weight decay {optim.weight_decay}",
+            "learning rate": f"peak {recipe.peak_lr:.3g}, cosine decay",
             "precision": recipe.engine.precision,
             **more,
             "random seed": recipe.seed,
@@ -239,27 +230,22 @@ def _training(trained: Exportable, ema: bool, more: dict[str, object]) -> str:
     )
 
 
-def _compute(run: Path, environment: dict, step: int) -> str:
-    lines = logged(run) if (run / METRICS).is_file() else []
+def _compute_table(run: RunDirectory, environment: dict, step: int) -> str:
+    lines = read_metrics_log(run) if run.metrics.is_file() else []
     starts = environment.get("starts", [])
-    total = spent(lines, starts, step)
-    if not total.images:
+    compute = training_compute(lines, starts, step)
+    if not compute.images:
         return f"Compute: {NOT_RECORDED}."
     versions = ", ".join(f"{name} {number}" for name, number in environment.get("versions", {}).items())
     devices = dict.fromkeys(f"{start['world_size']} x {start['device']}" for start in starts)
     return _table(
         {
             "devices": "; then ".join(devices) or NOT_RECORDED,
-            "device hours": f"{total.device_hours:.3g} ({total.hours:.3g} h of training steps; starts, "
-            "checkpoints and steps trained twice are not counted)",
-            "images": f"{total.images:,}",
-            "images/s": f"{total.images / total.hours / 3600:,.0f}",
+            "device hours": f"{compute.device_hours:.3g} ({compute.hours:.3g} h of training steps, without "
+            "start-up, checkpoints and repeated steps)",
+            "images": f"{compute.images:,}",
+            "images/s": f"{compute.images / compute.hours / 3600:,.0f}",
             "versions": versions or NOT_RECORDED,
             "commit": environment.get("commit") or NOT_RECORDED,
         }
     )
-
-
-def _quoted(results: Sequence[Path]) -> list[str]:
-    texts = {path: json.dumps(read_json(path), indent=1) for path in results}
-    return [f"{path.name}:\n\n```json\n{text}\n```" for path, text in texts.items()]

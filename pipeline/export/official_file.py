@@ -1,8 +1,8 @@
-"""The official MAE code's checkpoint: a .pth that holds {"model": state dict}, of models_mae.py's model, or
-without the decoder of models_vit.py's; a classifier's with global_pool=True.
+"""Official MAE code's format: a .pth file with {"model": state dict}.
 
-That code is no package, so other readers of its format check it: timm, of which its models_vit.py is a
-subclass, and transformers, whose ViTMAE is a translation of it, under the names that its keys have there.
+Its keys are those of models_mae.py; without the decoder, those of models_vit.py, for a classifier with
+global_pool=True. The official code is not a package, so other libraries check the file: timm, whose
+VisionTransformer models_vit.py subclasses, and transformers, whose ViTMAE is a port of models_mae.py.
 """
 
 from pathlib import Path
@@ -22,45 +22,44 @@ def _save(state: dict[str, torch.Tensor], folder: Path) -> None:
     torch.save({"model": {key: tensor.contiguous() for key, tensor in state.items()}}, folder / WEIGHTS)
 
 
-def _write_vit(trained: Exportable, folder: Path) -> None:
-    _save(trained.vit.weights, folder)
+def _write_vit(run: Exportable, folder: Path) -> None:
+    _save(run.vit.weights, folder)
 
 
-def _write_whole(trained: LoadedRun, folder: Path) -> None:
-    _save(official_state_dict(trained.method), folder)
+def _write_mae(run: LoadedRun, folder: Path) -> None:
+    _save(official_state_dict(run.method), folder)
 
 
-def _vit_difference(trained: Exportable, folder: Path) -> float:
-    return timm_folder.file_difference(trained.vit, folder / WEIGHTS)
+def _vit_difference(run: Exportable, folder: Path) -> float:
+    return timm_folder.file_difference(run.vit, folder / WEIGHTS)
 
 
-def _whole_difference(trained: LoadedRun, folder: Path) -> float:
+def _mae_difference(run: LoadedRun, folder: Path) -> float:
     state = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True)["model"]
     with TemporaryDirectory(dir=folder) as renamed:
-        transformers_folder.write_model(state, trained.recipe, Path(renamed), decoder=True)
-        return transformers_folder.whole_difference(trained, Path(renamed))
+        transformers_folder.write_model(state, run.recipe, Path(renamed), decoder=True)
+        return transformers_folder.mae_difference(run, Path(renamed))
 
 
-def _vit_usage(trained: Exportable) -> str:
-    vit = trained.vit
-    ours = f"logits = model(images)  # (B, {len(vit.classes)})"
-    if not vit.classes:
-        ours = "tokens = model.forward_features(images)  # (B, 1 + patches, width), the class token first"
+def _vit_usage(run: Exportable) -> str:
+    vit = run.vit
+    outputs = "tokens = model.forward_features(images)  # (B, 1 + patches, width), class token first"
+    if vit.classes:
+        outputs = f"logits = model(images)  # (B, {len(vit.classes)})"
     return f"""\
-import timm  # the official models_vit.py is a subclass of its VisionTransformer
+import timm  # the official models_vit.py subclasses timm's VisionTransformer
 
-model = {timm_folder.call(vit, WEIGHTS)}
-{ours}
+model = {timm_folder.create_model_call(vit, WEIGHTS)}
+{outputs}
 """
 
 
-def _whole_usage(trained: LoadedRun) -> str:
-    recipe, model = trained.recipe, trained.recipe.model
-    size = model.size
+def _mae_usage(run: LoadedRun) -> str:
+    recipe, model, size = run.recipe, run.recipe.model, run.recipe.model.size
     return f"""\
 from functools import partial
 
-import models_mae  # of github.com/facebookresearch/mae
+import models_mae  # from github.com/facebookresearch/mae
 import torch
 
 model = models_mae.MaskedAutoencoderViT(
@@ -80,5 +79,5 @@ loss, prediction, mask = model(images, mask_ratio={mask_ratio(recipe)})
 """
 
 
-OFFICIAL = Target(_write_whole, _whole_difference, _whole_usage, ("pytorch",))
+OFFICIAL = Target(_write_mae, _mae_difference, _mae_usage, ("pytorch",))
 OFFICIAL_VIT = Target(_write_vit, _vit_difference, _vit_usage, ("pytorch",))

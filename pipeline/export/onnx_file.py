@@ -1,9 +1,7 @@
-"""ONNX: encoder.onnx, images (B, 3, S, S) to tokens (B, 1 + L, D), any B; of a classifier classifier.onnx,
-images to logits (B, C).
+"""ONNX format: encoder.onnx maps images (B, 3, S, S) to tokens (B, 1 + L, D), classifier.onnx to logits.
 
-The graph is that of timm's VisionTransformer with our weights, whose patch embedding is a convolution, as
-other runtimes expect it. What images are to look like, and the names of the classes, are in the file's
-metadata.
+The batch size is dynamic. The graph is that of timm's VisionTransformer with our weights: its patch embedding
+is a convolution, as runtimes expect. The file's metadata has mean, std and the class names.
 """
 
 import io
@@ -15,32 +13,32 @@ from pathlib import Path
 import torch
 
 from pipeline.export import timm_folder
-from pipeline.export.target import Exportable, Target, check_images, library, relative_difference
+from pipeline.export.target import Exportable, Target, check_images, import_library, relative_difference
 from pipeline.weights.vit import Vit
 
 OPSET = 18
-ONE_FILE = 1.9e9
-"""Bytes of weights up to which all is one file: protobuf ends at 2 GiB. More are in a .data beside it."""
+MAX_EMBEDDED_BYTES = 1.9e9
+"""More weights go to a .data file beside the model: protobuf is limited to 2 GiB."""
 
 
 class _Graph(torch.nn.Module):
     def __init__(self, vit: Vit) -> None:
         super().__init__()
-        self.vit, self.model = vit, timm_folder.empty_model(vit)
+        self.vit, self.model = vit, timm_folder.build_model(vit)
         self.model.load_state_dict(vit.weights)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return timm_folder.outputs(self.vit, self.model, images)
+        return timm_folder.run_model(self.vit, self.model, images)
 
 
-def _name(vit: Vit) -> str:
+def _file_name(vit: Vit) -> str:
     return "classifier.onnx" if vit.classes else "encoder.onnx"
 
 
-def _write(trained: Exportable, folder: Path) -> None:
+def _write(run: Exportable, folder: Path) -> None:
     for name in ("onnx", "onnxscript"):
-        library(name)
-    vit = trained.vit
+        import_library(name)
+    vit = run.vit
     size = sum(tensor.nbytes for tensor in vit.weights.values())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with redirect_stdout(io.StringIO()):
@@ -48,41 +46,42 @@ def _write(trained: Exportable, folder: Path) -> None:
             _Graph(vit).eval(),
             (check_images(vit.data),),
             input_names=["images"],
-            output_names=[vit.output],
+            output_names=[vit.output_name],
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
             opset_version=OPSET,
             dynamo=True,
         )
-    about = {"mean": vit.data.mean, "std": vit.data.std, "color": "RGB, 0 to 1 before mean and std"}
+    assert program is not None  # with dynamo=True
+    metadata = {"mean": vit.data.mean, "std": vit.data.std, "color": "RGB, 0 to 1 before mean and std"}
     if vit.classes:
-        about["classes"] = json.dumps(vit.classes)
-    program.model.metadata_props.update({key: str(value) for key, value in about.items()})
-    program.save(str(folder / _name(vit)), external_data=size > ONE_FILE)
+        metadata["classes"] = json.dumps(vit.classes)
+    program.model.metadata_props.update({key: str(value) for key, value in metadata.items()})
+    program.save(str(folder / _file_name(vit)), external_data=size > MAX_EMBEDDED_BYTES)
 
 
-def _difference(trained: Exportable, folder: Path) -> float:
-    vit = trained.vit
-    path = str(folder / _name(vit))
-    library("onnx").checker.check_model(path)
-    session = library("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+def _max_difference(run: Exportable, folder: Path) -> float:
+    vit = run.vit
+    path = str(folder / _file_name(vit))
+    import_library("onnx").checker.check_model(path)
+    session = import_library("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     images = check_images(vit.data)
     differences = []
     for batch in (images, images[:1]):
-        (theirs,) = session.run([vit.output], {"images": batch.numpy()})
+        (outputs,) = session.run([vit.output_name], {"images": batch.numpy()})
         with torch.inference_mode():
-            differences.append(relative_difference(torch.from_numpy(theirs), vit.ours(batch)))
+            differences.append(relative_difference(torch.from_numpy(outputs), vit.forward(batch)))
     return max(differences)
 
 
-def _usage(trained: Exportable) -> str:
-    vit = trained.vit
-    side, out = vit.data.image_size, vit.output
+def _usage(run: Exportable) -> str:
+    vit, output = run.vit, run.vit.output_name
+    side = vit.data.image_size
     return f"""\
 import onnxruntime
 
-session = onnxruntime.InferenceSession("OUT/{_name(vit)}", providers=["CPUExecutionProvider"])
-({out},) = session.run(["{out}"], {{"images": images}})  # float32 array (any, 3, {side}, {side})
+session = onnxruntime.InferenceSession("OUT/{_file_name(vit)}", providers=["CPUExecutionProvider"])
+({output},) = session.run(["{output}"], {{"images": images}})  # images: float32 array (B, 3, {side}, {side})
 """
 
 
-ONNX = Target(_write, _difference, _usage, ("onnx",))
+ONNX = Target(_write, _max_difference, _usage, ("onnx",))

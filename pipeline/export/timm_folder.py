@@ -1,15 +1,18 @@
-"""timm: model.safetensors and config.json, what timm itself saves for the hub."""
+"""timm format: model.safetensors and config.json, as timm itself saves models for the hub."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from pipeline.export.target import Exportable, Target, check_images, relative_difference
 from pipeline.io.tensors import save_tensors
-from pipeline.recipe.sections import SIZES, crop_share, resize_of
+from pipeline.recipe.sections import VIT_SIZES, eval_crop_pct, eval_resize_size
 from pipeline.weights.vit import Vit
 
 WEIGHTS = "model.safetensors"
@@ -22,14 +25,13 @@ ARCHITECTURES = {
 }
 
 
-def architecture(vit: Vit) -> str:
-    """timm's name of the model that is nearest in width; `model_arguments` says everything else."""
-    nearest = min(ARCHITECTURES, key=lambda name: abs(SIZES[name].width - vit.size.width))
+def _architecture(vit: Vit) -> str:
+    """Return timm's model name that is nearest in width; `_model_args` overrides the rest."""
+    nearest = min(ARCHITECTURES, key=lambda name: abs(VIT_SIZES[name].width - vit.size.width))
     return ARCHITECTURES[nearest]
 
 
-def model_arguments(vit: Vit) -> dict[str, object]:
-    """What `timm.create_model` is to be told beside the architecture's name."""
+def _model_args(vit: Vit) -> dict[str, Any]:
     arguments = {
         "num_classes": len(vit.classes),
         "img_size": vit.data.image_size,
@@ -41,55 +43,58 @@ def model_arguments(vit: Vit) -> dict[str, object]:
     return arguments | ({"global_pool": "avg"} if vit.classes else {})
 
 
-def empty_model(vit: Vit, **more: object) -> torch.nn.Module:
-    """timm's model of this shape, in eval mode."""
-    return timm.create_model(architecture(vit), **model_arguments(vit), **more).eval()
+def build_model(vit: Vit, weights: Path | None = None) -> nn.Module:
+    """Build timm's model of this shape, in eval mode, and load a weights file if one is given."""
+    return timm.create_model(_architecture(vit), checkpoint_path=weights, **_model_args(vit)).eval()
 
 
-def outputs(vit: Vit, model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """What timm's model makes of images, as `vit.ours` does."""
+def run_model(vit: Vit, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return timm's outputs for images (B, 3, S, S), comparable with those of `vit.forward`."""
+    assert isinstance(model, VisionTransformer)
     return model(images) if vit.classes else model.forward_features(images)
 
 
-def call(vit: Vit, weights: str) -> str:
-    """The Python expression that makes the model from a file of weights in OUT."""
-    arguments = "".join(f"    {name}={_source(value)},\n" for name, value in model_arguments(vit).items())
-    name = architecture(vit)
+def file_difference(vit: Vit, weights: Path) -> float:
+    """Load a weights file into timm's model and return its `relative_difference` from ours."""
+    return _model_difference(vit, build_model(vit, weights))
+
+
+def create_model_call(vit: Vit, weights: str) -> str:
+    """Return Python code that creates the model from the weights file in OUT."""
+    values = {
+        name: json.dumps(value) if isinstance(value, str) else repr(value) for name, value in _model_args(vit).items()
+    }
+    arguments = "".join(f"    {name}={value},\n" for name, value in values.items())
+    name = _architecture(vit)
     return f'timm.create_model(\n    "{name}",\n{arguments}    checkpoint_path="OUT/{weights}",\n).eval()'
 
 
-def file_difference(vit: Vit, weights: Path) -> float:
-    """Between what timm's model gives with a file of weights, and ours."""
-    return _model_difference(vit, empty_model(vit, checkpoint_path=str(weights)))
-
-
-def _source(value: object) -> str:
-    return json.dumps(value) if isinstance(value, str) else repr(value)
-
-
-def _write(trained: Exportable, folder: Path) -> None:
-    vit = trained.vit
-    about = {"format": "pt", "heads": str(vit.size.heads)}
-    save_tensors({key: tensor.contiguous() for key, tensor in vit.weights.items()}, folder / WEIGHTS, about)
+def _write(run: Exportable, folder: Path) -> None:
+    vit = run.vit
+    metadata = {"format": "pt", "heads": str(vit.size.heads)}
+    save_tensors({key: value.contiguous() for key, value in vit.weights.items()}, folder / WEIGHTS, metadata)
     (folder / "config.json").write_text(json.dumps(_config(vit), indent=2) + "\n")
 
 
 def _config(vit: Vit) -> dict:
     side = vit.data.image_size
+    labels: dict[str, Any] = {"label_names": vit.classes} if vit.classes else {}
+    if vit.descriptions:
+        labels["label_descriptions"] = dict(zip(vit.classes, vit.descriptions, strict=True))
     return {
-        "architecture": architecture(vit),
+        "architecture": _architecture(vit),
         "num_classes": len(vit.classes),
         "num_features": vit.size.width,
         "global_pool": "avg" if vit.classes else "token",
-        **_labels(vit),
-        "model_args": model_arguments(vit),
+        **labels,
+        "model_args": _model_args(vit),
         "pretrained_cfg": {
             "tag": vit.origin,
             "custom_load": False,
             "input_size": [3, side, side],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": _crop_share(side, vit.resize),
+            "crop_pct": _crop_pct(side, vit.resize),
             "crop_mode": "center",
             "mean": list(vit.data.mean),
             "std": list(vit.data.std),
@@ -101,48 +106,37 @@ def _config(vit: Vit) -> dict:
     }
 
 
-def _crop_share(side: int, resize: int) -> float:
-    """From which timm finds `resize`, as floor(side / share)."""
-    return crop_share(side) if resize == resize_of(side) else math.nextafter(side / resize, 0)
+def _crop_pct(side: int, resize: int) -> float:
+    """Return the share from which timm computes the resize as floor(side / share)."""
+    return eval_crop_pct(side) if resize == eval_resize_size(side) else math.nextafter(side / resize, 0)
 
 
-def _labels(vit: Vit) -> dict:
-    """Where timm reads them: it has them in the loaded model's `pretrained_cfg`."""
-    labels = {"label_names": vit.classes} if vit.classes else {}
-    if vit.descriptions:
-        labels["label_descriptions"] = dict(zip(vit.classes, vit.descriptions, strict=True))
-    return labels
+def _max_difference(run: Exportable, folder: Path) -> float:
+    vit, from_folder = run.vit, timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return max(_model_difference(vit, from_folder), file_difference(vit, folder / WEIGHTS))
 
 
-def _difference(trained: Exportable, folder: Path) -> float:
-    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    vit = trained.vit
-    return max(_model_difference(vit, by_folder), file_difference(vit, folder / WEIGHTS))
-
-
-def _model_difference(vit: Vit, model: torch.nn.Module) -> float:
+def _model_difference(vit: Vit, model: nn.Module) -> float:
     images = check_images(vit.data)
     with torch.inference_mode():
-        return relative_difference(outputs(vit, model, images), vit.ours(images))
+        return relative_difference(run_model(vit, model, images), vit.forward(images))
 
 
-def _usage(trained: Exportable) -> str:
+def _usage(run: Exportable) -> str:
+    vit = run.vit
+    outputs = """\
+tokens = model.forward_features(transform(image)[None])  # (1, 1 + patches, width), class token first"""
+    if vit.classes:
+        outputs = f"""\
+logits = model(transform(image)[None])  # (1, {len(vit.classes)})
+name = model.pretrained_cfg["label_names"][logits.argmax()]"""
     return f"""\
 import timm
 
 model = timm.create_model("local-dir:OUT", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-{_last_lines(trained.vit)}
+{outputs}
 """
 
 
-def _last_lines(vit: Vit) -> str:
-    if not vit.classes:
-        whole = "the class token first"
-        return f"tokens = model.forward_features(transform(image)[None])  # (1, 1 + patches, width), {whole}"
-    return f"""\
-logits = model(transform(image)[None])  # (1, {len(vit.classes)})
-name = model.pretrained_cfg["label_names"][logits.argmax()]"""
-
-
-TIMM = Target(_write, _difference, _usage, ("timm", "safetensors"))
+TIMM = Target(_write, _max_difference, _usage, ("timm", "safetensors"))

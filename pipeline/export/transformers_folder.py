@@ -1,12 +1,13 @@
-"""Hugging Face transformers: folders for ViTModel (the encoder) and ViTMAEForPreTraining (with decoder).
+"""Hugging Face transformers formats: folders for ViTModel (encoder) and ViTMAEForPreTraining (with decoder).
 
-The tensors have the names of the checkpoints on the hub; transformers 5 itself would save a ViTMAE's decoder
-under names that no published checkpoint has.
+Tensors are named as in the checkpoints on the hub. transformers 5 itself would save a ViTMAE's decoder under
+names that no published checkpoint uses.
 """
 
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,36 +15,36 @@ from pipeline.errors import UserError
 from pipeline.export.target import (
     Target,
     check_images,
-    library,
+    import_library,
     mask_ratio,
-    predictions,
+    predict_patches,
     relative_difference,
-    tokens,
 )
 from pipeline.io.tensors import save_tensors
 from pipeline.masking import random_split
 from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.recipe import Recipe
-from pipeline.recipe.sections import resize_of
+from pipeline.recipe.sections import eval_resize_size
 from pipeline.weights.run import LoadedRun
 from pipeline.weights.state_dicts import official_state_dict, timm_state_dict, transformers_state_dict
 
-BICUBIC = 3  # Pillow's number
+BICUBIC = 3
+"""Pillow's constant."""
 
 
-def _write(trained: LoadedRun, folder: Path, decoder: bool) -> None:
-    state = (official_state_dict if decoder else timm_state_dict)(trained.method)
-    write_model(state, trained.recipe, folder, decoder)
-    _write_json(folder / "preprocessor_config.json", _preprocessor(trained.recipe))
+def _write(run: LoadedRun, folder: Path, decoder: bool) -> None:
+    state = (official_state_dict if decoder else timm_state_dict)(run.method)
+    write_model(state, run.recipe, folder, decoder)
+    _write_json(folder / "preprocessor_config.json", _preprocessor_config(run.recipe))
 
 
 def write_model(state: dict[str, torch.Tensor], recipe: Recipe, folder: Path, decoder: bool) -> None:
-    """What `from_pretrained` needs, from a state dict with the official keys."""
+    """Write weights and config for `from_pretrained` from a state dict with the official keys."""
     save_tensors(transformers_state_dict(state, decoder), folder / "model.safetensors", {"format": "pt"})
     _write_json(folder / "config.json", _config(recipe, decoder))
 
 
-def _config(recipe: Recipe, decoder: bool) -> dict:
+def _config(recipe: Recipe, decoder: bool) -> dict[str, Any]:
     width, depth, heads = recipe.model.size
     config = {
         "architectures": ["ViTModel"],
@@ -76,14 +77,14 @@ def _config(recipe: Recipe, decoder: bool) -> dict:
     }
 
 
-def _preprocessor(recipe: Recipe) -> dict:
-    """The processor that resizes the shorter side and cuts out the centre; ViT's own would squeeze."""
+def _preprocessor_config(recipe: Recipe) -> dict[str, Any]:
+    """Use BitImageProcessor, which crops the center; ViTImageProcessor would change the aspect ratio."""
     side = recipe.data.image_size
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": resize_of(side)},
+        "size": {"shortest_edge": eval_resize_size(side)},
         "resample": BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": side, "width": side},
@@ -95,40 +96,40 @@ def _preprocessor(recipe: Recipe) -> dict:
     }
 
 
-def _encoder_difference(trained: LoadedRun, folder: Path) -> float:
-    images = check_images(trained.recipe.data)
-    model = _loaded("ViTModel", folder, add_pooling_layer=False)
+def _encoder_difference(run: LoadedRun, folder: Path) -> float:
+    images = check_images(run.recipe.data)
+    model = _from_pretrained("ViTModel", folder, add_pooling_layer=False)
     with torch.inference_mode():
-        theirs = model(pixel_values=images).last_hidden_state
-    return relative_difference(theirs, tokens(trained.method, images))
+        tokens = model(pixel_values=images).last_hidden_state
+        return relative_difference(tokens, run.method.forward_features(images))
 
 
-def whole_difference(trained: LoadedRun, folder: Path) -> float:
-    """Of the tokens of whole images and of the pixels predicted behind a mask, the larger difference."""
-    model = _loaded("ViTMAEForPreTraining", folder)
-    images = check_images(trained.recipe.data)
-    in_order = torch.linspace(0, 1, trained.recipe.num_patches).expand(len(images), -1)
+def mae_difference(run: LoadedRun, folder: Path) -> float:
+    """Return the larger difference of whole images' tokens and of the patches predicted behind a mask."""
+    model = _from_pretrained("ViTMAEForPreTraining", folder)
+    images = check_images(run.recipe.data)
+    in_order = torch.linspace(0, 1, run.recipe.num_patches).expand(len(images), -1)
     noise = torch.rand(in_order.shape, generator=torch.Generator().manual_seed(1))
+    visible_ids, masked_ids = random_split(noise, run.recipe.num_visible)
     with torch.inference_mode():
         logits = model(pixel_values=images, noise=noise).logits
         model.config.mask_ratio = 0.0
-        everything = model.vit(pixel_values=images, noise=in_order).last_hidden_state
-    visible_ids, masked_ids = random_split(noise, trained.recipe.num_visible)
-    theirs = logits.gather(1, masked_ids[..., None].expand(-1, -1, logits.shape[2]))
-    return max(
-        relative_difference(everything, tokens(trained.method, images)),
-        relative_difference(theirs, predictions(trained.method, images, visible_ids, masked_ids)),
-    )
+        tokens = model.vit(pixel_values=images, noise=in_order).last_hidden_state
+        tokens_difference = relative_difference(tokens, run.method.forward_features(images))
+    patches = logits.gather(1, masked_ids[..., None].expand(-1, -1, logits.shape[2]))
+    expected = predict_patches(run.method, images, visible_ids, masked_ids)
+    return max(tokens_difference, relative_difference(patches, expected))
 
 
-def _loaded(name: str, folder: Path, **options: object) -> torch.nn.Module:
-    transformers = library("transformers")
+def _from_pretrained(name: str, folder: Path, **options: object) -> Any:
+    transformers = import_library("transformers")
     transformers.utils.logging.disable_progress_bar()
-    kind = getattr(transformers, name)
-    model, found = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **options)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[what]:
-            raise UserError(f"transformers' {name} reports {what} {sorted(found[what])[:3]}")
+    model, report = getattr(transformers, name).from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, **options
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[problem]:
+            raise UserError(f"transformers' {name} reports {problem} {sorted(report[problem])[:3]}")
     return model.eval()
 
 
@@ -141,26 +142,23 @@ def _encoder_usage(_: LoadedRun) -> str:
 from transformers import AutoImageProcessor, ViTModel
 
 processor = AutoImageProcessor.from_pretrained("OUT")
-model = ViTModel.from_pretrained("OUT", add_pooling_layer=False).eval()  # pre-training makes no pooler
-tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # the class token first
+model = ViTModel.from_pretrained("OUT", add_pooling_layer=False).eval()  # pre-training has no pooler
+tokens = model(**processor(image, return_tensors="pt")).last_hidden_state  # class token first
 """
 
 
-def _whole_usage(trained: LoadedRun) -> str:
-    scale = ", normalised per patch" if trained.recipe.method.normalize_targets else ""
+def _mae_usage(run: LoadedRun) -> str:
+    scale = ", normalized per patch" if run.recipe.method.normalize_targets else ""
     return f"""\
 from transformers import AutoImageProcessor, ViTMAEForPreTraining
 
 processor = AutoImageProcessor.from_pretrained("OUT")
 model = ViTMAEForPreTraining.from_pretrained("OUT").eval()
-output = model(**processor(image, return_tensors="pt"))  # masks at random: output.mask, 1 is masked
+output = model(**processor(image, return_tensors="pt"))  # random mask: output.mask is 1 where masked
 pixels = model.unpatchify(output.logits)  # predictions{scale}
 """
 
 
-HF = Target(
-    partial(_write, decoder=False), _encoder_difference, _encoder_usage, ("transformers", "safetensors")
-)
-HF_MAE = Target(
-    partial(_write, decoder=True), whole_difference, _whole_usage, ("transformers", "safetensors")
-)
+TAGS = ("transformers", "safetensors")
+HF = Target(partial(_write, decoder=False), _encoder_difference, _encoder_usage, TAGS)
+HF_MAE = Target(partial(_write, decoder=True), mae_difference, _mae_usage, TAGS)

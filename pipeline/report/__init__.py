@@ -1,1 +1,1 @@
-"""Runs as a page: what `python -m pipeline report` writes."""
+"""The HTML report of `python -m pipeline report`."""

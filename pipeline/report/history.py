@@ -1,67 +1,58 @@
-"""What a run directory tells of its run: the numbers, what interrupted it, where the guard stepped in.
+"""Read the history of a run from its directory: metrics, starts, and what the guard did.
 
-Invariant: everything comes from files that the run wrote; a run at work may be read.
+Invariant: everything comes from files that the run wrote; the run may still be training.
 """
 
 import json
-import sys
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from pipeline.errors import UserError
-from pipeline.io.metrics_file import NO_LOSS, read_lines
-from pipeline.recipe.loading import flat, read_yaml
+from pipeline.io.metrics_file import NON_LOSS_COLUMNS, read_metrics
+from pipeline.recipe.loading import DEPRECATED_KEYS, flatten, read_yaml
+from pipeline.train.guard import SkippedStep
+from pipeline.train.run_directory import RunDirectory
 
-METRICS = "metrics.jsonl"
-
-
-class Skip(NamedTuple):
-    """A step that the guard skipped."""
-
-    step: int
-    reason: str
-    loss: float | None
-    grad_norm: float | None
+logger = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
-    """A beginning or continuation of the run."""
+    """The first start of a run, or a resume."""
 
     time: float
     """Seconds since 1970."""
     step: int
-    before: dict | None
-    """{"step", "time"}: the last that was logged before it; None at the beginning."""
-    facts: dict
-    """The rest, as in environment.json."""
+    last_logged: dict | None
+    """Step and time of the last line logged before it; None for the first start."""
+    environment: dict
+    """The entry of environment.json."""
 
     @property
-    def repeated(self) -> int:
-        """Logged steps that had to be computed again."""
-        return max(0, self.before["step"] - self.step) if self.before else 0
+    def repeated_steps(self) -> int:
+        """Logged steps that were lost and trained again."""
+        return max(0, self.last_logged["step"] - self.step) if self.last_logged else 0
 
     @property
-    def away(self) -> float | None:
-        """Seconds from the last logged line to this start."""
-        return self.time - self.before["time"] if self.before and self.before["time"] else None
+    def downtime(self) -> float | None:
+        """Seconds from the last logged line to this start; None if unknown."""
+        stopped = self.last_logged["time"] if self.last_logged else None
+        return self.time - stopped if stopped else None
 
 
 @dataclass(frozen=True)
 class History:
-    """One run."""
-
     path: Path
     lines: list[dict]
-    """Of metrics.jsonl, without events; at least one."""
+    """Lines of metrics.jsonl without events; at least one."""
     rollbacks: list[dict]
-    """The guard's, in their order."""
+    """Rollback events of the guard, oldest first."""
     stop: dict | None
-    """The guard's, where it gave up."""
+    """The event with which the guard ended the run."""
     starts: list[Start]
+    recipe: dict
     recipe_text: str
     pictures: list[Path]
     """Reconstructions, oldest first."""
@@ -71,82 +62,77 @@ class History:
         return self.path.resolve().name
 
     @property
-    def recipe(self) -> dict:
-        return yaml.safe_load(self.recipe_text)
+    def loss_columns(self) -> list[str]:
+        """The loss, then its terms."""
+        evaluated = {f"{name}{end}" for name in self.accuracy_columns for end in ("", "_low", "_high")}
+        return ["loss", *sorted(self.lines[0].keys() - NON_LOSS_COLUMNS - evaluated - {"loss"})]
 
     @property
-    def losses(self) -> list[str]:
-        """The loss and its parts, by name."""
-        judged = {f"{name}{end}" for name in self.accuracies for end in ("", "_low", "_high")}
-        return ["loss", *sorted(self.lines[0].keys() - NO_LOSS - judged - {"loss"})]
-
-    @property
-    def accuracies(self) -> list[str]:
-        """What was measured now and then, with an interval, by name."""
+    def accuracy_columns(self) -> list[str]:
+        """The columns that have a confidence interval."""
         names = {name for line in self.lines for name in line}
         return sorted(name for name in names if f"{name}_low" in names)
 
     @property
-    def skips(self) -> list[Skip]:
-        """Skipped steps that are part of the history; those that a return took back are the return's."""
-        return [Skip(**skip) for line in self.lines for skip in line.get("skipped_steps", [])]
+    def skipped_steps(self) -> list[SkippedStep]:
+        """Skipped steps, except those that a rollback discarded."""
+        return [SkippedStep(**skip) for line in self.lines for skip in line.get("skipped_steps", [])]
 
     @property
-    def timed(self) -> bool:
-        """Whether every line has its time."""
+    def has_times(self) -> bool:
         return all(line.get("time") for line in self.lines)
 
     def column(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a column, where it has one."""
+        """Return steps and values of the lines in which the column is not null."""
         rows = [(line["step"], line[name]) for line in self.lines if line.get(name) is not None]
         return [step for step, _ in rows], [value for _, value in rows]
 
 
 def read_history(run: Path) -> History:
-    """UserError where `run` is no run directory, or has logged nothing yet."""
-    if not (run / METRICS).is_file():
-        raise UserError(f"{run}: no run directory (no {METRICS}); `python -m pipeline pretrain` makes one")
-    lines = logged(run)
+    """Read the history of a run. Raises UserError if it is not a run directory or has no metrics yet."""
+    directory = RunDirectory(run)
+    if not directory.metrics.is_file():
+        raise UserError(f"{run}: not a run directory (it has no {directory.metrics.name})")
+    entries = read_metrics_log(directory)
     try:
-        starts = [_start(facts) for facts in json.loads((run / "environment.json").read_text())["starts"]]
-        recipe_text = (run / "recipe.yaml").read_text()
-        read_yaml(run / "recipe.yaml")
+        starts = [
+            Start(datetime.fromisoformat(entry["time"]).timestamp(), entry["step"], entry.get("before"), entry)
+            for entry in json.loads(directory.environment.read_text())["starts"]
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run}: cannot be read as a run directory: {error}") from None
-    trained = [line for line in lines if "event" not in line]
-    if not trained:
-        raise UserError(f"{run}: nothing is logged yet; a line comes every train.log_every steps")
-    events = [line for line in lines if "event" in line]
+        raise UserError(f"{directory.environment}: cannot be read: {error!r}; restore it") from error
+    lines = [entry for entry in entries if "event" not in entry]
+    if not lines:
+        raise UserError(f"{run}: no metrics yet; a line is logged every train.log_every steps")
     return History(
         path=run,
-        lines=trained,
-        rollbacks=[event for event in events if event["event"] == "rollback"],
-        stop=next((event for event in events if event["event"] == "stop"), None),
+        lines=lines,
+        rollbacks=[entry for entry in entries if entry.get("event") == "rollback"],
+        stop=next((entry for entry in entries if entry.get("event") == "stop"), None),
         starts=starts,
-        recipe_text=recipe_text,
-        pictures=sorted((run / "reconstructions").glob("step-*.png")),
+        recipe=read_yaml(directory.recipe_file),
+        recipe_text=directory.recipe_file.read_text(),
+        pictures=sorted(directory.reconstructions.glob("step-*.png")),
     )
 
 
-def logged(run: Path) -> list[dict]:
-    """What a run has logged, events among it; what cannot be read of it is left out with a warning."""
+def read_metrics_log(run: RunDirectory) -> list[dict]:
+    """Read the lines of metrics.jsonl, events included; damaged ones are ignored with a warning."""
     try:
-        lines, damaged = read_lines(run / METRICS)
+        lines, damaged = read_metrics(run.metrics)
     except OSError as error:
-        raise UserError(f"{run / METRICS}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{run.metrics}: cannot be read: {error.strerror}") from error
     if damaged:
-        print(f"warning: {run / METRICS}: {damaged} lines cannot be read and are left out", file=sys.stderr)
+        logger.warning(f"{run.metrics}: ignored {damaged} damaged lines")
     return lines
 
 
 def differences(histories: list[History]) -> dict[str, list]:
-    """Recipe keys in which the runs differ: each run's value, None where it lacks the key."""
-    recipes = [flat(history.recipe) for history in histories]
+    """Return the recipe keys in which the runs differ, with each run's value, None if it lacks the key."""
+    recipes = [
+        {DEPRECATED_KEYS.get(key, key): value for key, value in flatten(history.recipe).items()}
+        for history in histories
+    ]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     values = {key: [recipe.get(key) for recipe in recipes] for key in keys}
-    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
-
-
-def _start(facts: dict) -> Start:
-    at = datetime.fromisoformat(facts["time"]).timestamp()
-    return Start(at, facts["step"], facts.get("before"), facts)
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}

@@ -1,1 +1,1 @@
-"""Fine-tuning: a pre-trained encoder with a head becomes a classifier, by MAE's protocol."""
+"""What can be trained: pre-training and classification."""

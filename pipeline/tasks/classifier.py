@@ -1,21 +1,22 @@
-"""An encoder with a head that learns classes, by the protocol of MAE's paper (He et al. 2022, Appendix A.1)
-and official code: the mean of the patch tokens, normalised, and one linear layer.
+"""Image classifier by the protocol of MAE's paper (He et al. 2022, Appendix A.1) and code.
 
-Invariant: what an image's loss is, and which of its blocks are skipped, follows from the images, labels and
-noise of its pair (see `augment.mixing`) alone. The generator of a rank or a device is never asked.
+The head is one linear layer on the normalized mean of the patch tokens.
+
+Invariant: loss and stochastic depth depend on the images, labels and noise of a pair alone (see
+`data.augment.mixup`); no random generator is used.
 """
 
 from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 from torch.nn import functional as F
 
 from pipeline.data.augment import mixup, rand_augment, random_erasing
 from pipeline.models.block import LAYER_NORM_EPS
-from pipeline.models.module import TrainableModule
+from pipeline.models.trainable_module import TrainableModule
 from pipeline.recipe.finetune import FinetuneRecipe
 
 HEAD_STD = 2e-5
@@ -23,31 +24,32 @@ HEAD_STD = 2e-5
 
 class ClassifierOutput(NamedTuple):
     loss: torch.Tensor
-    """float32 scalar: the mean over images of the cross entropy with mixed, smoothed targets."""
+    """float32 scalar: mean cross entropy with mixed, smoothed targets."""
     metrics: dict[str, torch.Tensor]
 
 
-class Skip(nn.Module):
-    """Stochastic depth (Huang et al. 2016) of one branch: `keep` is told from outside, by the noise."""
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016) of one residual branch, decided by given random numbers."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate, self.keep = rate, None
+        self.rate = rate
+        self.keep: torch.Tensor | None = None
 
-    def draw(self, numbers: torch.Tensor) -> None:
-        """numbers (B,) in [0, 1), one an image, for the next forward."""
-        self.keep = ((numbers >= self.rate) / (1 - self.rate))[:, None, None]
+    def draw(self, uniform: torch.Tensor) -> None:
+        """Choose which of B images the next forward drops, from numbers (B,) in [0, 1)."""
+        self.keep = ((uniform >= self.rate) / (1 - self.rate))[:, None, None]
 
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
         return branch if self.keep is None else branch * self.keep.to(branch.dtype)
 
 
 class Classifier(TrainableModule):
-    """Classes from images. `vit` is changed: it gets a head, and its own norm becomes the head's."""
+    """Wrap a ViT, which is changed in place: it gets a head, and its final norm moves behind the pooling."""
 
     def __init__(self, vit: VisionTransformer, num_classes: int, recipe: FinetuneRecipe) -> None:
         super().__init__()
-        self.options, self.num_classes, self.mixes = recipe.classifier, num_classes, recipe.mixes
+        self.options, self.num_classes, self.uses_mixup = recipe.classifier, num_classes, recipe.uses_mixup
         self.crops = recipe.data.crops_per_image
         vit.norm, vit.fc_norm = nn.Identity(), nn.LayerNorm(vit.embed_dim, eps=LAYER_NORM_EPS)
         vit.global_pool = "avg"
@@ -55,55 +57,57 @@ class Classifier(TrainableModule):
         nn.init.trunc_normal_(vit.head.weight, std=HEAD_STD)
         nn.init.zeros_(vit.head.bias)
         rates = torch.linspace(0, self.options.drop_path, len(vit.blocks)).tolist()
+        self.drop_paths: list[DropPath] = []
         for block, rate in zip(vit.blocks, rates, strict=True):
-            block.drop_path1, block.drop_path2 = Skip(rate), Skip(rate)
+            block.drop_path1, block.drop_path2 = drop_paths = DropPath(rate), DropPath(rate)
+            self.drop_paths += drop_paths
         vit.set_grad_checkpointing(recipe.engine.activation_checkpointing)
         self.vit = vit
-        self.skips = [module for block in vit.blocks for module in (block.drop_path1, block.drop_path2)]
-        self._parts = [rand_augment.NOISE_DIM, random_erasing.NOISE_DIM, mixup.NOISE_DIM, len(self.skips)]
-        self.noise_size = sum(self._parts)
-        # No buffer, which an engine in 16 bits would round.
+        parts = rand_augment, random_erasing, mixup
+        self._noise_sizes = [*(part.NOISE_DIM for part in parts), len(self.drop_paths)]
+        self.noise_size = sum(self._noise_sizes)
+        # Not a buffer: the engine would round it to 16 bits.
         self._mean_std = torch.tensor([recipe.data.mean, recipe.data.std])[:, :, None, None]
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor) -> ClassifierOutput:
-        of_augment, of_erasing, of_mixing, of_skips = noise.split(self._parts, dim=1)
+        augment_noise, erasing_noise, mixup_noise, drop_noise = noise.split(self._noise_sizes, dim=1)
         with torch.no_grad():
-            images = self._augmented(images.float(), of_augment, of_erasing)
-            smooth = self.options.label_smoothing
-            targets = F.one_hot(labels, self.num_classes) * (1 - smooth) + smooth / self.num_classes
-            if self.mixes:
+            images = self._augment(images.float(), augment_noise, erasing_noise)
+            smoothing = self.options.label_smoothing
+            targets = F.one_hot(labels, self.num_classes) * (1 - smoothing) + smoothing / self.num_classes
+            if self.uses_mixup:
                 alphas = self.options.mixup, self.options.cutmix
-                images, targets = mixup.mixup_cutmix(images, targets, of_mixing, *alphas, self.crops)
-        for skip, numbers in zip(self.skips, of_skips.unbind(1), strict=True):
-            skip.draw(numbers)
+                images, targets = mixup.mixup_cutmix(images, targets, mixup_noise, *alphas, self.crops)
+        for drop_path, uniform in zip(self.drop_paths, drop_noise.unbind(1), strict=True):
+            drop_path.draw(uniform)
         loss = -(targets * self._logits(images).log_softmax(dim=1)).sum(dim=1).mean()
         return ClassifierOutput(loss, {})
 
     @torch.no_grad()
-    def scores(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W), not augmented -> logits (B, C), float32."""
-        for skip in self.skips:
-            skip.keep = None
+    def predict_logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Classify images (B, 3, H, W) without augmentation; returns float32 logits (B, C)."""
+        for drop_path in self.drop_paths:
+            drop_path.keep = None
         return self._logits(images)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """timm's groups of layer-wise learning rates, which are MAE's: the head learns at the schedule's
-        rate, every block at `layer_decay` times that of the next one."""
-        fixed = self.vit.no_weight_decay()
-        return param_groups_layer_decay(self.vit, weight_decay, fixed, layer_decay=self.options.layer_decay)
+        """Return timm's groups of layer-wise learning rates, as in MAE's code.
+
+        The head has the schedule's rate, each block `layer_decay` times that of the next one.
+        """
+        no_decay = self.vit.no_weight_decay()
+        return param_groups_layer_decay(self.vit, weight_decay, no_decay, layer_decay=self.options.layer_decay)
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         return self.vit(images.to(self.vit.patch_embed.proj.weight.dtype)).float()
 
-    def _augmented(
-        self, images: torch.Tensor, of_augment: torch.Tensor, of_erasing: torch.Tensor
-    ) -> torch.Tensor:
+    def _augment(self, images: torch.Tensor, augment_noise: torch.Tensor, erasing_noise: torch.Tensor) -> torch.Tensor:
         options = self.options
         if options.rand_augment is not None:
             self._mean_std = self._mean_std.to(images.device)
             mean, std = self._mean_std
             levels = ((images * std + mean) * 255).round().clamp(0, 255)
             strength = options.rand_augment, options.rand_augment_deviation
-            levels = rand_augment.rand_augment(levels, of_augment, *strength, (mean * 255).round())
+            levels = rand_augment.rand_augment(levels, augment_noise, *strength, (mean * 255).round())
             images = (levels / 255 - mean) / std
-        return random_erasing.erase(images, of_erasing, options.erasing)
+        return random_erasing.erase(images, erasing_noise, options.erasing)

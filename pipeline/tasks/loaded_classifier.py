@@ -1,71 +1,69 @@
-"""A fine-tuned classifier, out of a run directory; as `pipeline.weights.run` for pre-training."""
+"""Load the classifier of a fine-tuning's run directory; `pipeline.weights.run` does so for pre-training."""
 
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from pipeline.errors import UserError
 from pipeline.recipe.finetune import FinetuneRecipe
-from pipeline.recipe.loading import load
-from pipeline.recipe.sections import Size
+from pipeline.recipe.sections import VitSize
 from pipeline.tasks.classifier import Classifier
-from pipeline.tasks.run_metadata import WEIGHTS_JSON, InitialWeights, load_initial_weights
-from pipeline.weights.encoder import vit_for
-from pipeline.weights.run import newest_weights
-from pipeline.weights.state_dicts import check_positions
+from pipeline.tasks.run_metadata import InitialWeights, load_initial_weights
+from pipeline.train.run_directory import RunDirectory
+from pipeline.weights.encoder import build_vit
+from pipeline.weights.run import read_run
+from pipeline.weights.state_dicts import require_absolute_positions
 from pipeline.weights.vit import Vit
 
-ROOT = "vit."
-"""Of the names of a classifier's weights; what follows are timm's."""
+PREFIX = "vit."
+"""Of a classifier's parameter names; timm's names follow."""
 
 
-class FinetunedRun(NamedTuple):
+class LoadedClassifier(NamedTuple):
+    """A fine-tuned classifier, in fp32 on the CPU, in eval mode."""
+
     recipe: FinetuneRecipe
     classifier: Classifier
-    """On the CPU, in fp32, in eval mode."""
     step: int
-    begun: InitialWeights
+    initial: InitialWeights
 
     @property
     def vit(self) -> Vit:
-        """UserError where it has relative positions."""
-        vit, begun = self.classifier.vit, self.begun
+        """Return the classifier in timm's terms. Raises UserError if it has relative positions."""
+        vit = self.classifier.vit
         weights = vit.state_dict()
-        check_positions(weights)
+        require_absolute_positions(weights)
         return Vit(
             origin=self.recipe.COMMAND,
-            size=Size(vit.embed_dim, len(vit.blocks), begun.heads),
+            size=VitSize(vit.embed_dim, len(vit.blocks), self.initial.heads),
             patch_size=vit.patch_embed.patch_size[0],
             data=self.recipe.data,
-            resize=self.recipe.resize,
+            resize=self.recipe.eval_resize,
             weights=weights,
-            ours=self.classifier.scores,
-            classes=begun.classes,
-            descriptions=begun.class_names,
+            forward=self.classifier.predict_logits,
+            classes=self.initial.classes,
+            descriptions=self.initial.class_names,
         )
 
 
-def load_finetuned_run(run: Path, ema: bool = False) -> FinetunedRun:
-    """Read a fine-tuning's recipe and newest checkpoint. ema: the weights' moving average instead of the
-    weights.
+def load_classifier(run: Path, ema: bool = False) -> LoadedClassifier:
+    """Load the classifier of a fine-tuning, with the weights of its newest checkpoint.
 
-    UserError where nothing is saved yet, no average is kept, or RUN/weights.json is not of these weights.
+    Args:
+        run: Run directory.
+        ema: Load the moving average of the weights instead.
+
+    Raises:
+        UserError: If there is no checkpoint yet, no moving average, or RUN/weights.json does not match.
     """
-    recipe, begun = load(FinetuneRecipe, run / "recipe.yaml"), load_initial_weights(run)
-    weights, step = newest_weights(run, recipe, ema)
-    _check_begun(run, begun, weights)
-    timms = {name.removeprefix(ROOT): tensor for name, tensor in weights.items()}
-    vit = vit_for(timms, begun.heads, recipe.data.image_size)
-    classifier = Classifier(vit, len(begun.classes), recipe)
-    classifier.load_state_dict(weights)
-    return FinetunedRun(recipe, classifier.eval(), step, begun)
-
-
-def _check_begun(run: Path, begun: InitialWeights, weights: dict[str, torch.Tensor]) -> None:
-    classes, width = weights[f"{ROOT}head.weight"].shape
-    if len(begun.classes) != classes or width % begun.heads:
+    initial = load_initial_weights(RunDirectory(run))
+    recipe, weights, step = read_run(run, FinetuneRecipe, ema)
+    num_classes, width = weights[f"{PREFIX}head.weight"].shape
+    if len(initial.classes) != num_classes or width % initial.heads:
         raise UserError(
-            f"{run / WEIGHTS_JSON}: {len(begun.classes)} classes and {begun.heads} heads are not the checkpoint's, "
-            f"which has {classes} classes and is {width} wide; mend it"
+            f"{RunDirectory(run).initial_weights}: {len(initial.classes)} classes and {initial.heads} heads "
+            f"do not match the checkpoint ({num_classes} classes, width {width}); restore the file"
         )
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
+    classifier = Classifier(build_vit(state, initial.heads, recipe.data.image_size), num_classes, recipe)
+    classifier.load_state_dict(weights)
+    return LoadedClassifier(recipe, classifier.eval(), step, initial)

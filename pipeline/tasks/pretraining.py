@@ -1,4 +1,4 @@
-"""Pre-training as the loop's task: a recipe's method, and pictures of what it reconstructs."""
+"""Pre-training task: train a recipe's method and draw its reconstructions."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,20 +10,22 @@ from pipeline.data.reader import ShardReader
 from pipeline.distributed.collectives import raise_on_all_ranks
 from pipeline.distributed.launch import DistInfo
 from pipeline.errors import AllRanksError
-from pipeline.evals.online_knn import OnlineKnn, check_online
+from pipeline.evals.online_knn import OnlineKnn, check_knn_data
 from pipeline.io.atomic import atomic_path
 from pipeline.methods import Method, build_method
 from pipeline.methods.flops import forward_flops
-from pipeline.pictures.images import first_of_set
+from pipeline.models.trainable_module import TrainableModule
+from pipeline.pictures.images import load_first_images
 from pipeline.pictures.reconstruction import plot_reconstruction
 from pipeline.recipe import Recipe
 from pipeline.train import checkpoint
+from pipeline.train.run_directory import RunDirectory
 from pipeline.train.task import Task
-from pipeline.train.trainer import train
+from pipeline.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 4
+NUM_IMAGES = 4
 """Images of the shard set whose reconstruction is drawn at every checkpoint."""
 
 
@@ -34,57 +36,61 @@ def pretrain(
     build: Callable[[Recipe], Method] = build_method,
     deepspeed_config: Path | None = None,
 ) -> None:
-    """Pre-train `recipe` as `train` says. build: makes the method, for experiments with one that no recipe
-    names."""
-    train(Pretraining(recipe, build), data, run, deepspeed_config)
+    """Pre-train a recipe; the arguments and errors are those of `pipeline.train.trainer.Trainer`.
+
+    Args:
+        build: Builds the method; replace it to train a method that recipes do not offer.
+    """
+    Trainer(Pretraining(recipe, build), data, RunDirectory(run), deepspeed_config).train()
 
 
-class Pretraining(Task):
-    def __init__(self, recipe: Recipe, build: Callable[[Recipe], Method] = build_method):
-        self.recipe, self._build = recipe, build
+class Pretraining(Task[Recipe]):
+    def __init__(self, recipe: Recipe, build: Callable[[Recipe], Method] = build_method) -> None:
+        self.recipe, self._build_method = recipe, build
 
     @property
-    def title(self) -> str:
+    def description(self) -> str:
         return f"{self.recipe.method.name} on {self.recipe.model.name}"
 
     def build(self, reader: ShardReader) -> Method:
-        check_online(self.recipe, reader)
-        return self._build(self.recipe)
+        check_knn_data(self.recipe, reader)
+        return self._build_method(self.recipe)
 
-    def parameters(self, reader: ShardReader) -> int:
+    def num_parameters(self, reader: ShardReader) -> int:
         with torch.device("meta"):
-            return super().parameters(reader)
+            return super().num_parameters(reader)
 
     def forward_flops(self) -> float:
         return forward_flops(self.recipe, self.recipe.engine.micro_batch)
 
-    def begin(self, run: Path, reader: ShardReader, method: Method, dist_info: DistInfo) -> None:
-        self._method, self._writes = method, dist_info.rank == 0
-        self._shown = raise_on_all_ranks(lambda: first_of_set(reader, SHOWN, self.recipe.data)).to(
-            dist_info.device
-        )
-        self._pictures = run / "reconstructions"
+    def setup(self, run: RunDirectory, reader: ShardReader, module: TrainableModule, dist_info: DistInfo) -> None:
+        assert isinstance(module, Method)
+        self._method, self._is_writer = module, dist_info.rank == 0
+        images = raise_on_all_ranks(lambda: load_first_images(reader, NUM_IMAGES, self.recipe.data))
+        self._images = images.to(dist_info.device)
+        self._pictures = run.reconstructions
         self._pictures.mkdir(exist_ok=True)
-        self._knn = OnlineKnn(self.recipe, reader, method, dist_info) if self.recipe.evals.knn_every else None
-        self._said: str | None = None
+        self._knn = OnlineKnn(self.recipe, reader, module, dist_info) if self.recipe.evals.knn_every else None
+        self._last_error: str | None = None
 
-    def show(self, step: int) -> None:
-        # Drawn by all ranks: ZeRO-3 shares the weights.
-        drawn = plot_reconstruction(self._method, self.recipe, self._shown, self.recipe.seed)
-        if self._writes:
-            with atomic_path(self._pictures / f"{checkpoint.checkpoint_name(step)}.png") as new:
-                drawn.save(new, "PNG")
+    def log_images(self, step: int) -> None:
+        # All ranks run the forward pass: ZeRO-3 shards the weights.
+        picture = plot_reconstruction(self._method, self.recipe, self._images, self.recipe.seed)
+        if self._is_writer:
+            with atomic_path(self._pictures / f"{checkpoint.checkpoint_name(step)}.png") as path:
+                picture.save(path, "PNG")
 
-    def evaluates(self, step: int, total_steps: int, num_samples: int) -> bool:
+    def should_evaluate(self, step: int, total_steps: int, num_samples: int) -> bool:
         every = self.recipe.evals.knn_every
         return every is not None and step % every == 0
 
     def evaluate(self, step: int, heartbeat: Callable[[], None]) -> dict:
-        # A curve to watch: an image that training replaces is no reason to stop for it.
+        assert self._knn is not None
+        # k-NN is only monitored: an undecodable image, which training substitutes, must not stop the run.
         try:
             return self._knn(heartbeat)
         except AllRanksError as error:
-            if str(error) != self._said:
-                logger.info(f"evals.knn_every: not measured at step {step}, and the run goes on: {error}")
-            self._said = str(error)
+            if str(error) != self._last_error:
+                logger.warning(f"evals.knn_every: not measured at step {step}, training continues: {error}")
+            self._last_error = str(error)
             return {}

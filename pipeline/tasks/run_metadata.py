@@ -1,6 +1,6 @@
-"""RUN/weights.json: what a fine-tuning began with, and what its checkpoints cannot say of themselves.
+"""RUN/weights.json: metadata of a fine-tuning's initial weights that its checkpoints do not contain.
 
-Invariant: it is written once, at the first start. A later start only adds what an earlier version left out.
+Invariant: keys are written once, at the first start; later starts only add keys that are missing.
 """
 
 from pathlib import Path
@@ -11,54 +11,57 @@ from pipeline.errors import UserError
 from pipeline.io.atomic import read_json, write_json
 from pipeline.recipe.loading import validate
 from pipeline.recipe.sections import Section
-
-WEIGHTS_JSON = "weights.json"
+from pipeline.train.run_directory import RunDirectory
 
 
 class InitialWeights(Section):
     encoder: str
-    """In words."""
+    """Description for messages."""
     digest: str
-    """Of its weights."""
+    """SHA-256 of the encoder's weights."""
     heads: int = Field(ge=1)
-    """Of its attention; the rest of its shape is its weights'."""
+    """Attention heads; the weights determine the rest of the shape."""
     classes: tuple[str, ...]
-    """The shard set's, in the order of the logits."""
+    """The shard set's classes, in the order of the logits."""
     class_names: tuple[str, ...]
-    """For people, class by class, or empty."""
+    """Readable names of the classes, or empty."""
 
     @model_validator(mode="after")
-    def _of_all_classes(self) -> "InitialWeights":
+    def _validate_names(self) -> "InitialWeights":
         if self.class_names and len(self.class_names) != len(self.classes):
-            raise ValueError(f"class_names: {len(self.class_names)} names of {len(self.classes)} classes")
+            raise ValueError(f"class_names: {len(self.class_names)} names for {len(self.classes)} classes")
         return self
 
 
-def load_or_create(run: Path, found: InitialWeights) -> InitialWeights:
-    """What the run began with: `found`, where it begins now. UserError as `read_begun`."""
-    path = run / WEIGHTS_JSON
-    tree = _tree(path) if path.exists() else {}
-    whole = {**found.model_dump(mode="json"), **tree}
-    begun = validate(InitialWeights, whole, str(path))
-    if whole != tree:
-        write_json(path, whole)
-    return begun
+def load_or_create(run: RunDirectory, current: InitialWeights) -> InitialWeights:
+    """Read the run's metadata, with missing keys added from `current` and written back.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    path = run.initial_weights
+    tree = _read(path) if path.exists() else {}
+    complete = {**current.model_dump(mode="json"), **tree}
+    initial = validate(InitialWeights, complete, str(path))
+    if complete != tree:
+        write_json(path, complete)
+    return initial
 
 
-def load_initial_weights(run: Path) -> InitialWeights:
-    """UserError where the run does not say, or it cannot be read."""
-    path = run / WEIGHTS_JSON
-    tree = _tree(path)
+def load_initial_weights(run: RunDirectory) -> InitialWeights:
+    """Read the run's metadata. Raises UserError if the file is damaged, missing or lacks a key."""
+    path = run.initial_weights
+    tree = _read(path)
     if missing := [key for key in ("heads", "classes", "class_names") if key not in tree]:
         raise UserError(
-            f"{path}: says nothing of {', '.join(missing)}: the run was begun by an earlier version; start "
-            "the same `finetune` command once more, which adds that and trains nothing again"
+            f"{path}: lacks {', '.join(missing)}, added in a later version; run the same `finetune` command "
+            "again to add them"
         )
     return validate(InitialWeights, tree, str(path))
 
 
-def _tree(path: Path) -> dict:
+def _read(path: Path) -> dict:
     tree = read_json(path)
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: is not what a fine-tuning writes, a mapping of keys; mend it")
+        raise UserError(f"{path}: not a mapping of keys; restore or remove it")
     return tree

@@ -1,1 +1,1 @@
-"""Loading the weights of runs and files."""
+"""Trained weights of runs and files, and their names in other libraries."""

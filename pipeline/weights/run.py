@@ -1,11 +1,11 @@
-"""A trained method, out of a run directory.
+"""Load the recipe and weights of a run directory.
 
-Invariant: the weights are those of the newest checkpoint in which they are whole, whatever ZeRO stage,
-precision and number of ranks it was trained with: the fp32 masters.
+Invariant: the weights are the fp32 master weights of the newest undamaged checkpoint, whatever ZeRO stage,
+precision and world size the run used.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -13,66 +13,80 @@ from safetensors.torch import load_file
 from pipeline.errors import UserError
 from pipeline.methods import build_method
 from pipeline.methods.method import Method
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.recipe.base import TrainingRecipe
-from pipeline.recipe.loading import read_yaml
-from pipeline.recipe.sections import resize_of
-from pipeline.train import checkpoint, engine
+from pipeline.recipe import Recipe
+from pipeline.recipe.loading import load, read_yaml
+from pipeline.recipe.sections import eval_resize_size
+from pipeline.recipe.training import TrainingRecipe
+from pipeline.train.run_directory import RunDirectory
 from pipeline.weights.state_dicts import timm_state_dict
 from pipeline.weights.vit import Vit
 
+AnyRecipe = TypeVar("AnyRecipe", bound=TrainingRecipe)
+CLASSIFIER_REJECTED = "is a fine-tuned classifier, not an encoder; pass the weights it was fine-tuned from"
+
 
 class LoadedRun(NamedTuple):
+    """A pre-trained method, in fp32 on the CPU, in eval mode."""
+
     recipe: Recipe
     method: Method
-    """On the CPU, in fp32, in eval mode."""
     step: int
 
     @property
     def vit(self) -> Vit:
-        """Its encoder. UserError where that has relative positions."""
+        """Return the encoder in timm's terms. Raises UserError if it has relative positions."""
         recipe = self.recipe
         return Vit(
             origin=recipe.method.name,
             size=recipe.model.size,
             patch_size=recipe.model.patch_size,
             data=recipe.data,
-            resize=resize_of(recipe.data.image_size),
+            resize=eval_resize_size(recipe.data.image_size),
             weights=timm_state_dict(self.method),
-            ours=self.method.tokens,
+            forward=self.method.forward_features,
         )
 
 
 def load_run(run: Path, ema: bool = False) -> LoadedRun:
-    """Read a run's recipe and newest checkpoint. ema: the weights' moving average instead of the weights.
+    """Load the method of a pre-training run, with the weights of its newest checkpoint.
 
-    UserError where there is no pre-training run, nothing saved yet, or no average kept.
+    Args:
+        run: Run directory.
+        ema: Load the moving average of the weights instead.
+
+    Raises:
+        UserError: If there is no pre-training run, it has no checkpoint yet, or it keeps no moving average.
     """
     if is_classifier(run):
-        raise UserError(
-            f"{run}: is a fine-tuned classifier, and an encoder is wanted here; give what it was fine-tuned "
-            "from, `weights` in its recipe.yaml"
-        )
-    recipe = load_recipe(run / "recipe.yaml")
-    weights, step = newest_weights(run, recipe, ema)
+        raise UserError(f"{run}: {CLASSIFIER_REJECTED}, `weights` in its recipe.yaml")
+    recipe, weights, step = read_run(run, Recipe, ema)
     method = build_method(recipe)
     method.load_state_dict(weights)
     return LoadedRun(recipe, method.eval(), step)
 
 
 def is_classifier(run: Path) -> bool:
-    """Whether `finetune` made it. UserError where there is no run."""
-    if not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run}: no run directory (no recipe.yaml in it)")
-    return "classifier" in read_yaml(run / "recipe.yaml")
+    """Return whether `finetune` made this run directory. Raises UserError if it is not a run directory."""
+    recipe = RunDirectory(run).recipe_file
+    if not recipe.is_file():
+        raise UserError(f"{run}: not a run directory (it has no {recipe.name})")
+    return "classifier" in read_yaml(recipe)
 
 
-def newest_weights(run: Path, recipe: TrainingRecipe, ema: bool) -> tuple[dict[str, torch.Tensor], int]:
-    """Of the newest checkpoint, under the learner's names, and its step. UserError as `load_run`."""
+def read_run(run: Path, kind: type[AnyRecipe], ema: bool) -> tuple[AnyRecipe, dict[str, torch.Tensor], int]:
+    """Read a run's recipe, its newest weights by parameter name, and their step.
+
+    Raises:
+        UserError: If the recipe is not of this kind, or there is no checkpoint or no moving average.
+    """
+    from pipeline.train import checkpoint, engine  # imports DeepSpeed, which takes seconds
+
+    directory = RunDirectory(run)
+    recipe = load(kind, directory.recipe_file)
     if ema and recipe.train.ema_decay is None:
         raise UserError(f"{run}: keeps no moving average of the weights (train.ema_decay is null)")
     weights = engine.WEIGHTS_EMA if ema else engine.WEIGHTS
-    newest = checkpoint.latest_checkpoint_with(run / "checkpoints", weights)
+    newest = checkpoint.latest_checkpoint_with(directory.checkpoints, weights)
     if newest is None:
-        raise UserError(f"{run}: has no checkpoint yet; one is written every train.checkpoint_every steps")
-    return load_file(newest / weights), checkpoint.read_state(newest)["step"]
+        raise UserError(f"{run}: has no checkpoint yet; train until the first one (train.checkpoint_every steps)")
+    return recipe, load_file(newest / weights), checkpoint.read_state(newest)["step"]

@@ -1,7 +1,7 @@
-"""What formats without a decoder are written from: a vision transformer in timm's terms.
+"""A vision transformer in timm's terms, from which the formats without a decoder are written.
 
-Invariant: it says everything that the weights' library has to be told, so an encoder and a classifier are
-exported by the same code.
+Invariant: a `Vit` holds everything that a target library needs, so encoders and classifiers share the export
+code.
 """
 
 from collections.abc import Callable
@@ -9,31 +9,29 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.recipe.sections import DataSection, Size
+from pipeline.recipe.sections import DataSection, VitSize
 
 
 class Vit(NamedTuple):
-    """An encoder, or, where it has `classes`, a classifier by the mean of the patch tokens."""
+    """An encoder, or, if it has `classes`, a classifier on the mean of the patch tokens."""
 
     origin: str
-    """What trained it: a method's name, or "finetune"."""
-    size: Size
+    """Name of the pre-training method, or "finetune"."""
+    size: VitSize
     patch_size: int
     data: DataSection
-    """What images are to be like: image_size, mean and std."""
+    """Gives the image size, mean and std."""
     resize: int
-    """Pixels of their shorter side before the centre is cut out."""
+    """Pixels of an image's shorter side before the center crop."""
     weights: dict[str, torch.Tensor]
-    """Under timm's names."""
-    ours: Callable[[torch.Tensor], torch.Tensor]
-    """What our own model makes of images (B, 3, S, S): tokens (B, 1 + L, D), the class token first, or of a
-    classifier logits (B, C)."""
+    """State dict with timm's keys."""
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    """Our model: images (B, 3, S, S) to tokens (B, 1 + L, D), class token first, or to logits (B, C)."""
     classes: tuple[str, ...] = ()
-    """Their names, in the order of the logits."""
+    """Names of the classes, in the order of the logits."""
     descriptions: tuple[str, ...] = ()
-    """Of the classes, for people; may be empty."""
+    """Readable names of the classes, or empty."""
 
     @property
-    def output(self) -> str:
-        """What comes out, in a word."""
+    def output_name(self) -> str:
         return "logits" if self.classes else "tokens"

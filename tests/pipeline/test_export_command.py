@@ -1,4 +1,4 @@
-"""Each format is loaded by its library as its model card says, with our features; nothing else is kept."""
+"""`python -m pipeline export`: each format loads as its model card says, with our outputs, or is not written."""
 
 import json
 import os
@@ -10,18 +10,20 @@ import pytest
 import timm
 import torch
 import transformers
-from exporting import IMAGES, assert_same, export, processed
+from exporting import IMAGES, assert_same, export, preprocess
 from small_run import small_run
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.export import command, load_official_state_dict
-from pipeline.export.model_card import spent
-from pipeline.export.target import predictions, tokens
+from pipeline.export.model_card import training_compute
+from pipeline.export.target import predict_patches
 from pipeline.masking import random_split
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 from pipeline.weights.run import LoadedRun, load_run
+
+FORMATS = ["timm", "hf", "hf-mae", "official", "onnx"]
 
 
 @pytest.fixture(scope="module", params=["vitb16_mae", "vitb16_emae", "vitb16_efficient_mae"])
@@ -34,146 +36,149 @@ def mae(tmp_path_factory):
     return small_run(tmp_path_factory.mktemp("run") / "mae")
 
 
-def test_timm_loads_its_folder_and_its_file(run, tmp_path):
+@pytest.fixture
+def failing(tmp_path, capsys):
+    """A function that runs an export that must fail; returns its one-line message."""
+
+    def fail(*arguments: str | Path) -> str:
+        capsys.readouterr()
+        assert main(["export", *map(str, arguments)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        return message
+
+    return fail
+
+
+def tokens_of(run: Path, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return load_run(run).method.forward_features(images)
+
+
+def test_timm_loads_folder_and_file(run, tmp_path):
     loaded = export(run, tmp_path / "out", "timm")
-    method = load_run(run).method
     with torch.inference_mode():
-        assert_same(loaded["model"].forward_features(IMAGES), tokens(method, IMAGES))
-        assert_same(loaded["tokens"], tokens(method, processed(loaded["image"])))
+        assert_same(loaded["model"].forward_features(IMAGES), tokens_of(run, IMAGES))
+    assert_same(loaded["tokens"], tokens_of(run, preprocess(loaded["image"])))
     shape = {"img_size": 48, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
-    weights = tmp_path / "out" / "model.safetensors"
-    peer = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(weights), **shape)
+    weights = str(tmp_path / "out" / "model.safetensors")
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=weights, **shape)
     with torch.inference_mode():
-        assert_same(peer.eval().forward_features(IMAGES), tokens(method, IMAGES))
+        assert_same(model.eval().forward_features(IMAGES), tokens_of(run, IMAGES))
 
 
-def test_transformers_loads_the_encoder_and_its_preprocessing(run, tmp_path):
+def test_transformers_loads_encoder_and_preprocessing(run, tmp_path):
     loaded = export(run, tmp_path / "out", "hf")
-    _, found = transformers.AutoModel.from_pretrained(
+    _, report = transformers.AutoModel.from_pretrained(
         tmp_path / "out", add_pooling_layer=False, output_loading_info=True
     )
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    method = load_run(run).method
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     with torch.inference_mode():
-        assert_same(loaded["model"](pixel_values=IMAGES).last_hidden_state, tokens(method, IMAGES))
+        assert_same(loaded["model"](pixel_values=IMAGES).last_hidden_state, tokens_of(run, IMAGES))
     pixels = loaded["processor"](loaded["image"], return_tensors="pt")["pixel_values"]
-    assert (pixels - processed(loaded["image"])).abs().mean() < 0.5 / 255 / 0.225
+    assert (pixels - preprocess(loaded["image"])).abs().mean() < 0.5 / 255 / 0.225
 
 
-def test_transformers_loads_the_whole_method(run, tmp_path):
+def test_transformers_loads_encoder_and_decoder(run, tmp_path):
     model = export(run, tmp_path / "out", "hf-mae")["model"]
-    _, found = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    trained = load_run(run)
+    _, report = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    loaded = load_run(run)
     noise = torch.rand(3, 36, generator=torch.Generator().manual_seed(1))
-    visible, masked = random_split(noise, trained.recipe.num_visible)
+    visible_ids, masked_ids = random_split(noise, loaded.recipe.num_visible)
     with torch.inference_mode():
         output = model(pixel_values=IMAGES, noise=noise)
-    assert output.mask.sum() == masked.numel()
-    theirs = output.logits.gather(1, masked[..., None].expand(-1, -1, 192))
-    assert_same(theirs, predictions(trained.method, IMAGES, visible, masked))
+    assert output.mask.sum() == masked_ids.numel()
+    predicted = output.logits.gather(1, masked_ids[..., None].expand(-1, -1, 192))
+    assert_same(predicted, predict_patches(loaded.method, IMAGES, visible_ids, masked_ids))
 
 
-def test_the_official_checkpoint_has_the_decoder_and_comes_back_bit_by_bit(run, tmp_path):
+def test_official_checkpoint_restores_every_weight(run, tmp_path):
     assert main(["export", str(run), str(tmp_path / "out"), "--format", "official"]) == 0
     state = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["model"]
     assert {"mask_token", "decoder_pos_embed", "decoder_blocks.1.attn.qkv.weight"} < state.keys()
-    trained = load_run(run)
-    again = build_method(trained.recipe)
-    load_official_state_dict(again, state)
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in trained.method.state_dict().items())
+    loaded = load_run(run)
+    restored = build_method(loaded.recipe)
+    load_official_state_dict(restored, state)
+    assert all(torch.equal(v, restored.state_dict()[k]) for k, v in loaded.method.state_dict().items())
 
 
-def test_the_official_encoder_is_timms(mae, tmp_path):
+def test_official_encoder_loads_into_timm(mae, tmp_path):
     loaded = export(mae, tmp_path / "out", "official", "--encoder-only")
-    assert_same(loaded["tokens"], tokens(load_run(mae).method, IMAGES))
+    assert_same(loaded["tokens"], tokens_of(mae, IMAGES))
     state = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)["model"]
     assert not any(key.startswith(("decoder", "mask_token")) for key in state)
 
 
-def test_onnxruntime_runs_the_encoder_on_any_batch(run, tmp_path):
+def test_onnxruntime_runs_the_encoder_on_any_batch_size(run, tmp_path):
     session = export(run, tmp_path / "out", "onnx")["session"]
-    method = load_run(run).method
     for batch in (IMAGES, IMAGES[:1], IMAGES.repeat(3, 1, 1, 1)):
-        (theirs,) = session.run(["tokens"], {"images": batch.numpy()})
-        assert_same(torch.from_numpy(theirs), tokens(method, batch))
+        (tokens,) = session.run(["tokens"], {"images": batch.numpy()})
+        assert_same(torch.from_numpy(tokens), tokens_of(run, batch))
     assert session.get_modelmeta().custom_metadata_map["mean"] == "(0.485, 0.456, 0.406)"
 
 
-@pytest.mark.parametrize("target", ["timm", "hf", "hf-mae", "official", "onnx"])
-def test_an_export_of_other_weights_is_refused_and_removed(mae, tmp_path, target, monkeypatch):
-    whole = command.TARGETS[target]
+@pytest.mark.parametrize("target", FORMATS)
+def test_export_with_other_outputs_is_removed(mae, tmp_path, target, monkeypatch):
+    original = command.TARGETS[target]
 
-    def write(trained, folder):
-        method = build_method(trained.recipe)
-        method.load_state_dict(trained.method.state_dict())
+    def write(loaded, folder):
+        method = build_method(loaded.recipe)
+        method.load_state_dict(loaded.method.state_dict())
         with torch.no_grad():
             method.encoder.blocks[1].mlp.fc2.bias[3] += 1e-3
-        whole.write(trained._replace(method=method.eval()), folder)
+        original.write(loaded._replace(method=method.eval()), folder)
 
-    monkeypatch.setitem(command.TARGETS, target, whole._replace(write=write))
-    with pytest.raises(UserError, match=f"{target}: loaded again, its outputs differ from ours by"):
+    monkeypatch.setitem(command.TARGETS, target, original._replace(write=write))
+    with pytest.raises(UserError, match=f"--format {target}: outputs of the reloaded model differ by"):
         command.export(mae, tmp_path / "out", target)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("target", ["timm", "hf", "hf-mae", "official", "onnx"])
-def test_lomar_is_refused_where_its_positions_cannot_be_held(tmp_path, target, capsys):
+@pytest.mark.parametrize("target", FORMATS)
+def test_relative_positions_cannot_be_exported(tmp_path, target, failing):
     run = small_run(tmp_path / "run", "vitb16_lomar", "method.lomar.window_size=3")
-    assert main(["export", str(run), str(tmp_path / "out"), "--format", target]) == 2
-    said = capsys.readouterr().err
-    assert f"--format {target}: LoMaR's encoder has relative positions" in said and said.count("\n") == 1
+    message = failing(run, tmp_path / "out", "--format", target)
+    assert f"--format {target}: LoMaR's encoder has relative positions" in message
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_there_is_not_overwritten_without_being_told(mae, tmp_path, capsys):
-    out, arguments = tmp_path / "out", ["export", str(mae), str(tmp_path / "out"), "--format", "timm"]
-    assert main(arguments) == 0
-    assert main(arguments) == 2 and "--overwrite to replace it" in capsys.readouterr().err
-    assert main([*arguments, "--overwrite"]) == 0
+def test_existing_export_needs_overwrite(mae, tmp_path, failing):
+    out, arguments = tmp_path / "out", [mae, tmp_path / "out", "--format", "timm"]
+    assert main(["export", *map(str, arguments)]) == 0
+    (out / "README.md").write_text("edited")
+    (out / "notes").mkdir()
+    assert "--overwrite" in failing(*arguments)
+    assert (out / "README.md").read_text() == "edited"
+    assert main(["export", *map(str, arguments), "--overwrite"]) == 0
     written = ["README.md", "config.json", "export.json", "model.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == written
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-    (out / "export.json").unlink()
-    assert main([*arguments, "--overwrite"]) == 2 and "is no export" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_overwrite_removes_nothing_that_the_export_did_not_write(mae, tmp_path, capsys):
-    out, arguments = tmp_path / "out", ["export", str(mae), str(tmp_path / "out"), "--format", "timm"]
-    assert main(arguments) == 0
-    card = (out / "README.md").read_text()
-    (out / "README.md").write_text(card.replace("**to be filled in** by", "CC0, by"))
-    (out / "notes").mkdir()
-    assert main([*arguments, "--overwrite"]) == 2
-    said = capsys.readouterr().err
-    assert "changed since: README.md, notes; --overwrite would remove it" in said and said.count("\n") == 1
-    assert "CC0, by" in (out / "README.md").read_text() and (out / "notes").is_dir()
-    (out / "notes").rmdir()
-    (out / "README.md").unlink()
-    assert main([*arguments, "--overwrite"]) == 0 and (out / "README.md").is_file()
-    for damaged in ("{", "[]", '{"files": ["README.md"]}'):
-        (out / "export.json").write_text(damaged)
-        assert main([*arguments, "--overwrite"]) == 2 and (out / "README.md").is_file()
+def test_overwrite_replaces_only_exports(mae, tmp_path, failing):
+    mine = tmp_path / "out" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    message = failing(mae, mine.parent, "--format", "timm", "--overwrite")
+    assert f"{mine.parent}: already exists and is not an export" in message
+    assert mine.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("name", ["out.partial", "out.old.partial"])
-def test_only_what_a_killed_export_left_is_cleared_away(mae, tmp_path, capsys, name):
-    arguments = ["export", str(mae), str(tmp_path / "out"), "--format", "timm", "--overwrite"]
-    assert main(arguments) == 0
+def test_only_leftovers_of_killed_exports_are_removed(mae, tmp_path, failing, name):
+    arguments = [mae, tmp_path / "out", "--format", "timm", "--overwrite"]
+    assert main(["export", *map(str, arguments)]) == 0
     mine = tmp_path / name / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    capsys.readouterr()
-    assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert f"{mine.parent}: is in the way, and no export left it" in said and said.count("\n") == 1
+    assert f"{mine.parent}: is in the way" in failing(*arguments)
     assert mine.read_text() == "mine"
     (mine.parent / "export.json").touch()
-    assert main(arguments) == 0 and not mine.parent.exists()
+    assert main(["export", *map(str, arguments)]) == 0 and not mine.parent.exists()
 
 
-def test_a_link_is_followed(mae, tmp_path):
+def test_out_may_be_a_link_to_a_directory(mae, tmp_path):
     (tmp_path / "disk").mkdir()
     link = tmp_path / "out"
     link.symlink_to(tmp_path / "disk")
@@ -184,7 +189,7 @@ def test_a_link_is_followed(mae, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["timm", "hf-mae"])
-def test_whoever_may_read_the_folder_may_read_its_files(mae, tmp_path, target):
+def test_files_have_the_permissions_of_the_umask(mae, tmp_path, target):
     before = os.umask(0o027)
     try:
         assert main(["export", str(mae), str(tmp_path / "out"), "--format", target]) == 0
@@ -194,63 +199,56 @@ def test_whoever_may_read_the_folder_may_read_its_files(mae, tmp_path, target):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("arguments", "text"),
     [
-        (["RUN", "OUT", "--format", "hf-mae", "--encoder-only"], "the encoder alone is hf"),
-        (["OUT", "RUN", "--format", "timm"], "is there and is no export"),
-        (["nowhere", "OUT", "--format", "timm"], "nowhere: no run directory"),
-        (["RUN", "OUT", "--format", "timm", "--ema"], "keeps no moving average"),
-        (["RUN", "OUT", "--format", "timm", "--results", "missing.json"], "missing.json: no JSON"),
+        (["RUN", "OUT", "--format", "hf-mae", "--encoder-only"], "--encoder-only"),
+        (["OUT", "RUN", "--format", "timm"], "is not an export"),
+        (["nowhere", "OUT", "--format", "timm"], "nowhere: not a run directory"),
+        (["RUN", "OUT", "--format", "timm", "--ema"], "train.ema_decay"),
+        (["RUN", "OUT", "--format", "timm", "--results", "missing.json"], "missing.json"),
         (["RUN", "RUN/recipe.yaml/x", "--format", "timm"], "cannot be written"),
     ],
 )
-def test_mistakes_are_one_line(mae, tmp_path, capsys, options, says):
+def test_wrong_arguments_are_one_line_errors(mae, tmp_path, failing, arguments, text):
     paths = {"RUN": str(mae), "OUT": str(tmp_path / "out")}
-    options = [paths.get(option, option.replace("RUN", str(mae))) for option in options]
-    assert main(["export", *options]) == 2
-    said = capsys.readouterr().err
-    assert says in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("target", ["timm", "hf-mae", "official"])
-def test_a_full_disk_is_one_line_and_nothing_is_left(mae, tmp_path, capsys, target):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-    try:
-        assert main(["export", str(mae), str(tmp_path / "out"), "--format", target]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    said = capsys.readouterr().err
-    assert "cannot be written: " in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\x07"])  # the last: a version and nothing else
-def test_a_graph_that_onnx_refuses_is_one_line_and_removed(mae, tmp_path, capsys, monkeypatch, content):
-    broken = command.TARGETS["onnx"]._replace(
-        write=lambda _, out: (out / "encoder.onnx").write_bytes(content)
-    )
-    monkeypatch.setitem(command.TARGETS, "onnx", broken)
-    assert main(["export", str(mae), str(tmp_path / "out"), "--format", "onnx"]) == 2
-    said = capsys.readouterr().err
-    assert "--format onnx: it does not load again" in said and said.count("\n") == 1
+    assert text in failing(*(paths.get(word, word.replace("RUN", str(mae))) for word in arguments))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_without_a_name_is_refused(mae, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("target", ["timm", "hf-mae", "official"])
+def test_full_disk_leaves_nothing(mae, tmp_path, failing, target):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        assert "cannot be written: " in failing(mae, tmp_path / "out", "--format", target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\x07"])  # the last: only a version
+def test_file_that_cannot_be_reloaded_is_removed(mae, tmp_path, failing, monkeypatch, content):
+    broken = command.TARGETS["onnx"]._replace(write=lambda _, out: (out / "encoder.onnx").write_bytes(content))
+    monkeypatch.setitem(command.TARGETS, "onnx", broken)
+    assert "--format onnx: the export cannot be reloaded" in failing(mae, tmp_path / "out", "--format", "onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_needs_a_name(mae, tmp_path, failing, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(mae), ".", "--format", "timm"]) == 2
-    assert "give the name of a new one" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "give the name of a new directory" in failing(mae, ".", "--format", "timm")
+    assert not list(tmp_path.iterdir())
 
 
-def test_what_the_card_cannot_quote_is_found_before_anything_is_written(mae, tmp_path, monkeypatch):
+def test_results_are_read_before_anything_is_written(mae, tmp_path, monkeypatch):
     never = command.TARGETS["timm"]._replace(write=lambda *_: pytest.fail("written"))
     monkeypatch.setitem(command.TARGETS, "timm", never)
     (tmp_path / "knn.json").write_text('{"knn": ')
-    with pytest.raises(UserError, match=r"knn.json: no JSON that can be read"):
+    with pytest.raises(UserError, match=r"knn\.json"):
         command.export(mae, tmp_path / "out", "timm", results=[tmp_path / "knn.json"])
 
 
-def test_a_last_line_that_a_kill_cut_short_is_not_on_the_card(mae, tmp_path):
+def test_model_card_ignores_an_incomplete_last_line(mae, tmp_path):
     run = shutil.copytree(mae, tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 30, "samples": 10900, "ima')
@@ -258,28 +256,29 @@ def test_a_last_line_that_a_kill_cut_short_is_not_on_the_card(mae, tmp_path):
     assert "| images | 10,800 |" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_model_card_says_what_the_run_recorded_and_what_nobody_did(mae, tmp_path):
+def test_model_card_marks_what_the_run_did_not_record(mae, tmp_path):
     results = tmp_path / "knn.json"
     results.write_text(json.dumps({"knn": [{"k": 20, "top1": 0.5}]}))
     export(mae, tmp_path / "out", "timm", "--results", str(results))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| photos | folder | train | 960 | not recorded: **to be filled in** |" in card
-    assert "| device hours | 10 (3 h of training steps;" in card  # an hour on 2 ranks, two on 4
+    assert "| device hours | 10 (3 h of training steps," in card  # one hour on 2 ranks, two on 4
     assert "| images | 10,800 |" in card and "2 x A GPU; then 4 x A GPU" in card
-    assert '"top1": 0.5' in card and "Licence of these weights: **to be filled in**" in card
-    assert "license" not in card.partition("---\n#")[0]  # of the front matter: unknown, so not there
+    assert '"top1": 0.5' in card and "License of these weights: **to be filled in**" in card
+    assert "license" not in card.partition("---\n#")[0]  # the front matter omits unknown fields
 
 
-def test_compute_of_a_checkpoint_before_the_last_line(mae):
+def test_compute_is_summed_up_to_the_exported_step(mae):
     lines = [json.loads(line) for line in (mae / "metrics.jsonl").read_text().splitlines()]
     starts = json.loads((mae / "environment.json").read_text())["starts"]
-    assert spent(lines, starts, 40) == (14400, 4.0, 14.0) and spent(lines, starts, 10) == (3600, 1.0, 2.0)
+    assert training_compute(lines, starts, 40) == (14400, 4.0, 14.0)
+    assert training_compute(lines, starts, 10) == (3600, 1.0, 2.0)
 
 
-def test_the_documentation_loads_each_format_as_its_model_card_does():
+def test_documentation_shows_the_code_of_the_model_cards():
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
     recipe = load_recipe("vitb16_mae")
     with torch.device("meta"):
-        trained = LoadedRun(recipe, build_method(recipe), 0)
+        loaded = LoadedRun(recipe, build_method(recipe), 0)
     for target in [*command.TARGETS.values(), command.OFFICIAL_VIT]:
-        assert f"```python\n{target.usage(trained)}```" in page
+        assert f"```python\n{target.usage(loaded)}```" in page

@@ -1,4 +1,4 @@
-"""The classifier: MAE's head, layer-wise rates, and randomness by noise alone."""
+"""Classifier and fine-tuning task: MAE's head, layer-wise rates, noise, and checks of a run's inputs."""
 
 import json
 import shutil
@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from pytest import approx
+from small_run import SINGLE_PROCESS
 from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.data.reader import ShardReader
-from pipeline.distributed.launch import DistInfo
 from pipeline.errors import AllRanksError, UserError
 from pipeline.recipe import load_recipe
 from pipeline.recipe.finetune import FinetuneRecipe, load_finetune_recipe
 from pipeline.tasks.classification import Finetuning
 from pipeline.tasks.classifier import Classifier
+from pipeline.train.run_directory import RunDirectory
 from pipeline.weights.encoder import load_encoder
 
-CLASSES = 5
-ALONE = DistInfo(0, 1, 0, 1, torch.device("cpu"), 1)
+NUM_CLASSES = 5
 ALL_ON = ["classifier.drop_path=0.4", "classifier.erasing=0.5", "classifier.rand_augment=9"]
 PLAIN = ["classifier.mixup=0", "classifier.cutmix=0", "data.image_size=32"]
 
@@ -31,180 +31,172 @@ def recipe(*overrides: str, weights: str = "random:demo_emae") -> FinetuneRecipe
 def classifier(*overrides: str) -> Classifier:
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=0)
-    made = Classifier(vit, CLASSES, recipe(*overrides))
-    torch.nn.init.normal_(made.vit.head.weight)  # as initialised it hardly says anything
-    return made
+    model = Classifier(vit, NUM_CLASSES, recipe(*overrides))
+    torch.nn.init.normal_(model.vit.head.weight)  # the initial head gives logits near zero
+    return model
 
 
-def batch(learner: Classifier, count: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def batch(model: Classifier, count: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(1)
     images = torch.randn(count, 3, 32, 32).clamp(-2, 2)
-    return images, torch.rand(count, learner.noise_size), torch.arange(count) % CLASSES
+    return images, torch.rand(count, model.noise_size), torch.arange(count) % NUM_CLASSES
 
 
-def test_the_loss_of_a_batch_is_the_mean_of_its_parts_and_asks_no_generator():
-    learner = classifier(*ALL_ON)
-    inputs = batch(learner)
+def test_loss_is_a_mean_over_pairs_and_uses_no_generator():
+    model = classifier(*ALL_ON)
+    inputs = batch(model)
     state = torch.get_rng_state()
-    whole = learner(*inputs).loss
-    parts = [learner(*(tensor[at : at + 2] for tensor in inputs)).loss for at in range(0, 8, 2)]
+    loss = model(*inputs).loss
+    parts = [model(*(tensor[at : at + 2] for tensor in inputs)).loss for at in range(0, 8, 2)]
     assert torch.equal(torch.get_rng_state(), state)
-    assert whole.item() == approx(sum(part.item() for part in parts) / 4, rel=1e-6)
-    assert learner(inputs[0], inputs[1].roll(2, 0), inputs[2]).loss != whole
+    assert loss.item() == approx(sum(part.item() for part in parts) / 4, rel=1e-6)
+    assert model(inputs[0], inputs[1].roll(2, 0), inputs[2]).loss != loss
 
 
-def test_without_augmentation_it_is_the_cross_entropy_of_a_linear_layer_on_the_mean_patch():
-    learner = classifier(*PLAIN, "classifier.label_smoothing=0.1")
-    images, noise, labels = batch(learner)
-    vit = learner.vit
+def test_loss_is_cross_entropy_of_the_mean_patch_token():
+    model = classifier(*PLAIN, "classifier.label_smoothing=0.1")
+    images, noise, labels = batch(model)
+    vit = model.vit
     tokens = vit.forward_features(images)
     assert isinstance(vit.norm, torch.nn.Identity)
     logits = vit.head(vit.fc_norm(tokens[:, 1:].mean(1)))
-    torch.testing.assert_close(learner.scores(images), logits)
+    torch.testing.assert_close(model.predict_logits(images), logits)
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-    assert learner(images, noise, labels).loss.item() == approx(expected.item(), rel=1e-6)
+    assert model(images, noise, labels).loss.item() == approx(expected.item(), rel=1e-6)
 
 
-def test_the_head_begins_near_zero():
+def test_head_is_initialized_near_zero():
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=4, num_classes=0)
     head = Classifier(vit, 1000, recipe()).vit.head
     assert head.weight.std().item() == approx(2e-5, rel=0.1) and not head.bias.any()
 
 
-def test_layers_learn_at_the_rates_of_maes_code():
-    learner = classifier("classifier.layer_decay=0.5")
+def test_learning_rates_are_those_of_maes_code():
+    model = classifier("classifier.layer_decay=0.5")
     rate, decay = {}, {}
-    for group in learner.parameter_groups(0.05):
+    for group in model.parameter_groups(0.05):
         for parameter in group["params"]:
             assert id(parameter) not in rate
             rate[id(parameter)], decay[id(parameter)] = group["lr_scale"], group["weight_decay"]
     layers = 3 + 1
-    for name, parameter in learner.vit.named_parameters():  # util/lr_decay.py
+    for name, parameter in model.vit.named_parameters():  # util/lr_decay.py
         if name.startswith(("cls_token", "pos_embed", "patch_embed")):
             layer = 0
         else:
             layer = int(name.split(".")[1]) + 1 if name.startswith("blocks") else layers
         assert rate[id(parameter)] == 0.5 ** (layers - layer), name
-        plain = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
-        assert decay[id(parameter)] == (0.0 if plain else 0.05), name
+        no_decay = parameter.ndim == 1 or name in ("cls_token", "pos_embed")
+        assert decay[id(parameter)] == (0.0 if no_decay else 0.05), name
 
 
-def test_blocks_are_skipped_more_often_the_deeper_they_are_and_kept_branches_make_up_for_it():
-    learner = classifier("classifier.drop_path=0.4")
-    assert [skip.rate for skip in learner.skips] == approx([0, 0, 0.2, 0.2, 0.4, 0.4])
-    skip = learner.skips[-1]
-    skip.draw(torch.arange(1000) / 1000)
-    kept = skip(torch.ones(1000, 1, 1))
+def test_drop_path_rate_grows_with_depth_and_keeps_the_mean():
+    model = classifier("classifier.drop_path=0.4")
+    assert [drop_path.rate for drop_path in model.drop_paths] == approx([0, 0, 0.2, 0.2, 0.4, 0.4])
+    drop_path = model.drop_paths[-1]
+    drop_path.draw(torch.arange(1000) / 1000)
+    kept = drop_path(torch.ones(1000, 1, 1))
     assert (kept == 0).sum() == 400 and kept.mean().item() == approx(1)
 
 
 def test_activation_checkpointing_changes_nothing():
-    learners = [classifier(*ALL_ON, f"engine.activation_checkpointing={on}") for on in ("false", "true")]
-    for learner in learners:
-        learner(*batch(learner)).loss.backward()
-    for one, other in zip(*(learner.parameters() for learner in learners), strict=True):
+    models = [classifier(*ALL_ON, f"engine.activation_checkpointing={on}") for on in ("false", "true")]
+    for model in models:
+        model(*batch(model)).loss.backward()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "complaint"),
+    ("overrides", "key"),
     [
-        (
-            ["engine.micro_batch=3"],
-            "engine.micro_batch: 3 is no multiple of 2; mixup and cutmix mix neighbours",
-        ),
-        (["evaluation.resize=16"], "evaluation.resize: 16 px hold no square of data.image_size, 32"),
-        (["classifier.mixup=1.5"], "classifier.mixup: input should be less than or equal to 1, got 1.5"),
+        (["engine.micro_batch=3"], "engine.micro_batch: "),
+        (["evaluation.resize=16"], "evaluation.resize: "),
+        (["classifier.mixup=1.5"], "classifier.mixup: "),
         (["classifier.drop_pth=0"], "classifier.drop_pth: unknown key (did you mean drop_path?)"),
     ],
 )
-def test_an_impossible_recipe_is_refused(overrides, complaint):
-    with pytest.raises(UserError) as raised:
+def test_invalid_recipe_is_rejected(overrides, key):
+    with pytest.raises(UserError) as caught:
         recipe(*overrides)
-    assert complaint in str(raised.value)
+    assert key in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("settings", "complaint"),
+    ("settings", "text"),
     [
-        (["classifier.encoder=vit_base"], "is 128 wide and 4 blocks deep; these settings are for vit_base"),
-        (
-            ["data.mean=[0.5, 0.5, 0.5]"],
-            "data.mean: is [0.5, 0.5, 0.5], but --weights random:demo_emae was trained",
-        ),
-        (["data.image_size=36"], "patches of 8 px, and 36 px images are no multiple"),
+        (["classifier.encoder=vit_base"], "width 128 and 4 blocks are not classifier.encoder's, vit_base"),
+        (["data.mean=[0.5, 0.5, 0.5]"], "data.mean: "),
+        (["data.image_size=36"], "image size 36 px is not a multiple of the patch size, 8 px"),
     ],
 )
-def test_weights_that_do_not_fit_the_recipe_are_one_line(labelled_sets, settings, complaint):
-    with pytest.raises(UserError) as raised:
+def test_weights_that_do_not_match_are_a_one_line_error(labelled_sets, settings, text):
+    with pytest.raises(UserError) as caught:
         build(recipe(*settings), *labelled_sets)
-    assert complaint in str(raised.value) and "\n" not in str(raised.value)
+    assert text in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_to_be_judged_on_what_was_learned_is_refused_in_one_line(labelled_sets):
+def test_training_set_is_rejected_as_validation_set(labelled_sets):
     train, _ = labelled_sets
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError) as caught:
         build(recipe(), train, train)
-    assert f"--val {train}: holds shards of --data {train}" in str(raised.value)
+    assert f"--val {train}: " in str(caught.value)
 
 
-def test_weights_that_are_not_there_are_one_line(labelled_sets, tmp_path):
+def test_missing_weights_are_a_one_line_error(labelled_sets, tmp_path):
     with pytest.raises(UserError, match="no such run directory or file"):
         build(recipe(weights=str(tmp_path / "none")), *labelled_sets)
 
 
-def test_operations_are_counted_without_computing_or_copying(labelled_sets):
+def test_flops_are_counted_without_moving_parameters(labelled_sets):
     task = Finetuning(recipe(), str(labelled_sets[1]))
-    learner = task.build(ShardReader(labelled_sets[0], recipe().data))
+    model = task.build(ShardReader(labelled_sets[0], recipe().data))
     width, depth, tokens = 128, 4, 17
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
     embedding = 16 * 3 * 64 * width
     assert task.forward_flops() == 2 * (depth * block + embedding + width * 6)
-    assert all(parameter.device.type == "cpu" for parameter in learner.parameters())
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
-def test_fine_tuning_begins_with_the_weights_that_it_was_given(labelled_sets):
-    learner = build(recipe(), *labelled_sets)
+def test_fine_tuning_starts_from_the_given_weights(labelled_sets):
+    model = build(recipe(), *labelled_sets)
     given = load_encoder("random:demo_emae", 32).vit.state_dict()
-    own = learner.vit.state_dict()
+    state = model.vit.state_dict()
     kept = [key for key in given if not key.startswith("norm.")]
-    assert kept and all(torch.equal(given[key], own[key]) for key in kept)
+    assert kept and all(torch.equal(given[key], state[key]) for key in kept)
 
 
-def test_the_head_follows_the_fine_tunings_seed_and_random_weights_their_recipes(labelled_sets):
-    def begun(seed: int) -> VisionTransformer:
-        torch.manual_seed(seed)  # as the loop does
+def test_head_depends_on_the_seed_but_random_weights_do_not(labelled_sets):
+    def start(seed: int) -> VisionTransformer:
+        torch.manual_seed(seed)  # as the trainer does
         return build(recipe(), *labelled_sets).vit
 
-    one, same, other = begun(1), begun(1), begun(2)
+    one, same, other = start(1), start(1), start(2)
     assert torch.equal(one.head.weight, same.head.weight)
     assert not torch.equal(one.head.weight, other.head.weight)
     assert torch.equal(one.patch_embed.proj.weight, other.patch_embed.proj.weight)
 
 
-def test_weights_that_have_changed_since_the_run_began_are_refused_until_it_has_saved_some(
-    labelled_sets, tmp_path
-):
+def test_changed_weights_are_rejected_before_a_checkpoint(labelled_sets, tmp_path):
     source, run = tmp_path / "source.yaml", tmp_path / "run"
     run.mkdir()
 
-    def begin(seed: int) -> str:
+    def start(seed: int) -> str:
         source.write_text(load_recipe("demo_emae", [f"seed={seed}"]).to_yaml())
         task = Finetuning(recipe(weights=f"random:{source}"), str(labelled_sets[1]))
         reader = ShardReader(labelled_sets[0], task.recipe.data)
-        task.begin(run, reader, task.build(reader), ALONE)
+        task.setup(RunDirectory(run), reader, task.build(reader), SINGLE_PROCESS)
         return (run / "weights.json").read_text()
 
-    begun = begin(0)
-    assert begin(0) == begun
-    with pytest.raises(UserError, match=r"source.yaml: are others .* than those that .*run began with"):
-        begin(1)
+    initial = start(0)
+    assert start(0) == initial
+    with pytest.raises(UserError, match=r"--weights .*source\.yaml: changed since"):
+        start(1)
     (run / "checkpoints/step-00000002").mkdir(parents=True)
-    assert begin(1) == begun
+    assert start(1) == initial
 
 
-def test_a_run_is_of_one_pair_of_sets(labelled_sets, tmp_path):
-    """Classes by name before anything is saved (after that by the checkpoint); what judges it once it has."""
+def test_run_keeps_its_classes_and_validation_set(labelled_sets, tmp_path):
+    """Class names are checked before the first checkpoint, the validation set after the first evaluation."""
     train, val = labelled_sets
     run, renamed = tmp_path / "run", tmp_path / "renamed"
     run.mkdir()
@@ -214,44 +206,42 @@ def test_a_run_is_of_one_pair_of_sets(labelled_sets, tmp_path):
         tree["classes"][0] = "another"
         manifest.write_text(json.dumps(tree))
 
-    def begun(train: Path, val: Path) -> Finetuning:
+    def start(train: Path, val: Path) -> Finetuning:
         task = Finetuning(recipe(), str(val))
         reader = ShardReader(train, task.recipe.data)
-        task.begin(run, reader, task.build(reader), ALONE)
+        task.setup(RunDirectory(run), reader, task.build(reader), SINGLE_PROCESS)
         return task
 
-    begun(train, val)
+    start(train, val)
     before = (run / "weights.json").read_text()
-    with pytest.raises(
-        UserError, match=r"other names, or another order, than those that .*; give a new --run"
-    ):
-        begun(renamed / train.name, renamed / val.name)
-    begun(val, train)  # nothing is measured yet, and a set may have been mended
-    begun(train, val).evaluate(2, lambda: None)
+    with pytest.raises(UserError, match=r"--data .*classes changed since .*--run"):
+        start(renamed / train.name, renamed / val.name)
+    start(val, train)  # nothing is evaluated yet: the sets may have been repaired
+    start(train, val).evaluate(2, lambda: None)
     (run / "checkpoints/step-00000002").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"--val .* is another set than .* was measured on"):
-        begun(val, train)
-    begun(train, val)
+    with pytest.raises(UserError, match=r"--val .*: not the set that .* was evaluated on"):
+        start(val, train)
+    start(train, val)
     assert (run / "weights.json").read_text() == before
 
 
-def test_a_damaged_validation_set_is_found_at_the_start(labelled_sets, tmp_path):
+def test_damaged_validation_set_is_found_at_the_start(labelled_sets, tmp_path):
     train, val = labelled_sets[0], shutil.copytree(labelled_sets[1], tmp_path / "val")
     shard = next(val.rglob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     task = Finetuning(recipe(), str(val))
     reader = ShardReader(train, task.recipe.data)
-    learner = task.build(reader)
+    model = task.build(reader)
     with pytest.raises(UserError, match=shard.name):
-        task.begin(tmp_path, reader, learner, ALONE)
+        task.setup(RunDirectory(tmp_path), reader, model, SINGLE_PROCESS)
 
 
-def test_accuracy_that_cannot_be_written_is_one_line_for_all_ranks(labelled_sets, tmp_path):
+def test_failed_write_of_the_accuracy_is_raised_on_all_ranks(labelled_sets, tmp_path):
     task = Finetuning(recipe(), str(labelled_sets[1]))
     reader = ShardReader(labelled_sets[0], task.recipe.data)
-    task.begin(tmp_path, reader, task.build(reader), ALONE)
+    task.setup(RunDirectory(tmp_path), reader, task.build(reader), SINGLE_PROCESS)
     (tmp_path / "accuracy.json.new").mkdir()
-    with pytest.raises(AllRanksError, match=r"accuracy.json.new.*start the same command again"):
+    with pytest.raises(AllRanksError, match=r"accuracy\.json\.new"):
         task.evaluate(1, lambda: None)
 
 
