@@ -1,13 +1,13 @@
 """The command line of `python -m pipeline`.
 
-Heavy imports wait until a command runs, so that --help answers at once.
+Heavy libraries are imported when a command runs, so that --help is fast.
 """
 
 import argparse
 import sys
 
-from pipeline.commands import estimate, evaluate, train, visualize
-from pipeline.commands.exit_codes import exit_code_of
+from pipeline.commands import estimate, evaluate, export, train, visualize
+from pipeline.commands.exit_codes import run_command
 from pipeline.distributed.logging import setup_logging
 
 EXAMPLES = """\
@@ -20,23 +20,23 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     setup_logging()
-    return exit_code_of(lambda: args.command(args))
+    return run_command(lambda: args.command(args))
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of all commands; a parsed command line holds its body as `command`."""
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands; parsed arguments have the function to run as `command`."""
     root = argparse.ArgumentParser(
         prog="python -m pipeline",
-        description="Pre-train vision transformers by masked image modelling, and look at what they learned.",
+        description="Pre-train vision transformers by masked image modeling, evaluate and export them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    # DeepSpeed's launcher puts this before the command; the environment says the same.
+    # DeepSpeed's launcher puts this before the command; the environment has the same value.
     root.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (train, evaluate, visualize, estimate):
+    for group in (train, evaluate, visualize, export, estimate):
         group.add_to(commands)
     return root
 

@@ -1,4 +1,5 @@
-"""What the command line offers: each file keeps a command's arguments beside what it runs.
+"""The commands of `python -m pipeline`, grouped by purpose; each file has the arguments and the code that
+runs them.
 
-Only here are arguments parsed. A body imports what it needs when it runs.
+Invariant: only these modules parse arguments, and heavy libraries are imported when a command runs.
 """

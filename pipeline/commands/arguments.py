@@ -1,11 +1,12 @@
-"""Arguments that several commands have, and their types."""
+"""Arguments and argument types that several commands have in common."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-LARGEST_SIDE = 4096
-"""In pixels: larger images are a slip, which no machine's memory would survive."""
+MAX_IMAGE_SIDE = 4096
+"""In pixels. Larger values are mistakes that would exhaust the memory."""
 
 
 def add_command(
@@ -16,7 +17,7 @@ def add_command(
     description: str,
     epilog: str,
 ) -> argparse.ArgumentParser:
-    """Add a command to argparse's sub-parsers, to be given its arguments. `body` runs it."""
+    """Add a command, run by `body`, to argparse's subparsers and return its parser."""
     command = commands.add_parser(
         name,
         help=summary,
@@ -28,99 +29,80 @@ def add_command(
     return command
 
 
-def training_arguments(command: argparse.ArgumentParser) -> None:
-    recipe_arguments(command)
+def add_training_arguments(command: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(command)
     command.add_argument(
         "--data",
         action="append",
         default=[],
         metavar="DIR",
-        help="shard set, made by data_prep: a directory or a URL; several --data are read as one. "
-        "Left out where the recipe has data.sources",
+        help="shard set made by data_prep, a directory or a URL; repeat to train on several. Omit it if the "
+        "recipe has data.sources",
     )
-    run_argument(command)
-    deepspeed_argument(command)
+    add_run_argument(command)
+    add_deepspeed_argument(command)
 
 
-def recipe_arguments(command: argparse.ArgumentParser, default: str | None = None) -> None:
-    """An argument of its own, or, where there is a default, an option."""
-    what = "a YAML file, or the name of a recipe that ships"
+def add_recipe_arguments(command: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add the recipe, positional or, if there is a default, as an option; and --set."""
+    text = "a YAML file, or the name of a shipped recipe"
     if default:
-        command.add_argument(
-            "--recipe", default=default, metavar="RECIPE", help=f"{what} (default: {default})"
-        )
+        command.add_argument("--recipe", default=default, metavar="RECIPE", help=f"{text}; default: {default}")
     else:
-        command.add_argument("recipe", metavar="RECIPE", help=what)
-    override_argument(command)
+        command.add_argument("recipe", metavar="RECIPE", help=text)
+    add_override_argument(command)
 
 
-def override_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="replace a recipe's key",
-    )
+def add_override_argument(command: argparse.ArgumentParser) -> None:
+    text = "override a recipe key; repeatable"
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
-def run_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="run directory: new, or continued"
-    )
+def add_run_argument(command: argparse.ArgumentParser) -> None:
+    text = "run directory: new, or a run to resume"
+    command.add_argument("--run", type=Path, required=True, metavar="DIR", help=text)
 
 
-def deepspeed_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        metavar="FILE",
-        help="DeepSpeed's JSON in place of one of ds_configs/: ZeRO stage, offload, buckets (docs/engine.md)",
-    )
+def add_deepspeed_argument(command: argparse.ArgumentParser) -> None:
+    text = "DeepSpeed JSON to use instead of one of ds_configs/ (docs/engine.md)"
+    command.add_argument("--deepspeed_config", type=Path, metavar="FILE", help=text)
 
 
-def labelled_sets(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data", required=True, metavar="TRAIN", help="labelled shard set to learn from")
-    command.add_argument("--val", required=True, metavar="VAL", help="labelled shard set to be judged on")
+def add_labeled_set_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", required=True, metavar="TRAIN", help="labeled shard set to train on")
+    command.add_argument("--val", required=True, metavar="VAL", help="labeled shard set to evaluate on")
 
 
-def card_arguments(command: argparse.ArgumentParser) -> None:
-    """The GPU that an estimate is for."""
-    command.add_argument("--gpu", default="h100", metavar="NAME", help="which card (default: h100)")
-    command.add_argument(
-        "--mfu", type=float, default=0.4, metavar="F", help="share of its peak (default: 0.4)"
-    )
+def add_gpu_arguments(command: argparse.ArgumentParser) -> None:
+    text = "share of its peak FLOP/s (default: 0.4)"
+    command.add_argument("--gpu", default="h100", metavar="NAME", help="GPU model (default: h100)")
+    command.add_argument("--mfu", type=float, default=0.4, metavar="F", help=text)
 
 
-def json_argument(command: argparse.ArgumentParser) -> None:
+def add_json_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
-def natural(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2^63 - 1")
-    return int(text)
+def _int_type(low: int, high: float, name: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}")
+        return int(text)
+
+    return parse
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def side(text: str) -> int:
-    """Of images, in pixels."""
-    if not text.isdecimal() or not 1 <= int(text) <= LARGEST_SIDE:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels, from 1 to {LARGEST_SIDE}")
-    return int(text)
+non_negative_int = _int_type(0, 2**63 - 1, "an integer from 0 to 2^63 - 1")
+positive_int = _int_type(1, math.inf, "a positive integer")
+image_side = _int_type(1, MAX_IMAGE_SIDE, f"a number of pixels, from 1 to {MAX_IMAGE_SIDE}")
 
 
 def fraction(text: str) -> float:
+    """Parse a number in (0, 1]."""
     try:
-        share = float(text)
+        value = float(text)
     except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share, over 0 and up to 1")
-    return share
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return value

@@ -1,19 +1,19 @@
-"""Commands that judge an encoder on labels."""
+"""Commands that evaluate a frozen encoder on labeled shard sets."""
 
 import argparse
 from pathlib import Path
 
 from pipeline.commands.arguments import (
     add_command,
+    add_json_argument,
+    add_labeled_set_arguments,
+    add_override_argument,
+    add_run_argument,
     fraction,
-    json_argument,
-    labelled_sets,
-    override_argument,
-    positive,
-    run_argument,
-    side,
+    image_side,
+    positive_int,
 )
-from pipeline.commands.exit_codes import rank
+from pipeline.distributed.logging import env_rank
 
 
 def add_to(commands) -> None:
@@ -21,90 +21,57 @@ def add_to(commands) -> None:
         commands,
         "knn",
         _knn,
-        "judge an encoder by nearest neighbours",
-        "Classify a labelled shard set by its nearest neighbours in another, on frozen features: nothing is "
-        "trained and nothing chosen. Under a launcher the ranks share the work.",
+        "evaluate an encoder by k-NN",
+        "Classify a labeled shard set by its nearest neighbors in another, on frozen features. Nothing is "
+        "trained or tuned. Under a launcher the ranks share the work.",
         "examples:\n"
         "  python -m pipeline knn --weights runs/l16 --data shards/train --val shards/val\n"
         "  python -m pipeline knn --weights random:vitl16_mae --data shards/train --val shards/val\n"
         "  python -m pipeline knn --weights pixels:32 --data shards/train --val shards/val --labels 0.1\n",
     )
-    _encoder_arguments(command)
-    command.add_argument(
-        "--k",
-        type=positive,
-        nargs="+",
-        metavar="N",
-        help="neighbours that vote (default: 5 10 20 50 100 200, as far as there are)",
-    )
-    json_argument(command)
+    add = command.add_argument
+    _add_encoder_arguments(command)
+    add("--k", type=positive_int, nargs="+", metavar="N", help="numbers of neighbors (default: 5 10 20 50 100 200)")
+    add_json_argument(command)
 
     command = add_command(
         commands,
         "linprobe",
         _linprobe,
-        "judge an encoder by linear classifiers",
-        "Train linear classifiers on a frozen encoder by MAE's protocol, at several learning rates at once; "
-        "one is chosen on held-out training samples. Launched, stopped and continued like pretrain.",
+        "evaluate an encoder by a linear probe",
+        "Train linear classifiers on a frozen encoder by MAE's protocol, at several learning rates at once; the "
+        "best is selected on held-out training samples. Launched, stopped and resumed like pretrain.",
         "examples:\n"
         "  deepspeed --module pipeline linprobe --weights runs/l16 --data shards/train --val shards/val \\\n"
         "    --run runs/l16-probe --precision bf16 --set train.epochs=50\n"
         "  python -m pipeline linprobe --weights runs/small --data shards/train --val shards/val \\\n"
         "    --run runs/small-probe --center-crops --set data.global_batch=1024\n",
     )
-    _encoder_arguments(command)
-    run_argument(command)
-    command.add_argument(
-        "--lr",
-        type=float,
-        nargs="+",
-        metavar="F",
-        help="base learning rates (default: 0.01 0.03 0.1 0.3 1 3)",
-    )
-    command.add_argument(
-        "--center-crops",
-        action="store_true",
-        help="learn from the centre crops' features, extracted once: quick, and no augmentation",
-    )
-    json_argument(command)
-    override_argument(command)
+    add = command.add_argument
+    _add_encoder_arguments(command)
+    add_run_argument(command)
+    add("--lr", type=float, nargs="+", metavar="F", help="base learning rates (default: 0.01 0.03 0.1 0.3 1 3)")
+    add("--center-crops", action="store_true", help="train on features of center crops, extracted once, not augmented")
+    add_json_argument(command)
+    add_override_argument(command)
 
 
-def _encoder_arguments(command: argparse.ArgumentParser) -> None:
-    """What is judged, on what, and how its features are computed."""
-    command.add_argument(
+def _add_encoder_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
         "--weights",
         required=True,
         metavar="WEIGHTS",
-        help="run directory, ema:RUN, exported .safetensors, the official MAE's .pth, random:RECIPE, or "
-        "pixels[:SIZE]",
+        help="run directory, ema:RUN, exported .safetensors, official MAE .pth, random:RECIPE, or pixels[:SIZE]",
     )
-    labelled_sets(command)
-    command.add_argument(
-        "--labels",
-        type=fraction,
-        metavar="SHARE",
-        help="learn from this share of the labels only, class-balanced, by hash; for example 0.01",
-    )
-    command.add_argument(
-        "--pool",
-        choices=["class_token", "mean"],
-        default="class_token",
-        help="of the encoder's tokens: its class token, or the mean of its patches (default: class_token)",
-    )
-    command.add_argument("--image-size", type=side, metavar="PX", help="default: as trained")
-    command.add_argument(
-        "--resize",
-        type=side,
-        metavar="PX",
-        help="shorter side before the centre is cut out (default: as MAE, 256/224 of sizes up to 224)",
-    )
-    command.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder (default: fp32)"
-    )
-    command.add_argument(
-        "--cache", type=Path, metavar="DIR", help="keep features here (default: RUN/features for a run)"
-    )
+    add_labeled_set_arguments(command)
+    add("--labels", type=fraction, metavar="SHARE", help="train on this class-balanced share of the labels, e.g. 0.01")
+    pools = ["class_token", "mean"]
+    add("--pool", choices=pools, default="class_token", help="class token (default), or mean of the patch tokens")
+    add("--image-size", type=image_side, metavar="PX", help="default: as trained")
+    add("--resize", type=image_side, metavar="PX", help="shorter side before the center crop (default: as MAE)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder (default: fp32)")
+    add("--cache", type=Path, metavar="DIR", help="directory for features (default: RUN/features for a run)")
 
 
 def _knn(args: argparse.Namespace) -> None:
@@ -112,19 +79,9 @@ def _knn(args: argparse.Namespace) -> None:
 
     from pipeline.evals.knn import format_knn, knn
 
-    result = knn(
-        args.weights,
-        args.data,
-        args.val,
-        ks=args.k,
-        labels=args.labels,
-        image_size=args.image_size,
-        pool=args.pool,
-        resize=args.resize,
-        precision=args.precision,
-        cache=_cache(args),
-    )
-    if not rank():
+    options = {name: getattr(args, name) for name in ("labels", "image_size", "pool", "resize", "precision")}
+    result = knn(args.weights, args.data, args.val, ks=args.k, cache=_cache_directory(args), **options)
+    if not env_rank():
         print(json.dumps(result, indent=1) if args.json else format_knn(result))
 
 
@@ -137,13 +94,14 @@ def _linprobe(args: argparse.Namespace) -> None:
     probe = {"weights": args.weights, "pool": args.pool, "center_crops": args.center_crops}
     probe |= {"resize": args.resize} | ({"base_lrs": args.lr} if args.lr else {})
     data = {"subset": args.labels, "subset_by_class": True} if args.labels else {}
-    given = {"probe": probe, "data": data, "engine": {"precision": args.precision}}
-    recipe = load_probe_recipe(given, args.overrides)
-    result = linprobe(recipe, args.data, args.val, args.run, args.image_size, _cache(args))
-    if not rank():
+    sections = {"probe": probe, "data": data, "engine": {"precision": args.precision}}
+    recipe = load_probe_recipe(sections, args.overrides)
+    result = linprobe(recipe, args.data, args.val, args.run, args.image_size, _cache_directory(args))
+    if not env_rank():
         print(json.dumps(result, indent=1) if args.json else format_probe(result))
 
 
-def _cache(args: argparse.Namespace) -> Path | None:
+def _cache_directory(args: argparse.Namespace) -> Path | None:
+    """Return --cache, by default a folder of the run directory if the weights are a run's."""
     run = Path(args.weights.removeprefix("ema:"))
     return args.cache or (run / "features" if (run / "recipe.yaml").is_file() else None)

@@ -1,4 +1,4 @@
-"""Commands that train, and the look before it."""
+"""The commands pretrain, finetune and preflight."""
 
 import argparse
 from pathlib import Path
@@ -6,46 +6,44 @@ from typing import TYPE_CHECKING
 
 from pipeline.commands.arguments import (
     add_command,
-    deepspeed_argument,
-    labelled_sets,
-    recipe_arguments,
-    run_argument,
-    training_arguments,
+    add_deepspeed_argument,
+    add_labeled_set_arguments,
+    add_recipe_arguments,
+    add_run_argument,
+    add_training_arguments,
 )
-from pipeline.commands.exit_codes import rank
+from pipeline.distributed.logging import env_rank
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.recipe.training import TrainingRecipe
     from pipeline.train.task import Task
 
 PRETRAIN = """\
-Pre-train a recipe on a shard set. The same command under `deepspeed --module pipeline`, `torchrun -m --
-pipeline` or `srun python -m pipeline` trains on many GPUs. Started again on a run directory that holds a
-checkpoint, it continues there: nothing is lost, read twice or trained twice.
+Pre-train a recipe on shard sets. To use several GPUs, start the same command by `deepspeed --module
+pipeline`, `torchrun -m -- pipeline` or `srun python -m pipeline`. If the run directory has a checkpoint, the
+run resumes from it.
 """
-
-
 PRETRAIN_EXAMPLES = """\
 examples:
   on all GPUs of this machine:
     deepspeed --module pipeline pretrain vitl16_emae --data shards/imagenet-train --run runs/l16
   on two processes without a GPU:
     deepspeed --num_accelerators 2 --module pipeline pretrain demo_emae --data shards/demo --run runs/demo
-  with keys of the recipe replaced:
+  with recipe keys overridden:
     python -m pipeline pretrain vitb16_mae --data D --run R --set train.epochs=100 --set engine.zero_stage=2
 
-exit codes: 0 done; 2 something for you to mend, said in one line; 3 a rank hung, see RUN/stacks; 4 the run
-diverges, and what to look at; 75 stopped early by a signal with everything saved, the same command continues.
-docs/running.md has the rest
+exit codes:
+  0   done
+  2   user error (one-line message)
+  3   a rank hung; its stack traces are in RUN/stacks
+  4   training diverged; the message says what to check
+  75  stopped early by a signal with everything saved; the same command resumes
 """
-
-
 FINETUNE = """\
-Fine-tune an encoder with a head on a labelled shard set, and measure its accuracy on another. Launched,
-stopped and continued like `pretrain`; the accuracy is in RUN/accuracy.json and RUN/metrics.jsonl.
+Fine-tune an encoder with a classification head on a labeled shard set and evaluate it on another. Launch,
+stop and resume it like pretrain. The accuracy is written to RUN/accuracy.json and RUN/metrics.jsonl.
 """
-
-
 FINETUNE_EXAMPLES = """\
 examples:
   a pre-trained ViT-L, on all GPUs of this machine:
@@ -53,50 +51,48 @@ examples:
       --data shards/train --val shards/val --run runs/l16-tuned
   with 1 % of the labels:
     python -m pipeline finetune ... --set data.subset=0.01 --set data.subset_by_class=true
-  from scratch, to compare with:
+  from scratch, as a baseline:
     python -m pipeline finetune ... --weights random:vitl16_mae
-exit codes as of pretrain
+
+exit codes: as for pretrain
 """
 
 
 def add_to(commands) -> None:
-    command = add_command(
-        commands, "pretrain", _pretrain, "train a recipe on a shard set", PRETRAIN, PRETRAIN_EXAMPLES
-    )
-    training_arguments(command)
+    summary = "pre-train a recipe on shard sets"
+    add_training_arguments(add_command(commands, "pretrain", _pretrain, summary, PRETRAIN, PRETRAIN_EXAMPLES))
 
-    command = add_command(
-        commands, "finetune", _finetune, "train a classifier on labels", FINETUNE, FINETUNE_EXAMPLES
-    )
-    recipe_arguments(command)
+    summary = "train a classifier on labels"
+    command = add_command(commands, "finetune", _finetune, summary, FINETUNE, FINETUNE_EXAMPLES)
+    add_recipe_arguments(command)
     command.add_argument(
         "--weights",
         required=True,
         metavar="WEIGHTS",
         help="run directory, ema:RUN, exported .safetensors, the official MAE's .pth, or random:RECIPE",
     )
-    labelled_sets(command)
-    run_argument(command)
-    deepspeed_argument(command)
+    add_labeled_set_arguments(command)
+    add_run_argument(command)
+    add_deepspeed_argument(command)
 
     command = add_command(
         commands,
         "preflight",
         _preflight,
-        "look whether a run can begin",
-        "Look at paths, data, disk, versions, devices, decoder and network on every node; writes nothing.",
+        "check that a run can start",
+        "Check paths, data, disk, versions, devices, decoder and network on every node; write nothing.",
         "example:\n  srun python -m pipeline preflight vitl16_emae --data shards/in1k --run runs/l16\n",
     )
-    training_arguments(command)
-    command.add_argument("--weights", metavar="WEIGHTS", help="of `finetune`")
-    command.add_argument("--val", metavar="VAL", help="of `finetune`")
+    add_training_arguments(command)
+    command.add_argument("--weights", metavar="WEIGHTS", help="for a finetune run: its --weights")
+    command.add_argument("--val", metavar="VAL", help="for a finetune run: its --val")
 
 
 def _pretrain(args: argparse.Namespace) -> None:
     from pipeline.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, _overrides(args))
-    _check_at_once(recipe, args.data, args.run)
+    _check_early(recipe, args.data, args.run)
     from pipeline.tasks.pretraining import pretrain
 
     pretrain(recipe, args.data, args.run, deepspeed_config=args.deepspeed_config)
@@ -106,7 +102,7 @@ def _finetune(args: argparse.Namespace) -> None:
     from pipeline.recipe.finetune import load_finetune_recipe
 
     recipe = load_finetune_recipe(args.recipe, args.weights, _overrides(args))
-    _check_at_once(recipe, [args.data], args.run)
+    _check_early(recipe, [args.data], args.run)
     from pipeline.tasks.classification import finetune
 
     finetune(recipe, args.data, args.val, args.run, args.deepspeed_config)
@@ -114,16 +110,18 @@ def _finetune(args: argparse.Namespace) -> None:
 
 def _preflight(args: argparse.Namespace) -> None:
     from pipeline.train.preflight import preflight
+    from pipeline.train.run_directory import RunDirectory
 
-    findings = preflight(lambda: _task(args), args.data, args.run, args.deepspeed_config)
-    if not rank():
+    run = RunDirectory(args.run)
+    findings = preflight(lambda: _make_task(args), args.data, run, args.deepspeed_config)
+    if not env_rank():
         print(findings)
 
 
-def _task(args: argparse.Namespace) -> "Task":
-    """Of `preflight`: that of `finetune` where its arguments are given."""
+def _make_task(args: argparse.Namespace) -> "Task":
+    """Create the task of `finetune` if its arguments are given, else that of `pretrain`."""
     if (args.weights is None) != (args.val is None):
-        raise UserError("--weights, --val: give both, of `finetune`, or neither")
+        raise UserError("--weights, --val: give both, as for finetune, or neither")
     if args.weights is not None:
         from pipeline.recipe.finetune import load_finetune_recipe
         from pipeline.tasks.classification import Finetuning
@@ -136,18 +134,21 @@ def _task(args: argparse.Namespace) -> "Task":
 
 
 def _overrides(args: argparse.Namespace) -> list[str]:
-    """Of the recipe: --set, and ZeRO's stage and offload as --deepspeed_config has them."""
+    """Combine --set with the ZeRO stage and offload of --deepspeed_config."""
     from pipeline.train.engine_config import engine_overrides
 
     path = args.deepspeed_config
     return [*args.overrides, *(engine_overrides(path, args.overrides) if path else [])]
 
 
-def _check_at_once(recipe, data: list[str], run: Path) -> None:
-    """Say what is wrong, where that is cheap to find out, before the seconds in which torch is imported."""
+def _check_early(recipe: "TrainingRecipe", data: list[str], run: Path) -> None:
+    """On rank 0, check what is cheap to check before the seconds that importing torch takes."""
+    if env_rank():
+        return
     from pipeline.data.reader import check_sources
-    from pipeline.train import run_directory, wandb_logger
+    from pipeline.train.run_directory import RunDirectory
+    from pipeline.train.wandb_logger import check_installed
 
-    wandb_logger.check_installed(recipe)
-    run_directory.check(run, recipe)
-    check_sources(recipe.sources(data))
+    check_installed(recipe)
+    RunDirectory(run).check(recipe)
+    check_sources(recipe.resolve_sources(data))

@@ -1,11 +1,11 @@
-"""What README and docs/ tell a reader to type, the programs take: arguments, recipes, keys, files."""
+"""The commands in README and docs/ are valid: arguments, recipes, keys and files."""
 
 import re
 
 import pytest
 
 from data_prep.arguments import parse
-from pipeline.__main__ import parser
+from pipeline.__main__ import build_parser
 from pipeline.recipe import load_recipe
 from pipeline.recipe.finetune import load_finetune_recipe
 from pipeline.recipe.linear_probe import load_probe_recipe
@@ -15,9 +15,9 @@ OWN_RECIPES = ("my.yaml",)
 COMMANDS = [(page, *command) for page in PAGES for command in commands(page)]
 
 
-def test_the_pages_have_commands():
-    named = {arguments[0] for _, program, arguments in COMMANDS if program == "pipeline"}
-    assert named >= {"pretrain", "finetune", "knn", "linprobe", "reconstruct", "report", "export", "plan"}
+def test_the_pages_show_the_main_commands():
+    shown = {arguments[0] for _, program, arguments in COMMANDS if program == "pipeline"}
+    assert shown >= {"pretrain", "finetune", "knn", "linprobe", "reconstruct", "report", "export", "plan"}
     assert len(commands(TUTORIAL)) > 20
 
 
@@ -26,11 +26,11 @@ def test_the_pages_have_commands():
     COMMANDS,
     ids=[f"{page.stem}-{' '.join(args[:2])}" for page, _, args in COMMANDS],
 )
-def test_command_is_one_that_the_program_takes(page, program, arguments):
+def test_a_documented_command_is_valid(page, program, arguments):
     if program == "data_prep":
         parse(arguments)
         return
-    args = parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     if arguments[0] == "finetune":
         size = args.recipe.removeprefix("finetune_")
         weights = "random:demo_emae" if size == "tiny" else f"random:{size}_mae"
@@ -42,7 +42,7 @@ def test_command_is_one_that_the_program_takes(page, program, arguments):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_files_that_a_page_names_exist(page):
+def test_linked_files_exist(page):
     text = page.read_text()
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     missing = [link for link in links if not (page.parent / link).exists()]
@@ -51,16 +51,14 @@ def test_files_that_a_page_names_exist(page):
     assert not missing
 
 
-def test_links_to_sections_of_the_tutorial_lead_somewhere():
+def test_links_to_sections_of_the_tutorial_exist():
     text = TUTORIAL.read_text()
     anchors = {heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
     assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
 
 
-def test_the_tutorial_has_no_block_that_its_test_would_pass_over():
+def test_every_block_of_the_tutorial_is_tested():
     text = TUTORIAL.read_text()
     assert {language for language, _ in blocks(text)} == {"bash", "python"}
     assert len(blocks(text)) * 2 == len(re.findall("^```", text, re.MULTILINE))
-    assert not re.search(
-        r"^ {4}", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
-    )
+    assert not re.search(r"^ {4}", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)

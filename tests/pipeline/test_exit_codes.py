@@ -1,37 +1,59 @@
-"""How a command ends whose output nobody takes."""
+"""How exceptions become a line on stderr and an exit code, and on which ranks the line is printed."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
 
-PRINTING = "import sys; from pipeline.commands.exit_codes import exit_code_of; sys.exit(exit_code_of(lambda: print('x' * {})))"
+from pipeline.commands.exit_codes import run_command
+from pipeline.errors import AllRanksError, Diverged, StoppedEarly, StorageTimeout, UserError
+
+CODE = "import sys; from pipeline.commands.exit_codes import run_command; sys.exit(run_command(lambda: {}))"
+PRINT = CODE.format("print('x' * {})")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    ("error", "code", "on_all_ranks"),
+    [
+        (UserError("x: bad"), 2, True),
+        (StorageTimeout("x: bad"), 2, True),
+        (OSError(errno.ENOSPC, "full", "x: bad"), 2, True),
+        (AllRanksError("x: bad"), 2, False),
+        (Diverged("x: bad"), 4, False),
+        (StoppedEarly("x: bad"), 75, False),
+    ],
+)
+def test_rank_0_alone_prints_what_all_ranks_raise(monkeypatch, capsys, rank, error, code, on_all_ranks):
+    def command():
+        raise error
+
+    monkeypatch.setenv("RANK", rank)
+    assert run_command(command) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (on_all_ranks or rank == "0")
+    assert all(line.startswith("pipeline: ") and "x: bad" in line for line in lines)
 
 
 @pytest.mark.parametrize("letters", [1, 1 << 20])
-def test_a_reader_that_has_gone_ends_a_command_without_a_word(letters):
+def test_a_closed_pipe_ends_a_command_silently(letters):
     reader, writer = os.pipe()
     os.close(reader)
-    ended = subprocess.run(
-        [sys.executable, "-c", PRINTING.format(letters)], stdout=writer, stderr=subprocess.PIPE
-    )
+    ended = subprocess.run([sys.executable, "-c", PRINT.format(letters)], stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, b"")
 
 
-def test_a_full_disk_behind_the_output_is_one_line():
+def test_output_to_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [sys.executable, "-c", PRINTING.format(1)], stdout=full, stderr=subprocess.PIPE, text=True
-        )
+        ended = subprocess.run([sys.executable, "-c", PRINT.format(1)], stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    assert "error: No space left on device; make room" in ended.stderr
+    assert "error: No space left on device" in ended.stderr
 
 
-def test_a_broken_pipe_that_is_not_the_output_is_a_fault():
-    breaking = PRINTING.replace(
-        "lambda: print('x' * {})", "lambda: exec('raise BrokenPipeError(32, \\'x\\')')"
-    )
-    ended = subprocess.run([sys.executable, "-c", breaking], capture_output=True, text=True)
+def test_another_broken_pipe_is_not_a_user_error():
+    code = CODE.format("exec('raise BrokenPipeError(32, \\'x\\')')")
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.returncode == 1 and "BrokenPipeError" in ended.stderr

@@ -1,4 +1,4 @@
-"""Import rules: the layers of `pipeline`, and which module may import what. See docs/architecture.md."""
+"""Import rules: the layers of `pipeline`, and which modules may import what. See docs/architecture.md."""
 
 import ast
 import os
@@ -64,7 +64,7 @@ def test_only_the_engine_imports_deepspeed():
     assert importers("deepspeed") == {"pipeline/train/engine.py"}
 
 
-def test_in_the_pipeline_only_the_loader_imports_dali():
+def test_only_the_dali_module_imports_dali():
     assert {name for name in importers("nvidia") if name.startswith("pipeline/")} == {"pipeline/data/dali.py"}
 
 
@@ -72,28 +72,28 @@ def test_data_prep_never_imports_the_pipeline():
     assert all(name.startswith("pipeline/") for name in importers("pipeline"))
 
 
-def test_pipeline_imports_only_shard_sets_and_errors_of_data_prep():
-    users = {name for name in importers("data_prep") if name.startswith("pipeline/")}
-    assert users == {"pipeline/data/reader.py", "pipeline/errors.py"}
-    used = {name for user in users for name in imports(ROOT / user) if name.startswith("data_prep")}
-    assert all(name.startswith(("data_prep.shard_set", "data_prep.errors")) for name in used)
+def test_pipeline_imports_only_two_modules_of_data_prep():
+    files = {name for name in importers("data_prep") if name.startswith("pipeline/")}
+    assert files == {"pipeline/data/reader.py", "pipeline/errors.py"}
+    modules = {name for file in files for name in imports(ROOT / file) if name.startswith("data_prep")}
+    assert all(name.startswith(("data_prep.shard_set", "data_prep.errors")) for name in modules)
 
 
 def test_only_the_command_lines_parse_arguments():
     assert {name.split("/")[0] for name in importers("argparse")} == {"pipeline", "data_prep"}
-    users = {name for name in importers("argparse") if name.startswith("pipeline/")}
-    assert {name for name in users if not name.startswith("pipeline/commands/")} == {"pipeline/__main__.py"}
+    files = {name for name in importers("argparse") if name.startswith("pipeline/")}
+    assert {name for name in files if not name.startswith("pipeline/commands/")} == {"pipeline/__main__.py"}
 
 
 @pytest.mark.parametrize("folder", ["methods", "models"])
-def test_methods_know_no_files_no_ranks_and_no_engine(folder):
-    strangers = ("pipeline.train", "pipeline.data", "data_prep", "torch.distributed", "os", "pathlib")
+def test_methods_and_models_do_no_io_and_no_communication(folder):
+    forbidden = ("pipeline.train", "pipeline.data", "data_prep", "torch.distributed", "os", "pathlib")
     for path in (ROOT / "pipeline" / folder).glob("*.py"):
-        assert not {n for n in imports(path) if n.startswith(strangers) and n != "operator"}, path
+        assert not {n for n in imports(path) if n.startswith(forbidden) and n != "operator"}, path
 
 
 @pytest.mark.parametrize("package", ["pipeline", "data_prep"])
-def test_help_waits_for_no_heavy_import(package):
+def test_help_imports_no_heavy_library(package):
     code = (
         f"import sys, runpy; sys.argv = ['{package}', '--help']\n"
         f"try: runpy.run_module('{package}', run_name='__main__')\n"
@@ -105,7 +105,7 @@ def test_help_waits_for_no_heavy_import(package):
 
 
 @pytest.mark.parametrize(
-    "mistake",
+    "command",
     [
         "pretrain nosuch --data set --run run",
         "pretrain demo_emae --data set --run run --set model.width=x",
@@ -115,24 +115,24 @@ def test_help_waits_for_no_heavy_import(package):
         "finetune finetune_tiny --weights W --data D --val V --run run --deepspeed_config nowhere",
     ],
 )
-def test_a_mistake_in_recipe_data_or_run_waits_for_no_heavy_import(mistake):
+def test_early_errors_import_no_heavy_library(command):
     code = (
         "import sys, pipeline.__main__\n"
-        f"code = pipeline.__main__.main({mistake.split()!r})\n"
+        f"code = pipeline.__main__.main({command.split()!r})\n"
         "heavy = {'torch', 'deepspeed', 'nvidia', 'timm'} & sys.modules.keys()\n"
         "assert code == 2 and not heavy, (code, heavy)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
-def test_what_deepspeed_says_leaves_standard_output_to_results():
-    code = "from pipeline.train import engine; engine.logger.warning('now')"
+def test_deepspeed_logs_to_stderr():
+    code = "from pipeline.train import engine; engine.deepspeed_logger.warning('now')"
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
-    assert found.stdout == b"" and b"now" in found.stderr
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    assert done.stdout == b"" and b"now" in done.stderr
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("module", forkserver.PRELOAD)
-def test_a_module_that_tests_preload_imports_alone(module):
+def test_a_preloaded_module_can_be_imported_alone(module):
     subprocess.run([sys.executable, "-c", f"import {module}"], check=True, capture_output=True)
