@@ -1,18 +1,16 @@
-"""The shard builder side by side with tar, webdataset's ShardWriter, libjpeg-turbo and Pillow, on the same
-files.
+"""Compare the shard builder with tar, webdataset's ShardWriter, libjpeg-turbo and Pillow on the same files.
 
-    python benchmarks/build.py                   (IMAGENET_SAMPLE_DIR: where the photographs are)
+    python benchmarks/build.py                   (IMAGENET_SAMPLE_DIR: a folder of JPEG photographs)
     python benchmarks/build.py --rounds 5 --copies 16 --directory /scratch
     python benchmarks/build.py --only plan
 
-Every rival runs once in each round, in turn, so that a machine that is busy for a while slows all of them;
-the table gives each one's median over the rounds. The builder is timed as its user runs it: the whole
-command, with start-up, planning, checksums, index, card and manifest; what the same command takes for 50
-photographs (start-up, imports, the contact sheet) is then taken off, since a real set has a million. Files
-are read from the page cache. Of these programs the builder alone waits until the disk has stored what was
-written, so tar has a row in which it does so too; and "read, sha256, write" does nothing but that: the least
-that a set with checksums can cost. CPU seconds (user and system, of all processes) are given beside wall
-seconds: they depend less on what else the machine is doing.
+In each round every contestant runs once, in turn, so that other load on the machine slows down all of them;
+the table has each contestant's median over the rounds. The builder's time is that of the whole command:
+start-up, planning, checksums, index, card and manifest. The time of the same command for 50 photographs
+(start-up, imports, contact sheet) is subtracted, because a real data set has a million. Files are read from
+the page cache. The builder alone syncs its output to disk, so tar has a second row with `sync`. The row
+"read, sha256, write" does only that: it is the lower bound for a set with checksums. CPU seconds (user and
+system, all processes) are given because they depend less on other load than wall seconds.
 """
 
 import argparse
@@ -36,51 +34,45 @@ PLANNED = 14_000_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--copies", type=int, default=16, help="of each photograph; decoding uses a quarter of them"
+        "--copies", type=int, default=16, help="copies of each photograph; decoding uses a quarter of them"
     )
-    parser.add_argument(
-        "--directory", type=Path, help="where to work; default: the system's temporary directory"
-    )
+    parser.add_argument("--directory", type=Path, help="working directory (default: the system's temporary directory)")
     parser.add_argument("--only", choices=("copy", "decode", "resize", "plan"))
     options = parser.parse_args()
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    )
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     if options.only in (None, "copy", "decode", "resize"):
         with tempfile.TemporaryDirectory(dir=options.directory) as name:
-            _side_by_side(Path(name), options)
+            _compare(Path(name), options)
     if options.only in (None, "plan"):
         _plan()
 
 
-def _side_by_side(place: Path, options) -> None:
-    many = _photographs(place / "many", options.copies)
-    few = _photographs(place / "few", max(1, options.copies // 4))
-    fifty = place / "fifty"
+def _compare(directory: Path, options) -> None:
+    many = _copy_photographs(directory / "many", options.copies)
+    few = _copy_photographs(directory / "few", max(1, options.copies // 4))
+    fifty = directory / "fifty"
     fifty.mkdir()
     for path in sorted(few.iterdir())[:50]:
         (fifty / path.name).write_bytes(path.read_bytes())
-    out = place / "out"
-    rivals: dict[str, list[tuple[str, Path, Callable[[Path, Path], None]]]] = {
+    out = directory / "out"
+    contestants: dict[str, list[tuple[str, Path, Callable[[Path, Path], None]]]] = {
         "copy": [
             ("tar -cf", many, lambda source, out: _run("tar", "-cf", out / "x.tar", source)),
-            ("tar -cf, then sync", many, _tar_stored),
+            ("tar -cf, then sync", many, _tar_and_sync),
             ("webdataset ShardWriter loop", many, _shard_writer),
-            ("read, sha256, write", many, _in_processes(_copy)),
+            ("read, sha256, write", many, _in_parallel(_copy)),
             ("builder, --check structure", many, _builder("--check", "structure")),
         ],
         "decode": [
-            ("libjpeg-turbo decoding to RGB", few, _in_processes(_decode)),
+            ("libjpeg-turbo decoding to RGB", few, _in_parallel(_decode)),
             ("builder, --check decode", few, _builder()),
         ],
         "resize": [
-            ("Pillow loop, Lanczos", few, _in_processes(_pillow("LANCZOS"))),
-            ("Pillow loop, bilinear", few, _in_processes(_pillow("BILINEAR"))),
+            ("Pillow loop, Lanczos", few, _in_parallel(_pillow("LANCZOS"))),
+            ("Pillow loop, bilinear", few, _in_parallel(_pillow("BILINEAR"))),
             ("builder, --resize 256", few, _builder("--resize", "256")),
         ],
     }
@@ -88,32 +80,32 @@ def _side_by_side(place: Path, options) -> None:
         "\n| what | processes | images/s | MB/s read | images/CPU s | builder's rate: wall, CPU |"
         "\n| --- | --- | --- | --- | --- | --- |"
     )
-    for group, rows in rivals.items():
+    for group, rows in contestants.items():
         if options.only not in (None, group):
             continue
         start_up = (f"{rows[-1][0]}, 50 images", fifty, rows[-1][2])
         seconds: dict[str, list[float]] = {name: [] for name, _, _ in (*rows, start_up)}
         cpu: dict[str, list[float]] = {name: [] for name in seconds}
         for _ in range(options.rounds):
-            for name, source, rival in (*rows, start_up):
+            for name, source, run in (*rows, start_up):
                 shutil.rmtree(out, ignore_errors=True)
                 out.mkdir()
                 start, start_cpu = time.perf_counter(), _cpu_seconds()
-                rival(source, out)
+                run(source, out)
                 seconds[name].append(time.perf_counter() - start)
                 cpu[name].append(_cpu_seconds() - start_cpu)
         for times in (seconds, cpu):
-            off = statistics.median(times[start_up[0]])
-            times[rows[-1][0]] = [took - off for took in times[rows[-1][0]]]
+            start_up_time = statistics.median(times[start_up[0]])
+            times[rows[-1][0]] = [value - start_up_time for value in times[rows[-1][0]]]
         ours, ours_cpu = (statistics.median(times[rows[-1][0]]) for times in (seconds, cpu))
         for name, source, _ in rows:
             files = list(source.iterdir())[50 if name == rows[-1][0] else 0 :]
-            took = statistics.median(seconds[name])
-            rate, megabytes = len(files) / took, sum(f.stat().st_size for f in files) / 1e6 / took
-            took_cpu = statistics.median(cpu[name])
-            ratio = f"{took / ours:.2f} x, {took_cpu / ours_cpu:.2f} x" if name != rows[-1][0] else ""
+            median = statistics.median(seconds[name])
+            rate, megabytes = len(files) / median, sum(f.stat().st_size for f in files) / 1e6 / median
+            median_cpu = statistics.median(cpu[name])
+            ratio = f"{median / ours:.2f} x, {median_cpu / ours_cpu:.2f} x" if name != rows[-1][0] else ""
             processes = 1 if name.startswith(("tar", "webdataset")) else PROCESSES
-            per_cpu = len(files) / took_cpu
+            per_cpu = len(files) / median_cpu
             print(
                 f"| {name} | {processes} | {rate:,.0f} | {megabytes:,.0f} | {per_cpu:,.0f} | {ratio} |",
                 flush=True,
@@ -125,7 +117,7 @@ def _cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def _photographs(folder: Path, copies: int) -> Path:
+def _copy_photographs(folder: Path, copies: int) -> Path:
     source = os.environ.get("IMAGENET_SAMPLE_DIR")
     if not source:
         sys.exit("set IMAGENET_SAMPLE_DIR to a folder of JPEG photographs")
@@ -149,7 +141,7 @@ def _builder(*arguments: str) -> Callable[[Path, Path], None]:
     return run
 
 
-def _tar_stored(source: Path, out: Path) -> None:
+def _tar_and_sync(source: Path, out: Path) -> None:
     _run("tar", "-cf", out / "x.tar", source)
     _run("sync", out / "x.tar")
 
@@ -162,13 +154,13 @@ def _shard_writer(source: Path, out: Path) -> None:
             sink.write({"__key__": path.stem.replace(".", "_"), "jpg": path.read_bytes()})
 
 
-def _in_processes(share: Callable[[list[Path], Path], None]) -> Callable[[Path, Path], None]:
-    """The files dealt out to PROCESSES processes."""
+def _in_parallel(process_files: Callable[[list[Path], Path], None]) -> Callable[[Path, Path], None]:
+    """Return a function that splits the files among PROCESSES processes."""
 
     def run(source: Path, out: Path) -> None:
         paths = sorted(source.iterdir())
         context = multiprocessing.get_context("fork")
-        processes = [context.Process(target=share, args=(paths[i::PROCESSES], out)) for i in range(PROCESSES)]
+        processes = [context.Process(target=process_files, args=(paths[i::PROCESSES], out)) for i in range(PROCESSES)]
         for process in processes:
             process.start()
         for process in processes:
@@ -178,7 +170,7 @@ def _in_processes(share: Callable[[list[Path], Path], None]) -> Callable[[Path, 
 
 
 def _copy(paths: list[Path], out: Path) -> None:
-    """Into files of 32 MB, as fast as Python can: no check, no header, no index."""
+    """Copy files into files of 32 MB without checks, headers or an index."""
     digest, written = hashlib.sha256(), SHARD_BYTES
     for number, path in enumerate(map(str, paths)):
         if written >= SHARD_BYTES:
@@ -198,7 +190,7 @@ def _decode(paths: list[Path], _: Path) -> None:
 
 
 def _pillow(kernel: str) -> Callable[[list[Path], Path], None]:
-    def share(paths: list[Path], out: Path) -> None:
+    def resize_files(paths: list[Path], out: Path) -> None:
         from PIL import Image
 
         for path in paths:
@@ -209,11 +201,11 @@ def _pillow(kernel: str) -> Callable[[list[Path], Path], None]:
                 image = image.resize(size, Image.Resampling[kernel])
             image.save(out / path.name, "JPEG", quality=95)
 
-    return share
+    return resize_files
 
 
 def _plan() -> None:
-    """In a process of its own, so that the peak is the plan's."""
+    """Measure planning in a separate process, so that the peak memory is that of the plan."""
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_plan_synthetic)
     process.start()
@@ -231,7 +223,7 @@ def _plan_synthetic() -> None:
 
 
 def _synthetic() -> Iterator:
-    """ImageNet-21k as a tar per synset would list it."""
+    """Yield samples like those of ImageNet-21k, one tar per synset."""
     from data_prep.sources.sample import Location, Sample, Storage
 
     for number in range(PLANNED):

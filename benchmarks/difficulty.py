@@ -1,9 +1,10 @@
-"""What Efficient MAE's difficulty costs: P2Dist of a batch's masks beside a training step, in turns.
+"""Measure the cost of Efficient MAE's difficulty: P2Dist of a batch's masks relative to a training step.
 
     python benchmarks/difficulty.py                             ViT-L, 256 masks, a step of 8 images, float32
     python benchmarks/difficulty.py --images 64 --device cuda   the step in bfloat16 (autocast)
 
-The step is forward, backward and AdamW; its time is scaled up to as many images as there are masks.
+P2Dist and the step run in turn. A step is forward, backward and AdamW; its time is scaled to as many images
+as there are masks.
 """
 
 import argparse
@@ -19,9 +20,7 @@ from pipeline.recipe import load_recipe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="vitl16_efficient_mae")
     parser.add_argument("--masks", type=int, default=256)
     parser.add_argument("--images", type=int, default=8)
@@ -45,25 +44,25 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    work = {
+    tasks = {
         "Algorithm 1": lambda: patch_distance(visible, patch),
         "Eq. 1": lambda: patch_distance(visible, patch, exact=True),
         "step": step,
     }
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(args.rounds + 1):
-        for name, do in work.items():
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for round_number in range(args.rounds + 1):
+        for name, run in tasks.items():
             start = time.perf_counter()
-            do()
+            run()
             if args.device == "cuda":
                 torch.cuda.synchronize()
-            if turn:  # the first warms up
+            if round_number:  # the first round is a warm-up
                 times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(of_turns) for name, of_turns in times.items()}
-    whole = seconds.pop("step") * args.masks / args.images
-    print(f"a step of {args.masks} images: {whole:.1f} s; medians of {args.rounds} turns")
-    for name, of_masks in seconds.items():
-        print(f"P2Dist by {name}, {args.masks} masks: {of_masks:.3f} s, {of_masks / whole:.2%} of it")
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    step_time = seconds.pop("step") * args.masks / args.images
+    print(f"a step of {args.masks} images: {step_time:.1f} s; medians of {args.rounds} rounds")
+    for name, mask_time in seconds.items():
+        print(f"P2Dist by {name}, {args.masks} masks: {mask_time:.3f} s, {mask_time / step_time:.2%} of a step")
 
 
 if __name__ == "__main__":

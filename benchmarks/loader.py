@@ -1,19 +1,19 @@
-"""The loader side by side with torchvision, DALI's own reader, webdataset, litdata and mosaicml-streaming.
+"""Compare the loader with torchvision, DALI's own reader, webdataset, litdata and mosaicml-streaming.
 
-    python benchmarks/loader.py                  (IMAGENET_SAMPLE_DIR: where the photographs are)
+    python benchmarks/loader.py                  (IMAGENET_SAMPLE_DIR: a folder of JPEG photographs)
     python benchmarks/loader.py --rounds 7 --seconds 10 --directory /scratch
     python benchmarks/loader.py --only torchvision shardmae --packages DIR
 
-Everybody reads the same JPEG photographs and gives batches of MAE's augmentation in memory, on the CPU:
-RandomResizedCrop 224, scale (0.2, 1), bicubic and antialiased, flip, normalised float32. Everybody has as
-many decoding threads or worker processes as there are cores to use (--threads; the whole process is bound
-to so many cores). In each round every contestant runs once, in turn, so that a machine that is busy for a
-while slows all of them; a turn begins with batches that are not counted. The table gives each one's median
-over the rounds, and the median of its ratio to torchvision and to DALI's reader within a round.
+Every loader reads the same JPEG photographs and returns batches of MAE's augmentation in memory, on the CPU:
+RandomResizedCrop 224, scale (0.2, 1), bicubic and antialiased, flip, normalized float32. Every loader has one
+decoding thread or worker process per core (--threads; the process is bound to that many cores). In each round
+every loader runs once, in turn, so that other load on the machine slows down all of them; the first batches
+of a turn are a warm-up. The table has each loader's median over the rounds, and the median of its per-round
+ratio to torchvision and to DALI's reader.
 
-litdata and mosaicml-streaming ask for versions of other packages that the project does not go with; install
-them beside it and name the place: pip install --target DIR --no-deps litdata mosaicml-streaming (and what
-they import), then --packages DIR. What does not import is skipped, and a line says so.
+litdata and mosaicml-streaming require versions of other packages that conflict with the project's. Install
+them into a separate folder: pip install --target DIR --no-deps litdata mosaicml-streaming (and their
+dependencies), then pass --packages DIR. Loaders that cannot be imported are skipped with a message.
 """
 
 import argparse
@@ -43,18 +43,14 @@ Batches = Iterator[torch.Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of a turn")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--copies", type=int, default=4, help="of each photograph")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="contestants whose name holds one of these")
-    parser.add_argument("--packages", type=Path, help="where litdata and mosaicml-streaming are")
-    parser.add_argument(
-        "--directory", type=Path, help="where to work; default: the system's temporary directory"
-    )
+    parser.add_argument("--copies", type=int, default=4, help="copies of each photograph")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="run the loaders whose name contains one of these")
+    parser.add_argument("--packages", type=Path, help="folder of litdata and mosaicml-streaming")
+    parser.add_argument("--directory", type=Path, help="working directory (default: the system's temporary directory)")
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     os.sched_setaffinity(0, cores)
@@ -64,46 +60,43 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     print(f"{len(cores)} cores, load {os.getloadavg()[0]:.1f} before", flush=True)
     with tempfile.TemporaryDirectory(dir=options.directory) as name:
-        _race(Path(name), options)
+        _compare(Path(name), options)
 
 
-def _race(place: Path, options) -> None:
-    photographs = _photographs(place / "photographs", options.copies)
-    contestants = {}
-    for name, start in CONTESTANTS.items():
+def _compare(directory: Path, options) -> None:
+    photographs = _copy_photographs(directory / "photographs", options.copies)
+    loaders = {}
+    for name, start in LOADERS.items():
         if options.only and not any(word in name for word in options.only):
             continue
         try:
-            contestants[name] = start(place, photographs, options.threads)
+            loaders[name] = start(directory, photographs, options.threads)
         except ImportError as error:
             print(f"skipped: {name}: {error}", flush=True)
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    costs: dict[str, list[float]] = {name: [] for name in contestants}
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    costs: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(options.rounds):
-        for name, batches in contestants.items():
-            rate, cost = _turn(batches, options.seconds)
+        for name, batches in loaders.items():
+            rate, cost = _measure_turn(batches, options.seconds)
             rates[name].append(rate)
             costs[name].append(cost)
-    print(
-        "\n| loader | images/s | x torchvision | x DALI's reader | CPU ms an image |"
-        "\n| --- | --- | --- | --- | --- |"
-    )
+    print("\n| loader | images/s | x torchvision | x DALI's reader | CPU ms/image |\n| --- | --- | --- | --- | --- |")
     for name, values in rates.items():
         ratios = [
-            f"{statistics.median(a / b for a, b in zip(values, rates[rival], strict=True)):.2f}"
-            if rival in rates
+            f"{statistics.median(a / b for a, b in zip(values, rates[baseline], strict=True)):.2f}"
+            if baseline in rates
             else ""
-            for rival in (TORCHVISION, DALI)
+            for baseline in (TORCHVISION, DALI)
         ]
         print(
             f"| {name} | {statistics.median(values):,.0f} | {ratios[0]} | {ratios[1]} | "
             f"{statistics.median(costs[name]):.2f} |"
         )
-    _compare_pixels(_shards(place, photographs))
+    _compare_pixels(_shards(directory, photographs))
 
 
 def _compare_pixels(shards: Path) -> None:
-    """Ours beside torchvision's on a Pillow image, the boxes and flips being ours for both."""
+    """Compare our pixels with those of torchvision on a Pillow image, with the same boxes and flips."""
     import numpy as np
     from torchvision.transforms.functional import hflip, resized_crop
 
@@ -115,18 +108,18 @@ def _compare_pixels(shards: Path) -> None:
     settings = [f"data.global_batch={BATCH}", f"engine.micro_batch={BATCH}"]
     recipe = load_recipe("vitb16_mae", [*settings, "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"])
     reader = ShardReader(shards)
-    planner = BatchBuilder(reader, recipe, 1, UndecodableSamples(reader, 0))
+    builder = BatchBuilder(reader, recipe, 1, UndecodableSamples(reader, 0))
     loader = Loader(ShardReader(shards), recipe, 1, CPU)
     differences = []
     for _ in range(4):
         batch = loader.next()
-        at = zip(batch.locations.shard, batch.locations.index, strict=True)
-        plan = planner.plan(batch.locations, [reader.read(*place) for place in at])
-        for row, image in enumerate(map(_open, (encoded.tobytes() for encoded in plan.encoded))):
-            x, y, w, h = plan.boxes[row, 0].tolist()
-            cut = resized_crop(image, y, x, h, w, [SIZE, SIZE], InterpolationMode.BICUBIC)
-            theirs = np.asarray(hflip(cut) if plan.flips[row, 0] else cut, np.float32)
-            differences.append(np.abs(batch.images[row].permute(1, 2, 0).numpy() * 255 - theirs).mean())
+        places = zip(batch.locations.shard, batch.locations.index_in_shard, strict=True)
+        specs = builder.build(batch.locations, [reader.read(*place) for place in places])
+        for row, image in enumerate(map(_open, (encoded.tobytes() for encoded in specs.encoded))):
+            x, y, w, h = specs.boxes[row, 0].tolist()
+            crop = resized_crop(image, y, x, h, w, [SIZE, SIZE], InterpolationMode.BICUBIC)
+            expected = np.asarray(hflip(crop) if specs.flips[row, 0] else crop, np.float32)
+            differences.append(np.abs(batch.images[row].permute(1, 2, 0).numpy() * 255 - expected).mean())
     loader.close()
     print(
         f"\npixels: {np.mean(differences):.3f} of 255 levels from torchvision's on the same boxes, mean of "
@@ -134,28 +127,26 @@ def _compare_pixels(shards: Path) -> None:
     )
 
 
-def _turn(batches: Batches, seconds: float) -> tuple[float, float]:
-    """Images per second, and milliseconds of all cores' time an image, once what was prepared before the turn
-    has been used up."""
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds / 4:
+def _measure_turn(batches: Batches, seconds: float) -> tuple[float, float]:
+    """Return images per second and CPU milliseconds per image. Batches prefetched before the turn do not count."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds / 4:
         next(batches)
-    images, begin, begin_cpu = 0, time.perf_counter(), _cpu_seconds()
-    while time.perf_counter() - begin < seconds:
+    images, start, start_cpu = 0, time.perf_counter(), _cpu_seconds()
+    while time.perf_counter() - start < seconds:
         images += len(next(batches))
-    return images / (time.perf_counter() - begin), 1000 * (_cpu_seconds() - begin_cpu) / images
+    return images / (time.perf_counter() - start), 1000 * (_cpu_seconds() - start_cpu) / images
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its workers, also those that have ended; those of contestants that wait stand
-    still."""
-    this = psutil.Process()
-    # user, system, and the same of the children that each has waited for
-    return sum(sum(process.cpu_times()[:4]) for process in [this, *this.children(recursive=True)])
+    """Return the CPU time of this process and its workers; workers of waiting loaders use none."""
+    process = psutil.Process()
+    # user and system time, and that of terminated children
+    return sum(sum(p.cpu_times()[:4]) for p in [process, *process.children(recursive=True)])
 
 
-def _photographs(folder: Path, copies: int) -> Path:
-    """The photographs in class folders, as ImageFolder wants them; copies in class folders of their own."""
+def _copy_photographs(folder: Path, copies: int) -> Path:
+    """Write the photographs into class folders for ImageFolder, each copy into a separate one."""
     source = os.environ.get("IMAGENET_SAMPLE_DIR")
     if not source:
         sys.exit("set IMAGENET_SAMPLE_DIR to a folder of JPEG photographs")
@@ -168,8 +159,8 @@ def _photographs(folder: Path, copies: int) -> Path:
     return folder
 
 
-def _shards(place: Path, photographs: Path, *arguments: str) -> Path:
-    out = place / "_".join(["shards", *arguments]).replace("-", "")
+def _shards(directory: Path, photographs: Path, *arguments: str) -> Path:
+    out = directory / "_".join(["shards", *arguments]).replace("-", "")
     if not out.exists():
         command = [sys.executable, "-m", "data_prep", "folder", photographs, out, "--shard-size", "32MB"]
         subprocess.run([*map(str, command), *arguments], check=True, capture_output=True)
@@ -193,10 +184,10 @@ def _forever(loader) -> Batches:
             yield batch[0] if isinstance(batch, (list, tuple)) else batch
 
 
-# ---- The contestants: each gives batches without end
+# ---- The loaders: each function returns an endless iterator of batches
 
 
-def torchvision(place: Path, photographs: Path, threads: int) -> Batches:
+def torchvision(directory: Path, photographs: Path, threads: int) -> Batches:
     from torchvision.datasets import ImageFolder
 
     return _forever(
@@ -211,12 +202,12 @@ def torchvision(place: Path, photographs: Path, threads: int) -> Batches:
     )
 
 
-def shardmae(place: Path, photographs: Path, threads: int, *arguments: str) -> Batches:
+def shardmae(directory: Path, photographs: Path, threads: int, *arguments: str) -> Batches:
     from pipeline.data.loader import Loader
     from pipeline.data.reader import ShardReader
     from pipeline.recipe import load_recipe
 
-    shards = _shards(place, photographs, *arguments)
+    shards = _shards(directory, photographs, *arguments)
     settings = [f"data.global_batch={BATCH}", f"engine.micro_batch={BATCH}", "engine.precision=fp32"]
     recipe = load_recipe("vitb16_mae", settings)
     loader = Loader(ShardReader(shards), recipe, 196, CPU, threads=threads)
@@ -228,14 +219,14 @@ def shardmae(place: Path, photographs: Path, threads: int, *arguments: str) -> B
     return batches()
 
 
-def shardmae_256(place: Path, photographs: Path, threads: int) -> Batches:
-    return shardmae(place, photographs, threads, "--resize", "256")
+def shardmae_256(directory: Path, photographs: Path, threads: int) -> Batches:
+    return shardmae(directory, photographs, threads, "--resize", "256")
 
 
-def dali_reader(place: Path, photographs: Path, threads: int) -> Batches:
+def dali_reader(directory: Path, photographs: Path, threads: int) -> Batches:
     from nvidia.dali import Pipeline, fn, types
 
-    shards = sorted(_shards(place, photographs).glob("*.tar"))
+    shards = sorted(_shards(directory, photographs).glob("*.tar"))
     pipeline = Pipeline(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2)
     with pipeline:
         encoded = fn.readers.webdataset(
@@ -272,10 +263,10 @@ def dali_reader(place: Path, photographs: Path, threads: int) -> Batches:
     return batches()
 
 
-def webdataset(place: Path, photographs: Path, threads: int) -> Batches:
+def webdataset(directory: Path, photographs: Path, threads: int) -> Batches:
     import webdataset
 
-    shards = sorted(map(str, _shards(place, photographs).glob("*.tar")))
+    shards = sorted(map(str, _shards(directory, photographs).glob("*.tar")))
     dataset = (
         webdataset.WebDataset(shards, resampled=True, shardshuffle=False, empty_check=False)
         .shuffle(1024)
@@ -287,7 +278,7 @@ def webdataset(place: Path, photographs: Path, threads: int) -> Batches:
     return _forever(webdataset.WebLoader(dataset, batch_size=None, num_workers=threads))
 
 
-def litdata(place: Path, photographs: Path, threads: int) -> Batches:
+def litdata(directory: Path, photographs: Path, threads: int) -> Batches:
     import litdata
 
     augment = _augmentation()
@@ -296,7 +287,7 @@ def litdata(place: Path, photographs: Path, threads: int) -> Batches:
         def __getitem__(self, index):
             return augment(_open(super().__getitem__(index)))
 
-    out = place / "litdata"
+    out = directory / "litdata"
     litdata.optimize(
         fn=Path.read_bytes,
         inputs=sorted(photographs.rglob("*.jpg")),
@@ -304,12 +295,12 @@ def litdata(place: Path, photographs: Path, threads: int) -> Batches:
         chunk_bytes="32MB",
         num_workers=1,
     )
-    multiprocessing.set_start_method("fork", force=True)  # optimize has set it to spawn
+    multiprocessing.set_start_method("fork", force=True)  # optimize sets it to spawn
     dataset = Augmented(str(out), shuffle=True, drop_last=True)
     return _forever(litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=threads))
 
 
-def mosaicml_streaming(place: Path, photographs: Path, threads: int) -> Batches:
+def mosaicml_streaming(directory: Path, photographs: Path, threads: int) -> Batches:
     import streaming
 
     augment = _augmentation()
@@ -318,7 +309,7 @@ def mosaicml_streaming(place: Path, photographs: Path, threads: int) -> Batches:
         def __getitem__(self, index):
             return augment(_open(super().__getitem__(index)["image"]))
 
-    out = place / "streaming"
+    out = directory / "streaming"
     with streaming.MDSWriter(out=str(out), columns={"image": "bytes"}, size_limit=32_000_000) as writer:
         for path in sorted(photographs.rglob("*.jpg")):
             writer.write({"image": path.read_bytes()})
@@ -335,7 +326,7 @@ def _open(data: bytes):
 
 
 TORCHVISION, DALI = "torchvision ImageFolder + DataLoader", "DALI readers.webdataset"
-CONTESTANTS = {
+LOADERS = {
     TORCHVISION: torchvision,
     DALI: dali_reader,
     "shardmae, originals": shardmae,

@@ -1,12 +1,12 @@
-"""Every method on CIFAR-10 for the same processor time: loss, images/s, operations; a small ViT, patch 4.
+"""Train every method on CIFAR-10 for the same CPU time and report loss, images/s and FLOPs (small ViT, patch 4).
 
     CIFAR10_DIR=... OMP_NUM_THREADS=1 python benchmarks/methods_cifar.py                 60 seconds each
     CIFAR10_DIR=... OMP_NUM_THREADS=1 python benchmarks/methods_cifar.py --seconds 300 --json
 
-It shows that each method trains. It ranks nothing: the losses are over different patches with different
-weights, and what counts is what a model learned. CIFAR10_DIR holds train.tar with
-<split>/<class>/<number>.jpg. Images are decoded once into memory. Time is processor time, and the methods
-take turns, so that other work on the machine costs all of them alike.
+This shows that each method trains. It does not rank them: the losses are over different patches with
+different weights; benchmarks/study.py measures the learned representations. CIFAR10_DIR contains train.tar
+with <split>/<class>/<number>.jpg. Images are decoded once into memory. The methods take turns and are timed
+by CPU time, so that other load affects all of them equally.
 """
 
 import argparse
@@ -48,9 +48,9 @@ METHODS = {
     "emae + difficulty": ("vitb16_emae", "method.emae.difficulty_flatten=true"),
     "lomar + difficulty": ("vitb16_lomar", "method.lomar.difficulty_flatten=true"),
 }
-BATCH, WARM_UP, PEAK = 32, 50, 1e-3  # images, steps, learning rate
-TURN = 5.0  # seconds of processor time
-HELD_OUT = 256  # images that are never trained on; the loss on them is shown
+BATCH, WARMUP_STEPS, PEAK_LR = 32, 50, 1e-3
+TURN = 5.0  # seconds of CPU time
+NUM_HELD_OUT = 256  # images that are not trained on; losses are reported on them
 
 
 @dataclass
@@ -59,21 +59,21 @@ class Run:
     recipe: Recipe
     method: Method
     optimizer: torch.optim.Optimizer
-    first: float = 0.0
+    initial_loss: float = 0.0
     """Loss on the held-out images before training."""
     seconds: float = 0.0
     steps: int = 0
 
 
 def cifar10(directory: Path) -> torch.Tensor:
-    """All 50,000 training images in a fixed random order, uint8 (N, 3, 32, 32)."""
+    """Load the 50,000 training images in a fixed random order, uint8 (N, 3, 32, 32)."""
     with tarfile.open(directory / "train.tar") as archive:
         images = [
             np.asarray(Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGB"))
             for member in archive
             if member.name.endswith(".jpg")
         ]
-    order = np.random.default_rng(0).permutation(len(images))  # the archive goes by class
+    order = np.random.default_rng(0).permutation(len(images))  # the archive is sorted by class
     return torch.from_numpy(np.stack(images)[order]).permute(0, 3, 1, 2).contiguous()
 
 
@@ -96,24 +96,24 @@ def normalized(run: Run, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_loss(run: Run, images: torch.Tensor) -> float:
-    """The loss on these images; they and their noise are the same whenever it is asked for."""
+    """Return the loss on the held-out images, with the same noise at every call."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(len(images), run.method.noise_size, generator=generator)
     return run.method(normalized(run, images), noise).loss.item()
 
 
-def take_turn(run: Run, images: torch.Tensor, seconds: float) -> None:
-    """Train for some seconds. The step's number decides images and noise, the same for every method."""
+def train_for(run: Run, images: torch.Tensor, seconds: float) -> None:
+    """Train for some seconds. Images and noise depend only on the step, so they are the same for every method."""
     start = time.process_time()
     while time.process_time() - start < seconds:
         generator = torch.Generator().manual_seed(1 + run.steps)
-        chosen = torch.randint(len(images), (BATCH,), generator=generator)
-        batch = normalized(run, images[chosen])
+        ids = torch.randint(len(images), (BATCH,), generator=generator)
+        batch = normalized(run, images[ids])
         if run.steps % 2:
             batch = batch.flip(3)
         noise = torch.rand(BATCH, run.method.noise_size, generator=generator)
         for group in run.optimizer.param_groups:
-            group["lr"] = PEAK * min(1.0, (run.steps + 1) / WARM_UP)
+            group["lr"] = PEAK_LR * min(1.0, (run.steps + 1) / WARMUP_STEPS)
         run.method(batch, noise).loss.backward()
         run.optimizer.step()
         run.optimizer.zero_grad()
@@ -122,22 +122,20 @@ def take_turn(run: Run, images: torch.Tensor, seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=60, help="of processor time for each method")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60, help="CPU time per method")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if "CIFAR10_DIR" not in os.environ:
-        sys.exit("CIFAR10_DIR is not set: name the folder that holds train.tar of CIFAR-10 as JPEG files")
+        sys.exit("CIFAR10_DIR is not set; set it to the folder with CIFAR-10 as JPEG files in train.tar")
     images = cifar10(Path(os.environ["CIFAR10_DIR"]))
-    held_out, images = images[-HELD_OUT:], images[:-HELD_OUT]
+    held_out, images = images[-NUM_HELD_OUT:], images[:-NUM_HELD_OUT]
     runs = [make_run(name) for name in METHODS]
     for run in runs:
-        run.first = held_out_loss(run, held_out)
+        run.initial_loss = held_out_loss(run, held_out)
     while unfinished := [run for run in runs if run.seconds < args.seconds]:
         for run in unfinished:
-            take_turn(run, images, min(TURN, args.seconds - run.seconds))
+            train_for(run, images, min(TURN, args.seconds - run.seconds))
             print(f"{run.name:20}{run.seconds:6.0f} s, {run.steps} steps", file=sys.stderr)
     rows = [
         {
@@ -145,7 +143,7 @@ def main() -> None:
             "mflops": forward_flops(run.recipe) / 1e6,
             "steps": run.steps,
             "images_per_s": run.steps * BATCH / run.seconds,
-            "loss_first": run.first,
+            "loss_first": run.initial_loss,
             "loss_last": held_out_loss(run, held_out),
         }
         for run in runs
@@ -154,7 +152,7 @@ def main() -> None:
         print(json.dumps({"seconds": args.seconds, "threads": torch.get_num_threads(), "rows": rows}))
         return
     print(
-        f"{args.seconds:.0f} s of processor time each, batch {BATCH}, {torch.get_num_threads()} CPU threads, "
+        f"{args.seconds:.0f} s of CPU time each, batch {BATCH}, {torch.get_num_threads()} CPU threads, "
         f"torch {torch.__version__}"
     )
     print("| method | MFLOP/image, forward | steps | images/s | loss before | loss after |")

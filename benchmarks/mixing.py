@@ -1,16 +1,16 @@
-"""How well a stream mixes shards whose samples are sorted by class, beside other readers of the same tars.
+"""Measure how well readers mix shards whose samples are sorted by class.
 
     python benchmarks/mixing.py
     python benchmarks/mixing.py --shards 1024 --batch 1024
 
-A set of tiny samples is written to a temporary directory, as many of a class as make 1.28 shards (ImageNet's
-1,281 images a class in shards of 1,000), class after class. Each reader then really reads one epoch of it.
+Writes a set of tiny samples to a temporary directory, sorted by class. A class fills 1.28 shards, as
+ImageNet's 1,281 images per class do in shards of 1,000. Each reader then reads one epoch.
 
-    travel        how far a sample comes from its place in the set, in epochs, on average; 1/3 fully shuffled
-    separation    how far apart neighbours of the set end up, likewise
-    entropy       of the classes in a batch, in bits, on average
-    classes       different ones in a batch, on average
-    held          encoded samples that the reader must hold in memory to mix so
+    travel        mean distance of a sample from its position in the set, in epochs; 1/3 for a full shuffle
+    separation    mean distance of neighbors of the set in the epoch, in epochs
+    entropy       mean entropy of the classes in a batch, in bits
+    classes       mean number of different classes in a batch
+    buffered      encoded samples that the reader holds in memory to mix
 """
 
 import argparse
@@ -26,50 +26,46 @@ from nvidia.dali import fn, pipeline_def
 from data_prep.shard_file import ShardWriter
 from pipeline.data.sampler import ShardedSampler
 
-SAMPLES_A_SHARD, SAMPLES_A_CLASS = 200, 256
+SAMPLES_PER_SHARD, SAMPLES_PER_CLASS = 200, 256
 WINDOWS = (1, 4, 16, 64)
 BUFFERS = (1000, 10_000)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=256)
     parser.add_argument("--batch", type=int, default=256)
     options = parser.parse_args()
-    total = options.shards * SAMPLES_A_SHARD
-    classes = -(-total // SAMPLES_A_CLASS)
+    total = options.shards * SAMPLES_PER_SHARD
+    classes = -(-total // SAMPLES_PER_CLASS)
     print(f"{total:,} samples, {options.shards} shards, {classes} classes; batch {options.batch}\n")
-    print(
-        "| reader | travel | separation | entropy | classes | held |\n| --- | --- | --- | --- | --- | --- |"
-    )
+    print("| reader | travel | separation | entropy | classes | buffered |\n| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
         tars = write_set(Path(name), options.shards)
-        for title, held, order in readers(tars, options.shards):
-            print("| " + " | ".join([title, *measures(order, total, options.batch), held]) + " |", flush=True)
+        for title, buffered, order in readers(tars, options.shards):
+            print("| " + " | ".join([title, *measure(order, total, options.batch), buffered]) + " |", flush=True)
 
 
 def readers(tars: list[Path], shards: int) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Title, samples held, and the samples of one epoch in the order in which they come."""
+    """Yield (title, buffered samples, sample ids of one epoch in the order they are read)."""
     for window in WINDOWS:
-        yield f"ours, shuffle_window_shards {window}", "0", ours(shards, window)
+        yield f"shardmae, shuffle_window_shards {window}", "0", shardmae(shards, window)
     for buffer in BUFFERS:
         yield f"DALI readers.webdataset, initial_fill {buffer:,}", f"{buffer:,}", dali(tars, buffer)
     for buffer in BUFFERS:
         yield f"webdataset, shardshuffle 100, shuffle({buffer:,})", f"{buffer:,}", webdataset_(tars, buffer)
-    total = shards * SAMPLES_A_SHARD
+    total = shards * SAMPLES_PER_SHARD
     yield "full shuffle", f"{total:,}", np.random.default_rng(0).permutation(total)
 
 
-def ours(shards: int, window: int) -> np.ndarray:
-    stream = ShardedSampler(np.full(shards, SAMPLES_A_SHARD), seed=0, window=window)
-    return stream.locate(np.arange(stream.num_samples)).sample
+def shardmae(shards: int, window: int) -> np.ndarray:
+    sampler = ShardedSampler(np.full(shards, SAMPLES_PER_SHARD), seed=0, window=window)
+    return sampler.locate(np.arange(sampler.num_samples)).sample_id
 
 
 def dali(tars: list[Path], buffer: int) -> np.ndarray:
-    @pipeline_def(batch_size=SAMPLES_A_SHARD, num_threads=1, device_id=None)
-    def reading():
+    @pipeline_def(batch_size=SAMPLES_PER_SHARD, num_threads=1, device_id=None)
+    def webdataset_reader():
         return fn.readers.webdataset(
             paths=[str(tar) for tar in tars],
             index_paths=[str(tar.with_suffix(".idx")) for tar in tars],
@@ -79,26 +75,26 @@ def dali(tars: list[Path], buffer: int) -> np.ndarray:
             seed=0,
         )
 
-    pipeline = reading()
+    pipeline = webdataset_reader()
     pipeline.build()
     batches = [pipeline.run()[0] for _ in range(len(tars))]
-    return np.array([number_of(bytes(np.asarray(item))) for batch in batches for item in batch])
+    return np.array([parse_number(bytes(np.asarray(item))) for batch in batches for item in batch])
 
 
 def webdataset_(tars: list[Path], buffer: int) -> np.ndarray:
     dataset = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=100, seed=0)
-    return np.array([number_of(sample["jpg"]) for sample in dataset.shuffle(buffer, rng=random.Random(0))])
+    return np.array([parse_number(sample["jpg"]) for sample in dataset.shuffle(buffer, rng=random.Random(0))])
 
 
-def measures(order: np.ndarray, total: int, batch: int) -> list[str]:
-    assert sorted(order) == list(range(total)), "an epoch that is not every sample once"
+def measure(order: np.ndarray, total: int, batch: int) -> list[str]:
+    assert sorted(order) == list(range(total)), "the epoch does not contain each sample once"
     position = np.empty(total, np.int64)
     position[order] = np.arange(total)
     travel = np.abs(position - np.arange(total)).mean() / total
     separation = np.abs(np.diff(position)).mean() / total
     entropies, classes = [], []
     for start in range(0, total - batch + 1, batch):
-        counts = np.bincount(order[start : start + batch] // SAMPLES_A_CLASS)
+        counts = np.bincount(order[start : start + batch] // SAMPLES_PER_CLASS)
         shares = counts[counts > 0] / batch
         entropies.append(-(shares * np.log2(shares)).sum())
         classes.append(len(shares))
@@ -111,13 +107,13 @@ def write_set(folder: Path, shards: int) -> list[Path]:
         tars.append(folder / f"sorted-train-{shard:06d}.tar")
         with open(tars[-1], "wb", buffering=0) as file:
             writer = ShardWriter(file)
-            for number in range(shard * SAMPLES_A_SHARD, (shard + 1) * SAMPLES_A_SHARD):
+            for number in range(shard * SAMPLES_PER_SHARD, (shard + 1) * SAMPLES_PER_SHARD):
                 writer.add(f"{number:09d}", [("jpg", b"%09d" % number)])
             tars[-1].with_suffix(".idx").write_bytes(writer.finish()[1])
     return tars
 
 
-def number_of(data: bytes) -> int:
+def parse_number(data: bytes) -> int:
     return int(data)
 
 

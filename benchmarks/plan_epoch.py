@@ -1,14 +1,14 @@
-"""What it costs to know the order, and how long a resumed run waits for its first batch.
+"""Measure the cost of computing the sample order, and the time to the first batch of a resumed run.
 
     python benchmarks/plan_epoch.py              (IMAGENET_SAMPLE_DIR: photographs for the second part)
 
-Every figure is of a process of its own that begins with nothing but numpy imported.
+Each row is measured in a separate process that has imported only numpy.
 
     plan      an epoch of 100 M samples in 100,000 shards: the order of shards and windows
-    locate    the samples of a global batch of 4,096 in the middle of the tenth epoch, plan included
-    mixture   the same of ten sources with weights
-    resume    the first batch of 64 images, decoded, of a Loader that begins in the middle of the tenth epoch:
-              seconds since the process began, imports included, and since the set was opened
+    locate    the samples of a global batch of 4,096 in the middle of the tenth epoch, including the plan
+    mixture   the same for ten sources with weights
+    resume    the first batch of 64 decoded images of a Loader that starts in the middle of the tenth epoch:
+              seconds since the process started, including imports, and since the set was opened
 """
 
 import os
@@ -20,8 +20,8 @@ import time
 
 import numpy as np
 
-SHARDS, SAMPLES_A_SHARD, WINDOW, BATCH = 100_000, 1000, 16, 4096
-MIDDLE = 9 * SHARDS * SAMPLES_A_SHARD + SHARDS * SAMPLES_A_SHARD // 2
+SHARDS, SAMPLES_PER_SHARD, WINDOW, BATCH = 100_000, 1000, 16, 4096
+MIDDLE = 9 * SHARDS * SAMPLES_PER_SHARD + SHARDS * SAMPLES_PER_SHARD // 2
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
         print(f"| {part} | {run(part)} |", flush=True)
     photographs = os.environ.get("IMAGENET_SAMPLE_DIR")
     if photographs is None:
-        sys.exit("IMAGENET_SAMPLE_DIR is not set: resume was not measured")
+        sys.exit("IMAGENET_SAMPLE_DIR is not set; resume was not measured")
     with tempfile.TemporaryDirectory() as name:
         build = [
             sys.executable,
@@ -56,33 +56,33 @@ def run(part: str, *arguments: str) -> str:
 def plan() -> str:
     from pipeline.data.sampler import ShardedSampler
 
-    sizes = np.full(SHARDS, SAMPLES_A_SHARD)
-    return measured(lambda: ShardedSampler(sizes, 0, WINDOW).plan(9))
+    sizes = np.full(SHARDS, SAMPLES_PER_SHARD)
+    return measured(lambda: ShardedSampler(sizes, 0, WINDOW).epoch_order(9))
 
 
 def locate() -> str:
     from pipeline.data.sampler import ShardedSampler
 
-    sizes = np.full(SHARDS, SAMPLES_A_SHARD)
+    sizes = np.full(SHARDS, SAMPLES_PER_SHARD)
     return measured(lambda: ShardedSampler(sizes, 0, WINDOW).locate(MIDDLE + np.arange(BATCH)))
 
 
 def mixture() -> str:
     from pipeline.data.mixture import MixtureSampler
 
-    sizes = np.split(np.full(SHARDS, SAMPLES_A_SHARD), 10)
+    sizes = np.split(np.full(SHARDS, SAMPLES_PER_SHARD), 10)
     weights = range(1, 11)
     return measured(lambda: MixtureSampler(sizes, weights, 0, WINDOW).locate(MIDDLE + np.arange(BATCH)))
 
 
-def measured(work) -> str:
+def measured(function) -> str:
     before = peak_mb()
-    began = time.perf_counter()
-    work()
-    return f"{1000 * (time.perf_counter() - began):.0f} ms, {peak_mb() - before:.0f} MB"
+    start = time.perf_counter()
+    function()
+    return f"{1000 * (time.perf_counter() - start):.0f} ms, {peak_mb() - before:.0f} MB"
 
 
-def resume(shards: str, began: str) -> str:
+def resume(shards: str, start: str) -> str:
     import torch
 
     from pipeline.data.loader import Loader
@@ -97,7 +97,7 @@ def resume(shards: str, began: str) -> str:
     batch = loader.next()
     assert batch.images.shape == (64, 3, 224, 224)
     done = time.time()
-    return f"{done - float(began):.1f} s, {done - imported:.2f} s"
+    return f"{done - float(start):.1f} s, {done - imported:.2f} s"
 
 
 def peak_mb() -> float:

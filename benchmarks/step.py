@@ -1,19 +1,19 @@
-"""One training step of our methods beside transformers' ViTMAE and lightly's MAE, in one run on one machine.
+"""Compare a training step of our methods with transformers' ViTMAE and lightly's MAE on one machine.
 
     python benchmarks/step.py                                     MAE, ViT-B, CPU, float32
-    python benchmarks/step.py --only mae emae efficient_mae lomar     our methods alone
+    python benchmarks/step.py --only mae emae efficient_mae lomar     our methods only
     python benchmarks/step.py --model vit_large --batch 128       with a GPU: bfloat16
     python benchmarks/step.py --model vit_huge --patch 14 --batch 64 --compile --only mae efficient_mae
 
-A step is forward, backward and AdamW on random images; no loader, no network. The contestants take turns,
-each in a process of its own, so that a machine that slows down slows all of them and none lives on memory
-that another has freed. What counts is the median of the turns, and for a ratio the median over the rounds,
-with its 95 % interval (bootstrap).
+A step is forward, backward and AdamW on random images, without loader or network. The contestants take turns,
+each in a separate process, so that other load slows down all of them and none reuses memory that another has
+freed. A time is the median of the turns; a ratio is the median over the rounds, with its 95 % interval
+(bootstrap).
 
-On a CPU ours hold memory as our runs do (pipeline/distributed/host_memory.py), the peers as they come; with
-"memory kept" beside its name a peer holds it as ours. On a GPU ours hold bfloat16 weights with float32
-masters, as DeepSpeed does; the peers run under autocast, as their own examples do. Needs transformers and
-lightly.
+On a CPU our methods keep freed memory as our training runs do (keep_freed_memory in
+pipeline/distributed/hardware.py); the peers run unchanged, and with "memory kept" in the name also with that
+setting. On a GPU our methods have bfloat16 weights with float32 masters, as in DeepSpeed; the peers run under
+autocast, as in their examples. Requires transformers and lightly.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from pipeline.distributed.hardware import GPUS, keep_freed_memory
 from pipeline.methods import build_method
 from pipeline.methods.flops import forward_flops, training_flops
 from pipeline.recipe import load_recipe
-from pipeline.recipe.sections import SIZES
+from pipeline.recipe.sections import VIT_SIZES
 
 IMAGE, MASK_RATIO = 224, 0.75
 DECODER = {"width": 512, "depth": 8, "heads": 16}
@@ -45,7 +45,7 @@ OURS = {
     "lomar": ("vitb16_lomar",),
 }
 VIEWS = {"emae": 4, "emae, half decoded": 4}
-"""Of an image. A view of EMAE's is compared with an image of MAE's."""
+"""Views per image. A view of EMAE is compared with an image of MAE."""
 KEPT = ", memory kept"
 PEERS = ("transformers", "lightly")
 PEERS_KEPT = tuple(name + KEPT for name in PEERS)
@@ -54,7 +54,7 @@ Step = Callable[[], None]
 
 
 def our_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
-    """-> the step, and the operations of an image's share of a forward pass."""
+    """Return the step and the forward FLOPs per image."""
     preset, *overrides = OURS[name]
     model = (f"model.name={args.model}", f"model.patch_size={args.patch}")
     recipe = load_recipe(preset, [*model, *overrides])
@@ -85,10 +85,10 @@ def our_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
 
 def peer_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
     torch.manual_seed(0)
-    loss_of = transformers_mae(args) if name.startswith("transformers") else lightly_mae(args)
-    loss_of.to(args.device).train()
-    optimizer = adamw(list(loss_of.parameters()))
-    forward = torch.compile(loss_of) if args.compile else loss_of
+    model = transformers_mae(args) if name.startswith("transformers") else lightly_mae(args)
+    model.to(args.device).train()
+    optimizer = adamw(list(model.parameters()))
+    forward = torch.compile(model) if args.compile else model
 
     def step() -> None:
         images = torch.randn(args.batch, 3, IMAGE, IMAGE, device=args.device)
@@ -98,7 +98,7 @@ def peer_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    # The work that MAE asks for, not what a peer spends on it: MFU is then comparable.
+    # The FLOPs of MAE, not those of the peer's implementation, so that MFU is comparable.
     recipe = load_recipe("vitb16_mae", [f"model.name={args.model}", f"model.patch_size={args.patch}"])
     return step, forward_flops(recipe, args.batch)
 
@@ -110,7 +110,7 @@ def adamw(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
 def transformers_mae(args: argparse.Namespace) -> torch.nn.Module:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    size = SIZES[args.model]
+    size = VIT_SIZES[args.model]
     config = ViTMAEConfig(
         hidden_size=size.width,
         num_hidden_layers=size.depth,
@@ -139,12 +139,12 @@ def transformers_mae(args: argparse.Namespace) -> torch.nn.Module:
 
 
 def lightly_mae(args: argparse.Namespace) -> torch.nn.Module:
-    """As lightly's documentation composes it, with MAE's decoder and normalised targets."""
+    """Compose MAE as lightly's documentation does, with MAE's decoder and normalized targets."""
     from lightly.models import utils
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
     from timm.models.vision_transformer import VisionTransformer
 
-    size = SIZES[args.model]
+    size = VIT_SIZES[args.model]
 
     class Loss(torch.nn.Module):
         def __init__(self) -> None:
@@ -186,59 +186,57 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def leave_memory(device: str) -> None:
-    """What a step has freed goes to the others: all contestants' activations would not fit side by side."""
+def release_memory(device: str) -> None:
+    """Release freed memory, because the activations of all contestants do not fit at the same time."""
     if device == "cuda":
         torch.cuda.empty_cache()
     elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
 
-def contestant(name: str, args: argparse.Namespace, wire: Connection) -> None:
-    """The life of a contestant's process: for each number of steps asked, the seconds a step took."""
+def run_contestant(name: str, args: argparse.Namespace, pipe: Connection) -> None:
+    """Run in a contestant's process: receive numbers of steps, send back the seconds per step."""
     warnings.filterwarnings("ignore")
     if args.device == "cpu" and name not in PEERS:
         keep_freed_memory()
     step, flops = (our_step if name in OURS else peer_step)(name, args)
-    step()  # makes the optimizer's state, too
+    step()  # also creates the optimizer state
     memory = 0.0
     if args.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         memory = (torch.cuda.max_memory_allocated() - before) / 2**30
-    leave_memory(args.device)
-    wire.send((flops, memory))
-    while steps := wire.recv():
-        step()  # does not count: it takes memory back that was left to the others
+    release_memory(args.device)
+    pipe.send((flops, memory))
+    while steps := pipe.recv():
+        step()  # not counted: it allocates the released memory again
         synchronize(args.device)
         start = time.perf_counter()
         for _ in range(steps):
             step()
         synchronize(args.device)
-        wire.send((time.perf_counter() - start) / steps)
-        leave_memory(args.device)
+        pipe.send((time.perf_counter() - start) / steps)
+        release_memory(args.device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    everyone = [*OURS, *PEERS, *PEERS_KEPT]
-    parser.add_argument("--model", choices=list(SIZES), default="vit_base")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    contestants = [*OURS, *PEERS, *PEERS_KEPT]
+    parser.add_argument("--model", choices=list(VIT_SIZES), default="vit_base")
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each contestant")
-    parser.add_argument("--steps", type=int, default=None, help="steps a turn; default 1, with a GPU 10")
+    parser.add_argument("--rounds", type=int, default=15, help="turns per contestant")
+    parser.add_argument("--steps", type=int, default=None, help="steps per turn (default: 1, with a GPU 10)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
     parser.add_argument("--compile", action="store_true", help="torch.compile every contestant")
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=everyone,
-        help="default: with a GPU all methods and peers, on a CPU mae and the peers",
+        choices=contestants,
+        help="contestants (default: with a GPU all methods and peers, on a CPU mae and the peers)",
     )
-    parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="whose peak MFU refers to")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="GPU whose peak MFU refers to")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -246,22 +244,22 @@ def main() -> None:
     if not args.only:
         args.only = ["mae", *PEERS, *PEERS_KEPT] if args.device == "cpu" else [*OURS, *PEERS]
 
-    wires, facts = {}, {}
+    pipes, facts = {}, {}
     context = multiprocessing.get_context("spawn")
     for name in args.only:
-        wires[name], theirs = context.Pipe()
-        context.Process(target=contestant, args=(name, args, theirs), daemon=True).start()
-        theirs.close()  # a contestant that dies is then an EOFError here, not a wait without end
-        facts[name] = wires[name].recv()
+        pipes[name], child_end = context.Pipe()
+        context.Process(target=run_contestant, args=(name, args, child_end), daemon=True).start()
+        child_end.close()  # so that a terminated contestant raises EOFError here instead of blocking
+        facts[name] = pipes[name].recv()
     times: dict[str, list[float]] = {name: [] for name in args.only}
     for number in range(args.rounds):
-        # In another order each time: nobody always runs after the same neighbour.
+        # Shuffle the order, so that no contestant always runs after the same one.
         for index in np.random.default_rng(number).permutation(len(args.only)):
             name = args.only[index]
-            wires[name].send(args.steps)
-            times[name].append(wires[name].recv())
-    for wire in wires.values():
-        wire.send(0)
+            pipes[name].send(args.steps)
+            times[name].append(pipes[name].recv())
+    for pipe in pipes.values():
+        pipe.send(0)
 
     peak = GPUS[args.gpu].bits16 * 1e12
     rows = []
@@ -272,20 +270,20 @@ def main() -> None:
         if args.device == "cuda":
             row |= {"mfu": row["tflops"] * 1e12 / peak, "activations_gib": memory}
         for key, peers in (("peer", PEERS), ("peer_kept", PEERS_KEPT)):
-            if known := [peer for peer in peers if peer in times]:
-                better = min(known, key=lambda peer: statistics.median(times[peer]))
-                row[key] = {"name": better, "ratio": ratio(times[better], times[name])}
+            if measured := [peer for peer in peers if peer in times]:
+                best = min(measured, key=lambda peer: statistics.median(times[peer]))
+                row[key] = {"name": best, "ratio": ratio(times[best], times[name])}
         if name in OURS and name != "mae" and "mae" in times:
             row["mae"] = {"views": VIEWS.get(name, 1), "ratio": ratio(times["mae"], times[name])}
         rows.append(row)
     report(rows, args)
 
 
-def ratio(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
-    """Median over the rounds of their time over ours, and the 95 % interval of that median."""
-    rounds = np.array(theirs) / np.array(ours)
-    drawn = np.random.default_rng(0).choice(rounds, (2000, len(rounds)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+def ratio(baseline: list[float], ours: list[float]) -> tuple[float, float, float]:
+    """Return the median over the rounds of baseline / ours, and its 95 % interval."""
+    rounds = np.array(baseline) / np.array(ours)
+    resampled = np.random.default_rng(0).choice(rounds, (2000, len(rounds)))
+    low, high = np.quantile(np.median(resampled, axis=1), (0.025, 0.975))
     return float(np.median(rounds)), float(low), float(high)
 
 
@@ -293,25 +291,23 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"arguments": vars(args), "rows": rows}))
         return
-    where = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    )
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(
-        f"{args.model}, patch {args.patch}, {IMAGE} px, batch {args.batch}, {where}, "
+        f"{args.model}, patch {args.patch}, {IMAGE} px, batch {args.batch}, {device}, "
         f"torch {torch.__version__}; median of {args.rounds} turns of {args.steps}"
     )
     for row in rows:
         line = f"{row['name']:26}{row['seconds']:7.3f} s/step{row['images_per_s']:8.2f} images/s"
         line += f"{row['tflops']:8.3f} TFLOP/s"
         if "mfu" in row:
-            line += f"   MFU {row['mfu']:.1%}   {row['activations_gib']:.1f} GiB more at its peak"
+            line += f"   MFU {row['mfu']:.1%}   {row['activations_gib']:.1f} GiB of activations"
         for key in ("peer", "peer_kept"):
             if key in row:
                 middle, low, high = row[key]["ratio"]
                 line += f"   {middle:.2f} x {row[key]['name']} ({low:.2f} to {high:.2f})"
         if "mae" in row:
             views, (middle, low, high) = row["mae"]["views"], row["mae"]["ratio"]
-            what = "our MAE" if views == 1 else "our MAE, a view"
+            what = "our MAE" if views == 1 else "our MAE, per view"
             line += f"   {views * middle:.2f} x {what} ({views * low:.2f} to {views * high:.2f})"
         print(line)
 

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# What a user does, from a folder of photographs to a picture of what the model learned.
-# usage: demo/run.sh OUT [FOLDER]     OUT: where everything goes; FOLDER: your images instead of the demo's
+# The whole pipeline on a folder of photographs: shards, pre-training, pictures and a report.
+# usage: demo/run.sh OUT [FOLDER]     OUT: the output folder; FOLDER: your images, instead of the demo's
 set -euo pipefail
 out=$1
 images=${2:-}
 here=$(dirname "$0")
 
-say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+title() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
 
-# Without a GPU DeepSpeed runs on the CPU: two processes, as on two GPUs.
+# Without a GPU, train on the CPU with two processes, as on two GPUs. DS_ACCELERATOR also keeps DeepSpeed's launcher
+# from warning that it has detected no GPU.
 if nvidia-smi >/dev/null 2>&1; then
   launch=(deepspeed --quiet --num_gpus 1 --module pipeline)
 else
@@ -18,11 +19,11 @@ else
 fi
 
 if [ -e "$out" ] && [ ! -e "$out/.demo" ]; then
-  echo "error: $out exists and no demo made it; name another place: make demo OUT=DIR" >&2
+  echo "error: $out exists and is not an output folder of the demo; choose another: make demo OUT=DIR" >&2
   exit 2
 fi
 if [ -n "$images" ] && [[ "$(realpath -m "$images")/" == "$(realpath -m "$out")"/* ]]; then
-  echo "error: $images lies inside $out, which the demo empties; move it, or name another OUT=DIR" >&2
+  echo "error: $images is inside $out, which the demo deletes; move it, or choose another OUT=DIR" >&2
   exit 2
 fi
 if [ -n "$images" ] && [ ! -d "$images" ]; then
@@ -33,30 +34,30 @@ rm -rf "$out"
 mkdir -p "$out"
 touch "$out/.demo"
 if [ -z "$images" ]; then
-  say "Photographs: six that ship with scikit-image and scikit-learn, cut into crops"
+  title "Photographs: six from scikit-image and scikit-learn, cut into crops"
   run python "$here/photographs.py" "$out"
   images=$out/crops
-  shown=$out/photographs
-  watched=(--set evals.knn_every=400)  # they have labels; your folder may have none
+  inputs=$out/photographs
+  knn=(--set evals.knn_every=400) # needs labels, which your own folder may not have
 else
-  watched=()
-  shown=$images
+  knn=()
+  inputs=$images
 fi
 
-say "Build a shard set, and prove that it is whole"
+title "Build and verify a shard set"
 run python -m data_prep folder "$images" "$out/shards"
 run python -m data_prep verify "$out/shards"
 
-say "Pre-train EMAE with DeepSpeed"
-run "${launch[@]}" pretrain demo_emae --data "$out/shards" --run "$out/run" "${watched[@]}"
+title "Pre-train EMAE with DeepSpeed"
+run "${launch[@]}" pretrain demo_emae --data "$out/shards" --run "$out/run" "${knn[@]}"
 
-say "Look at what it learned"
-run python -m pipeline reconstruct "$out/run" --images "$shown" --out "$out/reconstruction.png" --tiles 4 --count 6
-run python -m pipeline reconstruct "$out/run" --images "$shown" --out "$out/pictures" --tiles 4 --count 3 \
+title "Visualize what the model learned"
+run python -m pipeline reconstruct "$out/run" --images "$inputs" --out "$out/reconstruction.png" --tiles 4 --count 6
+run python -m pipeline reconstruct "$out/run" --images "$inputs" --out "$out/pictures" --tiles 4 --count 3 \
   --kind agreement difficulty attention features
 run python -m pipeline report "$out/run"
 
-say "Done"
+title "Done"
 echo "picture: $out/reconstruction.png"
 echo "more:    $out/pictures"
 echo "report:  $out/run/report.html"

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Judge an encoder by its nearest neighbours and a linear probe, on frozen features. Submit from the repository:
+# Evaluate a frozen encoder with k-NN and a linear probe. Submit from the repository:
 #
-#     WEIGHTS=/scratch/runs/vith14 DATA=/scratch/imagenet-train VAL=/scratch/imagenet-val RUN=/scratch/runs/vith14-probe \
-#         SETS=train.epochs=50 sbatch slurm/evaluate.sh
+#     WEIGHTS=/scratch/runs/vith14 DATA=/scratch/imagenet-train VAL=/scratch/imagenet-val \
+#         RUN=/scratch/runs/vith14-probe SETS=train.epochs=50 sbatch slurm/evaluate.sh
 #
-# After a pre-training that is still at work: sbatch --dependency=afterok:JOBID slurm/evaluate.sh. SETS replaces keys of
-# the probe's recipe, whose 90 epochs are MAE's for ViT-B; PRECISION is the encoder's, bf16 or fp32 (default: bf16 on
-# GPUs). Features are kept in RUN-features. The figures are in the job's output; an interrupted job comes back as
-# slurm/pretrain_vith.sh says.
+# To start after a pre-training job: --dependency=afterok:JOBID. SETS overrides keys of the probe's recipe, whose 90
+# epochs are MAE's setting for ViT-B. PRECISION is the encoder's, bf16 or fp32 (default: bf16 on GPUs). Features are
+# cached in RUN-features. The results are in the job's output. Requeueing is as in slurm/pretrain_vith.sh.
 
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1

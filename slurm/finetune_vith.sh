@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Fine-tune a ViT-H/14 on labels and measure its accuracy. Submit from the repository:
 #
-#     WEIGHTS=/scratch/runs/vith14 DATA=/scratch/imagenet-train VAL=/scratch/imagenet-val RUN=/scratch/runs/vith14-tuned \
-#         sbatch slurm/finetune_vith.sh
+#     WEIGHTS=/scratch/runs/vith14 DATA=/scratch/imagenet-train VAL=/scratch/imagenet-val \
+#         RUN=/scratch/runs/vith14-tuned sbatch slurm/finetune_vith.sh
 #
-# WEIGHTS: a run directory, an exported file or an official checkpoint. RECIPE, SETS, SHARDMAE and sbatch's options
-# are as in slurm/pretrain_vith.sh, and so is what the job does when it is interrupted. To follow a pre-training:
-# --dependency=afterok:JOBID. The accuracy is in RUN/accuracy.json.
+# WEIGHTS is a run directory, an exported file or an official checkpoint. RECIPE, SETS, RETRIES, SHARDMAE, options of
+# sbatch and requeueing are as in slurm/pretrain_vith.sh. To start after a pre-training job: --dependency=afterok:JOBID.
+# The accuracy is in RUN/accuracy.json.
 
 #SBATCH --job-name=finetune-vith14
 #SBATCH --nodes=2

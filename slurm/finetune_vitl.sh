@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Fine-tune a ViT-L/16 on labels and measure its accuracy. Submit from the repository:
 #
-#     WEIGHTS=/scratch/runs/vitl16 DATA=/scratch/imagenet-train VAL=/scratch/imagenet-val RUN=/scratch/runs/vitl16-tuned \
-#         sbatch slurm/finetune_vitl.sh
+#     WEIGHTS=/scratch/runs/vitl16 DATA=/scratch/imagenet-train VAL=/scratch/imagenet-val \
+#         RUN=/scratch/runs/vitl16-tuned sbatch slurm/finetune_vitl.sh
 #
-# WEIGHTS: a run directory, an exported file or an official checkpoint. RECIPE, SETS, SHARDMAE and sbatch's options
-# are as in slurm/pretrain_vitl.sh, and so is what the job does when it is interrupted. To follow a pre-training:
-# --dependency=afterok:JOBID. The accuracy is in RUN/accuracy.json.
+# WEIGHTS is a run directory, an exported file or an official checkpoint. RECIPE, SETS, RETRIES, SHARDMAE, options of
+# sbatch and requeueing are as in slurm/pretrain_vitl.sh. To start after a pre-training job: --dependency=afterok:JOBID.
+# The accuracy is in RUN/accuracy.json.
 
 #SBATCH --job-name=finetune-vitl16
 #SBATCH --nodes=1

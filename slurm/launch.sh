@@ -1,147 +1,156 @@
-# What the templates share: sourced by them, never submitted.
+# Functions shared by the templates in this directory. The templates source this file; do not submit it.
 # shellcheck shell=bash
 #
-# A job ends in one of four ways. Done: exit 0. Something to mend, said above in one line: exit 2, or 4 where the
-# guard gave up. Stopped early (75: time limit, pre-emption) or failed (a node, a rank, a network): it is put back
-# into the queue and continues from its last checkpoint, unless RETRIES more starts have come no further.
+# How a job ends:
+#     exit 0         training finished
+#     exit 2 or 4    user error or divergence; the message is above; the job is not requeued
+#     requeued       stopped early (75: time limit or preemption) or failed (node, rank or network); the job resumes
+#                    from its last checkpoint. After RETRIES restarts without a new checkpoint it stays down.
 set -euo pipefail
 
 RETRIES=${RETRIES:-3}
 SRUN_OPTIONS=()
 INSIDE=()
 SHARDS="a shard set that python -m data_prep made"
-LABELLED="a labelled shard set"
+LABELED="a labeled shard set"
 ENCODER="a run directory, an exported .safetensors or the official MAE's .pth"
 RUN_DIRECTORY="the run directory, on storage that all nodes see"
 
-say() { echo "$(date +%FT%T) job ${SLURM_JOB_ID:-?}: $*" >&2; }
+log() { echo "$(date +%FT%T) job ${SLURM_JOB_ID:-?}: $*" >&2; }
 
-stop() {
-  say "error: $*"
+# fail MESSAGE: print an error and exit with code 2 (user error).
+fail() {
+  log "error: $*"
   exit 2
 }
 
-# need NAME WHAT: the variable NAME must be set.
-need() { [ -n "${!1:-}" ] || stop "$1 is not set; give $2, at the top of the template or as: $1=... sbatch ..."; }
+# require NAME DESCRIPTION: fail if the variable NAME is empty.
+require() { [ -n "${!1:-}" ] || fail "$1 is not set; give $2, at the top of the template or as: $1=... sbatch ..."; }
 
-# choose NAME VALUE CHOICE...: VALUE must be one of the choices.
-choose() {
+# require_choice NAME VALUE CHOICE...: fail if VALUE is not one of the choices.
+require_choice() {
   local name=$1 value=$2
   shift 2
-  [[ " $* " == *" $value "* ]] || stop "$name=$value: choose one of $*"
+  [[ " $* " == *" $value "* ]] || fail "$name=$value: choose one of $*"
 }
 
-# PYTHON: VENV's, also inside a container, where nobody looks for it yet; without VENV .venv's, or the image's own.
-interpreter() {
+# Set PYTHON to VENV's interpreter, else to .venv's. In a container it is VENV's (not checked here, because the path
+# exists only inside the image), else the image's own python.
+find_python() {
   PYTHON=${VENV:-$SHARDMAE/.venv}/bin/python
   if [ ${#INSIDE[@]} -gt 0 ] || [[ " ${SRUN_OPTIONS[*]} " == *" --container"* ]]; then
     [ -n "${VENV:-}" ] || PYTHON=python
   else
-    [ -x "$PYTHON" ] || stop "$PYTHON: no Python there; run \`make setup\`, or set VENV in slurm/site.env"
+    [ -x "$PYTHON" ] || fail "$PYTHON: no Python there; run \`make setup\`, or set VENV in slurm/site.env"
   fi
 }
 
-setup() {
-  [[ $RETRIES =~ ^[0-9]+$ ]] || stop "RETRIES=$RETRIES: give a number of starts"
-  [ -n "${SLURM_JOB_ID:-}" ] || stop "this is a batch script: submit it with sbatch"
+# Read the site's settings and export the environment of the job's tasks.
+set_up() {
+  [[ $RETRIES =~ ^[0-9]+$ ]] || fail "RETRIES=$RETRIES: give a number of starts"
+  [ -n "${SLURM_JOB_ID:-}" ] || fail "this is a batch script: submit it with sbatch"
   # shellcheck source=slurm/site.env
   . "$SHARDMAE/slurm/site.env"
-  interpreter
+  find_python
 
   local cache=${NODE_CACHE:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/shardmae-$(id -un)}
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
   export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
   export PYTHONUNBUFFERED=1 PYTHONPATH=$SHARDMAE${PYTHONPATH:+:$PYTHONPATH}
-  [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun no longer inherits it
+  # srun does not inherit --cpus-per-task from sbatch since Slurm 22.05.
+  [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
   [ -n "${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-}" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 
-  # Where the ranks meet. Asked here, because a container may have no scontrol.
+  # The rendezvous address. Looked up here, because a container may not have scontrol.
   local first
   first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
   MASTER_ADDR=${MASTER_ADDR:-$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')}
   export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12768))}
 }
 
-# ranks COMMAND...: one task a GPU. The ranks end together by themselves; who has not after a minute is ended.
-ranks() {
+# run_ranks COMMAND...: run a pipeline command with one task per GPU. If one rank fails, the others save and stop by
+# themselves; srun kills those that still run a minute later.
+run_ranks() {
   srun --kill-on-bad-exit=0 --wait=60 --cpu-bind=cores "${SRUN_OPTIONS[@]}" \
     "${INSIDE[@]}" "$PYTHON" -m pipeline "$@"
 }
 
-# alone COMMAND...: one task, as the last step of a job.
-alone() { srun --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" "${INSIDE[@]}" "$PYTHON" "$@"; }
+# run_single COMMAND...: run Python in one task. Ends the script if it fails.
+run_single() { srun --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" "${INSIDE[@]}" "$PYTHON" "$@"; }
 
-# pretrain MODEL: recipe MODEL_METHOD, or RECIPE.
+# pretrain MODEL: train RECIPE, or MODEL_METHOD.
 pretrain() {
-  choose METHOD "${METHOD:=emae}" emae efficient_mae mae lomar
+  require_choice METHOD "${METHOD:=emae}" emae efficient_mae mae lomar
   RECIPE=${RECIPE:-$1_$METHOD}
-  # A recipe of your own may name its shard sets itself, by data.sources.
-  [ -f "$RECIPE" ] || need DATA "$SHARDS"
-  need RUN "$RUN_DIRECTORY"
+  # A recipe file may name its shard sets itself (data.sources).
+  [ -f "$RECIPE" ] || require DATA "$SHARDS"
+  require RUN "$RUN_DIRECTORY"
   train pretrain
 }
 
-# finetune MODEL: recipe finetune_MODEL, or RECIPE.
+# finetune MODEL: fine-tune with RECIPE, or finetune_MODEL.
 finetune() {
   RECIPE=${RECIPE:-finetune_$1}
-  need WEIGHTS "$ENCODER"
-  need DATA "$LABELLED to learn from"
-  need VAL "$LABELLED to be judged on"
-  need RUN "$RUN_DIRECTORY"
+  require WEIGHTS "$ENCODER"
+  require DATA "$LABELED to train on"
+  require VAL "$LABELED to evaluate on"
+  require RUN "$RUN_DIRECTORY"
   train finetune --weights "$WEIGHTS" --val "$VAL"
 }
 
-# evaluate: k-NN, then a linear probe, which trains in RUN.
+# evaluate: run k-NN, then train a linear probe in RUN.
 evaluate() {
-  need WEIGHTS "$ENCODER"
-  need DATA "$LABELLED to learn from"
-  need VAL "$LABELLED to be judged on"
-  need RUN "a directory for the probe, on storage that all nodes see"
-  setup
+  require WEIGHTS "$ENCODER"
+  require DATA "$LABELED to train on"
+  require VAL "$LABELED to evaluate on"
+  require RUN "a directory for the probe, on storage that all nodes see"
+  set_up
   local overrides=() pair code=0 precision=bf16
   [ "${DS_ACCELERATOR:-}" != cpu ] || precision=fp32
   for pair in ${SETS:-}; do overrides+=(--set "$pair"); done
-  # The features of the k-NN are kept, so that a job that comes back does not extract them again.
-  set -- --weights "$WEIGHTS" --data "$DATA" --val "$VAL" --precision "${PRECISION:-$precision}" --cache "${RUN%/}-features"
-  ranks knn "$@" || code=$?
-  [ $code -ne 0 ] || ranks linprobe "$@" --run "$RUN" "${overrides[@]}" || code=$?
+  # Keep the k-NN's features, so that a requeued job does not extract them again.
+  set -- --weights "$WEIGHTS" --data "$DATA" --val "$VAL" --precision "${PRECISION:-$precision}" \
+    --cache "${RUN%/}-features"
+  run_ranks knn "$@" || code=$?
+  [ $code -ne 0 ] || run_ranks linprobe "$@" --run "$RUN" "${overrides[@]}" || code=$?
   finish $code
 }
 
-# train COMMAND OPTION...: look whether it can begin, then train, and end the job or put it back.
+# train COMMAND OPTION...: run the preflight check, then train, then end or requeue the job.
 train() {
   local command=$1 overrides=() pair code=0
   shift
-  setup
+  set_up
   for pair in ${SETS:-}; do overrides+=(--set "$pair"); done
   set -- "$RECIPE" ${DATA:+--data "$DATA"} --run "$RUN" "$@" "${overrides[@]}"
-  say "$RECIPE on ${SLURM_JOB_NUM_NODES} nodes, $SLURM_NTASKS tasks, start $((${SLURM_RESTART_COUNT:-0} + 1))"
-  ranks preflight "$@" || code=$?
-  [ $code -ne 0 ] || ranks "$command" "$@" || code=$?
+  log "$RECIPE on ${SLURM_JOB_NUM_NODES} nodes, $SLURM_NTASKS tasks, start $((${SLURM_RESTART_COUNT:-0} + 1))"
+  run_ranks preflight "$@" || code=$?
+  [ $code -ne 0 ] || run_ranks "$command" "$@" || code=$?
   finish $code
 }
 
-# finish CODE: end the job, or put it back into the queue.
+# finish CODE: end the job, or requeue it.
 finish() {
-  local code=$1 at=none history=$RUN/slurm_restarts tries
+  local code=$1 checkpoint=none history=$RUN/slurm_restarts starts
   case $code in
-    0) say "done" && exit 0 ;;
-    2 | 4) say "stopped with exit code $code, see above" && exit "$code" ;;
+    0) log "done" && exit 0 ;;
+    2 | 4) log "stopped with exit code $code; see the error above" && exit "$code" ;;
   esac
-  [ ! -f "$RUN/checkpoints/latest" ] || at=$(<"$RUN/checkpoints/latest")
+  [ ! -f "$RUN/checkpoints/latest" ] || checkpoint=$(<"$RUN/checkpoints/latest")
   if [ -f "$RUN/recipe.yaml" ]; then
-    echo "$SLURM_JOB_ID $at" >>"$history"
-    tries=$(awk -v same="$SLURM_JOB_ID $at" '{ n = $0 == same ? n + 1 : 0 } END { print n }' "$history")
+    # Count the starts at the end of the history that ended at this checkpoint.
+    echo "$SLURM_JOB_ID $checkpoint" >>"$history"
+    starts=$(awk -v same="$SLURM_JOB_ID $checkpoint" '{ n = $0 == same ? n + 1 : 0 } END { print n }' "$history")
   else
-    tries=$((${SLURM_RESTART_COUNT:-0} + 1))
+    starts=$((${SLURM_RESTART_COUNT:-0} + 1))
   fi
-  if [ "$tries" -gt "$RETRIES" ]; then
-    say "error: exit code $code, and no progress after $at in $tries starts; not putting the job back"
+  if [ "$starts" -gt "$RETRIES" ]; then
+    log "error: exit code $code: no progress after checkpoint $checkpoint in $starts starts; not requeued"
     exit "$code"
   fi
-  say "exit code $code at checkpoint $at; back into the queue"
-  scontrol requeue "$SLURM_JOB_ID" || say "cannot requeue; submit the same again, it continues at $at"
-  sleep 30 # Slurm ends this script
+  log "exit code $code at checkpoint $checkpoint; requeueing"
+  scontrol requeue "$SLURM_JOB_ID" || log "cannot requeue; submit the same command again to resume from $checkpoint"
+  sleep 30 # Slurm terminates this script
   exit "$code"
 }

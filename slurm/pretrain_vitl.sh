@@ -3,17 +3,18 @@
 #
 #     DATA=/scratch/imagenet-train RUN=/scratch/runs/vitl16 sbatch slurm/pretrain_vitl.sh
 #
-# Environment, all but the first two optional:
+# Environment; all but the first two are optional:
 #     DATA, RUN      shard set and run directory (below)
-#     METHOD         emae (default), efficient_mae, mae, lomar
+#     METHOD         emae (default), efficient_mae, mae or lomar
 #     RECIPE         a recipe's name or file, instead of vitl16_METHOD
-#     SETS           keys of the recipe to replace: SETS="train.epochs=100 data.crop_scale=[0.35,1.0]" (no spaces)
-#     SHARDMAE       this repository, where you don't submit from there
-# sbatch's options replace those below: sbatch --nodes=8 --time=48:00:00 slurm/pretrain_vitl.sh. On a cluster without
+#     SETS           recipe keys to override: SETS="train.epochs=100 data.crop_scale=[0.35,1.0]" (no spaces in a value)
+#     RETRIES        restarts without a new checkpoint before the job gives up (default: 3)
+#     SHARDMAE       this repository, if you submit from another directory
+# Options of sbatch override those below: sbatch --nodes=8 --time=48:00:00 slurm/pretrain_vitl.sh. On a cluster without
 # GPUs: --gres=none. Site settings (partition, account, modules, container) are in slurm/site.env.
 #
-# The job saves itself five minutes before its time limit, when it is pre-empted and when a node fails, goes back
-# into the queue and continues, until the schedule is done. What follows may depend on it: --dependency=afterok:ID.
+# The job saves five minutes before its time limit and on preemption. Then, and after a node failure, it is requeued and
+# resumes, until training is complete. A job that needs the result can use --dependency=afterok:ID.
 
 #SBATCH --job-name=vitl16
 #SBATCH --nodes=2
