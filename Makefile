@@ -1,15 +1,17 @@
-# make demo            set everything up, then build shards, pre-train, reconstruct and report on real photographs
-# make demo DATA=DIR   the same on your own folder of images
-# make test            set everything up, then run the tests
-# make soak            the tests that take longer than `make test` may
-# make bench           the benchmarks that run on this machine (quiet it first)
-# make lint            ruff
+# make demo            set up .venv, then build shards, pre-train, visualize and report on real photographs
+# make demo DATA=DIR   the same with your own folder of images
+# make test            set up .venv, then run all tests
+# make test-fast       the unit tests that need no root, Slurm, launcher or network
+# make soak            the tests that are too long for `make test`
+# make bench           the benchmarks that run on this machine; nothing else should run meanwhile
+# make lint            ruff, pyright and shellcheck
+# make clean           delete the outputs of the demo and of builds
 
-# The first Python that runs (a version manager's shim may not), has the right version and can make a venv.
-FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+# The first Python that runs (a version manager's shim may not), is 3.11 or 3.12, and has venv.
+IS_SUITABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
-	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
-# Some tests mount a small disk of their own; without root that takes a user namespace.
+	$$p -c '$(IS_SUITABLE)' 2>/dev/null && echo $$p && break; done)
+# Some tests mount a small disk; without root this needs a user namespace.
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] || echo unshare --map-root-user --mount)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,13 +19,13 @@ CUDA ?= cuda13
 DATA ?=
 OUT ?= out/demo
 
-.PHONY: setup demo test soak bench lint clean
+.PHONY: setup demo test test-fast soak bench lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: setup.py constraints.txt
-	@[ -n "$(PYTHON)" ] && $(PYTHON) -c '$(FITS)' || { echo "error: Python 3.11 or 3.12 with venv is needed;" \
+	@[ -n "$(PYTHON)" ] && $(PYTHON) -c '$(IS_SUITABLE)' || { echo "error: Python 3.11 or 3.12 with venv is needed;" \
 		"install it (Debian: python3-venv), or name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@echo "Installing into $(VENV) (about 6 GB, some minutes) ..."
 	$(PYTHON) -m venv $(VENV)
@@ -33,15 +35,26 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" demo/run.sh "$(OUT)" "$(DATA)"
 
-# Four files at a time, for real runs wait half of the time: for each other, for a signal or for Slurm.
-PYTEST = PATH="$(CURDIR)/$(BIN):$$PATH" $(AS_ROOT) $(BIN)/python -m pytest --time \
-	-n 4 --dist loadgroup --no-loadscope-reorder
+PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+# Four files at a time, because training runs spend half of their time waiting (for each other, for Slurm, for signals).
+IN_PARALLEL := --time -n 4 --dist loadgroup --no-loadscope-reorder
 
 test: setup
-	$(PYTEST) tests
+	$(AS_ROOT) $(PYTEST) $(IN_PARALLEL) tests
+
+# Left out: tests that need root, a launcher or a server, that start many interpreters, or that take long.
+SLOW_FILES := pipeline/test_bench_loader pipeline/test_cache pipeline/test_crop_law pipeline/test_export_classifier \
+	pipeline/test_export_command pipeline/test_host_memory pipeline/test_launcher_gone \
+	pipeline/test_network_estimate pipeline/test_plan pipeline/test_preflight pipeline/test_report \
+	pipeline/test_storage pipeline/test_undecodable \
+	data_prep/test_disk_full data_prep/test_interruption data_prep/test_tasks data_prep/test_verify
+SLOW_TESTS := static_graph or interrupted_runs or heavy or logs_to_stderr
+
+test-fast: setup
+	$(PYTEST) -n 2 --dist loadgroup $(SLOW_FILES:%=--ignore tests/%.py) -k "not ($(SLOW_TESTS))" tests/pipeline tests/data_prep
 
 soak: setup
-	$(PYTEST) -m soak tests
+	$(AS_ROOT) $(PYTEST) $(IN_PARALLEL) -m soak tests
 
 bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(CUDA),bench]'
@@ -57,6 +70,8 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/shellcheck -x slurm/*.sh slurm/site.env demo/*.sh .ci/run
 
 clean:
 	rm -rf out build *.egg-info

