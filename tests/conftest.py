@@ -1,5 +1,6 @@
-"""Fixtures that several test packages share, the order of the tests, and the time that they take."""
+"""Fixtures that several test packages share, the order of the tests, and their duration."""
 
+import logging
 import os
 import shutil
 import signal
@@ -13,12 +14,19 @@ import hypothesis
 import pytest
 from PIL import Image
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests and runs share the cores; before torch is imported
-hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no fault of the code
+from pipeline.distributed.logging import setup_logging
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests and runs share the cores
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine must not fail a test
 hypothesis.settings.load_profile("suite")
 
+setup_logging()
+for name in ("pipeline", "data_prep"):
+    logging.getLogger(name).propagate = True  # to caplog
+
 ROOT = Path(__file__).parents[1]
-LONG = ("test_slurm_cut_link", "test_launchers", "test_lost_ranks")  # files with one or two long tests
+LONG = ("test_slurm_network_failure", "test_launchers", "test_lost_ranks")
+"""Files with one or two long tests."""
 START_UP = "import torch, deepspeed, timm, nvidia.dali"
 
 
@@ -30,27 +38,27 @@ def pytest_configure(config) -> None:
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist
         return
     if config.getoption("--time"):
-        began = time.monotonic()
+        started = time.monotonic()
         subprocess.run([sys.executable, "-c", START_UP], check=True, capture_output=True)
-        config.start_up = time.monotonic() - began
+        config.start_up = time.monotonic() - started
     server = forkserver.start_server()
     config.add_cleanup(lambda: shutil.rmtree(Path(os.environ[forkserver.ADDRESS]).parent))
     config.add_cleanup(server.wait)
     config.add_cleanup(server.stdin.close)
-    config.began = time.monotonic()
+    config.started = time.monotonic()
 
 
 def pytest_unconfigure(config) -> None:
     if hasattr(config, "start_up"):
-        took, unit = time.monotonic() - config.began, config.start_up
-        print(f"{took:.0f} s = {took / unit:.0f} x T; T = {unit:.1f} s: python -c '{START_UP}'")
+        duration, unit = time.monotonic() - config.started, config.start_up
+        print(f"{duration:.0f} s = {duration / unit:.0f} x T; T = {unit:.1f} s: python -c '{START_UP}'")
 
 
 def pytest_itemcollected(item) -> None:
-    """Run a file's tests in one process, for their fixtures, and those on the Slurm cluster in one.
+    """Run the tests of a file in one process, because they share fixtures, and those on the Slurm cluster in one.
 
-    pytest-xdist gives a process its next group when two tests are left of the last: what is long is no such
-    group.
+    pytest-xdist gives a process its next group when two tests of the present group are left, so long tests have a
+    group of their own.
     """
     name = item.path.stem
     group = "slurm" if "cluster" in item.fixturenames else "long" if name in LONG else name
@@ -58,17 +66,16 @@ def pytest_itemcollected(item) -> None:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """Start with what takes longest and waits most: Slurm, launchers, then the other real runs."""
+    """Start with the tests that take longest and mostly wait: Slurm, launchers, then the other real runs."""
     first = ("slurm", *LONG, "preemption", "integration/")
     items.sort(key=lambda item: [word not in item.nodeid for word in first])
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory) -> Path:
-    """A folder of class folders of real JPEG photographs.
+    """A folder of class folders of JPEG photographs.
 
-    The smallest files of IMAGENET_SAMPLE_DIR if it is set, else crops of those that ship with the test
-    dependencies.
+    They are the smallest files of IMAGENET_SAMPLE_DIR if it is set, else crops of those that test dependencies have.
     """
     folder = tmp_path_factory.mktemp("photographs")
     sample = os.environ.get("IMAGENET_SAMPLE_DIR")
@@ -84,8 +91,9 @@ def photographs(tmp_path_factory) -> Path:
 
 
 def build(photographs: Path, out: Path, *options: str) -> Path:
-    done = forkserver.run(["-m", "data_prep", "folder", photographs, out, *options])
-    assert done.returncode == 0, done.stderr
+    """Build a shard set of a folder of images."""
+    built = forkserver.run(["-m", "data_prep", "folder", photographs, out, *options])
+    assert built.returncode == 0, built.stderr
     return out
 
 
@@ -103,44 +111,43 @@ def other_shards(photographs, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that mounts a file system of so many MiB; it is gone after the test."""
+    """A function that mounts a file system of the given size in MiB, until the end of the test."""
     mounted = []
 
     def mount(mebibytes: int) -> Path:
-        place = tmp_path / "disk"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", place]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, f"mounting needs root, or `unshare -rm`: {done.stderr}"
-        mounted.append(place)
-        return place
+        mount_point = tmp_path / "disk"
+        mount_point.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", mount_point]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        assert finished.returncode == 0, f"mounting needs root, or `unshare -rm`: {finished.stderr}"
+        mounted.append(mount_point)
+        return mount_point
 
     yield mount
-    for place in mounted:
-        subprocess.run(["umount", "--lazy", place], check=True)
+    for mount_point in mounted:
+        subprocess.run(["umount", "--lazy", mount_point], check=True)
 
 
 @pytest.fixture
 def kept_environment():
-    """What finding and joining the ranks and listening to signals leave behind goes with the test."""
+    """Restore environment and signal handlers, and destroy the process group, after a test that trains in-process."""
     from pipeline.distributed.collectives import destroy_process_group
     from pipeline.train.preemption import SIGNALS
 
-    before, heard = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
+    environment, handlers = dict(os.environ), {number: signal.getsignal(number) for number in SIGNALS}
     os.environ["DS_ACCELERATOR"] = "cpu"
     yield
     destroy_process_group()
     signal.set_wakeup_fd(-1)
-    for number, handler in heard.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")
 def labelled_sets(photographs, tmp_path_factory) -> tuple[Path, Path]:
-    """Two shard sets of small crops of six photographs, each its own class: 60 to learn from, 42 to be judged
-    on."""
+    """Two shard sets of small crops of six photographs, each photograph a class: 60 to train on, 42 to evaluate on."""
     folder = tmp_path_factory.mktemp("labelled")
     chosen = [sorted(path.iterdir())[0] for path in sorted(photographs.iterdir())[:6]]
     for path in chosen:
@@ -148,10 +155,9 @@ def labelled_sets(photographs, tmp_path_factory) -> tuple[Path, Path]:
             square = image.convert("RGB").resize((96, 96))
         for number in range(17):
             left, top = 4 * (number % 5), 7 * (number % 4)
-            part = "val" if number % 5 > 2 or number == 16 else "train"
-            target = folder / part / path.parent.name / f"{path.parent.name}_{number}.jpg"
+            split = "val" if number % 5 > 2 or number == 16 else "train"
+            target = folder / split / path.parent.name / f"{path.parent.name}_{number}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
             square.crop((left, top, left + 72, top + 72)).save(target, quality=90)
-    return tuple(
-        build(folder / part, folder / f"{part}-set", "--shard-size", "25") for part in ("train", "val")
-    )
+    train, val = (build(folder / split, folder / f"{split}-set", "--shard-size", "25") for split in ("train", "val"))
+    return train, val

@@ -1,13 +1,13 @@
-"""Start Python programs without paying for their imports: fork them from a process that has done these.
+"""Start Python programs quickly, by forking a process that has already imported their modules.
 
-A forked program is a real process: own process id, session, environment, arguments, working directory,
-standard streams and exit status, and it dies by real signals. It differs from `python -m MODULE` in what is
-loaded when it starts, and in that the interpreter is not taken apart at its end. Tests of start-up, exit,
-launchers and Slurm therefore start the real commands.
+A forked program is a real process with its own process id, session, environment, arguments, working directory, standard
+streams and exit status, and real signals end it. It differs from `python -m MODULE` in the modules that are loaded when
+it starts, and in that the interpreter is not finalized. Tests of start-up, exit, launchers and Slurm start the real
+commands instead.
 
-`python tests/forkserver.py FD` is the server, FD a listening socket. pytest starts one per test run
-(tests/conftest.py). It imports at the first request, ends with its standard input, and kills a program whose
-test process is gone.
+`python tests/forkserver.py FD` is the server; FD is a listening socket. pytest starts one per test run
+(tests/conftest.py). It imports the modules at the first request, exits when its standard input is closed, and kills a
+program if its test process has exited.
 """
 
 import atexit
@@ -47,13 +47,22 @@ PRELOAD = [
     "data_prep.verify",
     "torch.utils.tensorboard.writer",
 ]
-LONGEST = 600.0  # seconds after which a program hangs
+MAX_DURATION_S = 600.0
+"""A program that takes longer is considered to hang."""
 ADDRESS = "SHARDMAE_FORKSERVER"
 """Environment variable that holds the server's socket."""
 
 
 class ForkedProcess:
-    """A running program. Has the part of subprocess.Popen's interface that tests need."""
+    """A running program, with the part of subprocess.Popen's interface that tests need.
+
+    Args:
+        arguments: What follows `python`: "-m", module, ... or "-c", code, ...
+        env: The environment; default: this process's.
+        stdout, stderr: As for subprocess.Popen: a file, subprocess.PIPE, DEVNULL or STDOUT.
+        ranks: If given, start the program once per entry, with these variables added, as children of a process that
+            waits for all of them and exits with the code of the lowest rank that failed (128 + number for a signal).
+    """
 
     def __init__(
         self,
@@ -64,16 +73,6 @@ class ForkedProcess:
         stderr: IO | int | None = None,
         ranks: Sequence[Mapping[str, str]] = (),
     ):
-        """Start a program in a session of its own.
-
-        Args:
-            arguments: What follows `python`: "-m", module, ... or "-c", code, ...
-            env: Environment, default this process's.
-            stdout, stderr: As for subprocess.Popen: a file, subprocess.PIPE, DEVNULL or STDOUT.
-            ranks: If given, the program is started once per entry, with these variables added, below a
-                process that waits for all and exits as the lowest rank that failed (128 + number if by a
-                signal).
-        """
         self._captured: dict[str, IO[bytes]] = {}
         output = self._file("stdout", stdout, 1)
         errors = output if stderr == subprocess.STDOUT else self._file("stderr", stderr, 2)
@@ -94,18 +93,18 @@ class ForkedProcess:
         self.rank_pids: list[int] = started["ranks"]
         self.returncode: int | None = None
 
-    def _file(self, name: str, wanted: IO | int | None, inherited: int) -> int:
-        if wanted == subprocess.PIPE:  # a file never fills up, so nobody has to read along
+    def _file(self, name: str, target: IO | int | None, inherited: int) -> int:
+        if target == subprocess.PIPE:  # a file instead, which does not have to be read while the program runs
             self._captured[name] = tempfile.TemporaryFile()  # noqa: SIM115
             return self._captured[name].fileno()
-        if wanted == subprocess.DEVNULL:
+        if target == subprocess.DEVNULL:
             self._captured[name] = open(os.devnull, "w+b")  # noqa: SIM115
             return self._captured[name].fileno()
-        if wanted is None:
+        if target is None:
             return inherited
-        return wanted if isinstance(wanted, int) else wanted.fileno()
+        return target if isinstance(target, int) else target.fileno()
 
-    def wait(self, timeout: float | None = LONGEST) -> int:
+    def wait(self, timeout: float | None = MAX_DURATION_S) -> int:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
@@ -119,7 +118,7 @@ class ForkedProcess:
             self.wait(0)
         return self.returncode
 
-    def communicate(self, timeout: float | None = LONGEST) -> tuple[str, str]:
+    def communicate(self, timeout: float | None = MAX_DURATION_S) -> tuple[str, str]:
         self.wait(timeout)
         texts = []
         for name in ("stdout", "stderr"):
@@ -138,9 +137,9 @@ class ForkedProcess:
 
 
 def run(
-    arguments: Sequence[str | Path], timeout: float | None = LONGEST, **options
+    arguments: Sequence[str | Path], timeout: float | None = MAX_DURATION_S, **options
 ) -> subprocess.CompletedProcess:
-    """Start a program, wait for its end and return what it printed, as subprocess.run does."""
+    """Run a program to its end and return its output, as subprocess.run does."""
     process = ForkedProcess(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     try:
         output, errors = process.communicate(timeout)
@@ -154,23 +153,21 @@ def run(
 
 
 def serve(listener: socket.socket) -> dict:
-    """Answer requests until standard input ends. Returns only in a program's process: its request."""
+    """Answer requests until standard input is closed. Returns only in a program's process, with its request."""
     loaded = False
     while True:
         if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
             os._exit(0)
         connection, _ = listener.accept()
         head, fds, *_ = socket.recv_fds(connection, 4, 2)
-        if len(head) < 4:  # the test process was ended
+        if len(head) < 4:  # the test process was killed
             connection.close()
             continue
         request = json.loads(connection.makefile("rb").read(int.from_bytes(head, "big")))
         if not loaded:
             for module in PRELOAD:
                 importlib.import_module(module)
-            assert threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1, (
-                "a thread is lost by fork"
-            )
+            assert threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1, "fork would lose a thread"
             gc.freeze()
             loaded = True
         sys.stdout.flush()
@@ -187,9 +184,9 @@ def serve(listener: socket.socket) -> dict:
 
 
 def _handle(connection: socket.socket, request: dict, fds: list[int]) -> dict | None:
-    """Fork the program and report on it until it ends; returns the request in the program's own process."""
-    os.setsid()  # a signal to the tests' process group leaves this process to clean up
-    reading, writing = os.pipe()
+    """Fork the program and report its process ids and its end. Returns the request in the program's process."""
+    os.setsid()  # a signal to the tests' process group must not end this process, which cleans up
+    read_fd, write_fd = os.pipe()
     program = os.fork()
     if program == 0:
         connection.close()
@@ -198,27 +195,28 @@ def _handle(connection: socket.socket, request: dict, fds: list[int]) -> dict | 
         for variables in request["ranks"]:
             ranks.append(os.fork())
             if not ranks[-1]:
-                return _become({**request, "env": request["env"] | variables}, fds, [reading, writing])
-        os.write(writing, json.dumps(ranks).encode() + b"\n")
+                return _become({**request, "env": request["env"] | variables}, fds, [read_fd, write_fd])
+        os.write(write_fd, json.dumps(ranks).encode() + b"\n")
         if ranks:
-            os.close(writing)
+            os.close(write_fd)
             _exit_as(ranks)
-        return _become(request, fds, [reading, writing])
+        return _become(request, fds, [read_fd, write_fd])
     try:
-        for fd in (writing, *fds):
+        for fd in (write_fd, *fds):
             os.close(fd)
-        ranks = json.loads(os.fdopen(reading).readline() or "[]")
+        ranks = json.loads(os.fdopen(read_fd).readline() or "[]")
         connection.sendall(json.dumps({"pid": program, "ranks": ranks}).encode() + b"\n")
         ended = os.pidfd_open(program)
         if ended in select.select([ended, connection], [], [])[0]:
-            # Not reaped until the test process knows, so that the process id is not used again before.
-            found = os.waitid(os.P_PID, program, os.WEXITED | os.WNOWAIT)
-            code = found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
-            if request["ranks"]:  # none outlives the process that waits for them
+            # Reaped only after the test process was informed, so that the process id is not reused earlier.
+            status = os.waitid(os.P_PID, program, os.WEXITED | os.WNOWAIT)
+            assert status is not None
+            code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+            if request["ranks"]:  # no rank outlives the process that waits for them
                 os.killpg(program, signal.SIGKILL)
             connection.sendall(json.dumps({"returncode": code}).encode() + b"\n")
             connection.recv(1)  # until it closes the connection
-        else:  # the test process is gone
+        else:  # the test process has exited
             os.killpg(program, signal.SIGKILL)
     except OSError:
         os.killpg(program, signal.SIGKILL)
@@ -226,7 +224,7 @@ def _handle(connection: socket.socket, request: dict, fds: list[int]) -> dict | 
 
 
 def _exit_as(ranks: list[int]) -> NoReturn:
-    """Wait for all; exit with the code of the lowest rank that failed."""
+    """Wait for all ranks, and exit with the code of the lowest one that failed."""
     codes = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
     code = next((code for code in codes if code), 0)
     os._exit(code if code >= 0 else 128 - code)
@@ -249,8 +247,7 @@ def _become(request: dict, fds: list[int], unused: list[int]) -> dict:
 
 
 def execute(arguments: list[str]) -> NoReturn:
-    """Run "-m" MODULE or "-c" CODE and exit as Python does, but leave the memory to the kernel: to take apart
-    all that is imported costs more than most programs."""
+    """Run "-m" MODULE or "-c" CODE and exit as Python does, without finalizing the imported modules, which is slow."""
     option, program, *rest = arguments
     code: object = 0
     try:
@@ -260,12 +257,12 @@ def execute(arguments: list[str]) -> NoReturn:
         else:
             sys.argv = ["-c", *rest]
             exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
-    except SystemExit as end:
-        code = end.code
+    except SystemExit as exit_request:
+        code = exit_request.code
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
         code = 1
-    threading._shutdown()  # waits for threads, as the interpreter does before it calls what atexit was given
+    threading._shutdown()  # waits for threads, as the interpreter does before it calls the functions of atexit
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -273,7 +270,7 @@ def execute(arguments: list[str]) -> NoReturn:
 
 
 def start_server() -> subprocess.Popen:
-    """Start the server; its address is in this process's environment, for itself and its children."""
+    """Start the server, and put its address into the environment of this process and its children."""
     os.environ[ADDRESS] = os.path.join(tempfile.mkdtemp(), "socket")
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment = {**os.environ, **one_thread, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}

@@ -6,7 +6,7 @@
 
 `record` runs the commands of a checkout in small fp32 runs on the CPU: every pre-training method and
 combination on one rank or two, one fine-tuning, one linear probe, k-NN, and a build of every kind of data source.
-It records losses and learning rates (repr), sample traces, checksums of the weights and of every file of the
+It records all metrics (repr), sample traces, checksums of the weights and of every file of the
 shard sets. `resume` starts runs with the old checkout, kills them after their first checkpoint, continues
 them with the new one, and compares the losses with an uninterrupted run. A difference ends with exit code 1.
 
@@ -91,8 +91,14 @@ PROBE = {
     "train.log_every": 1,
     "train.checkpoint_every": 4,
 }
-NOT_COMPARED = ("time", "images_per_s", "data_wait", "memory", "mfu", "comm")
+NOT_COMPARED = ("time", "images_per_s", "data_wait", "memory", "mfu", "rank_time", "slowest")
 """Start of the names of metrics that measure speed."""
+
+
+INTERVALS = ("low", "high")
+"""End of the names of confidence intervals, which follow from the counts and may differ in the last bit."""
+RENAMED = {"skips": "skipped_steps", "replaced": "undecodable"}
+"""Metrics columns of earlier versions."""
 
 
 def main() -> int:
@@ -130,15 +136,15 @@ def record(checkout: Path, path: Path) -> int:
         found["finetune"] = _describe_run(place / "finetune")
         _run(checkout, 2, _linprobe(weights, train, val, place / "probe"))
         found["probe"] = _describe_run(place / "probe")
-        knn = ["knn", "--weights", str(weights), "--data", str(train), "--val", str(val)]
-        found["knn"] = _run(checkout, 1, knn)
+        knn = ["knn", "--weights", str(weights), "--data", str(train), "--val", str(val), "--json"]
+        found["knn"] = [row["top1"]["correct"] for row in json.loads(_run(checkout, 1, knn))["knn"]]
     path.write_text(json.dumps(found, indent=1))
     print(f"{path}: {len(found)} results of {checkout}")
     return 0
 
 
 def compare(first: Path, second: Path) -> int:
-    one, two = (json.loads(path.read_text()) for path in (first, second))
+    one, two = (_comparable(json.loads(path.read_text())) for path in (first, second))
     differences = list(_differences("", one, two))
     for line in differences[:40]:
         print(line)
@@ -203,9 +209,7 @@ def _shard_sets(checkout: Path, place: Path, found: dict) -> tuple[Path, Path, P
                 buffer = io.BytesIO()
                 square.crop((left, top, left + 64, top + 64)).save(buffer, "JPEG", quality=90)
                 crops[f"class{label}/{label}_{number}.jpg"] = buffer.getvalue()
-        _data_prep(
-            checkout, "folder", write_tree(place / part, crops), place / f"{part}-set", "--shard-size", "25"
-        )
+        _data_prep(checkout, "folder", write_tree(place / part, crops), place / f"{part}-set", "--shard-size", "25")
     return place / "sets" / "folder", place / "train-set", place / "val-set"
 
 
@@ -224,9 +228,7 @@ def _sources(photographs: list[bytes]) -> dict[str, tuple[str, dict, list[str]]]
     names = [f"{number:012d}.jpg" for number in (139, 285, 632, 724)]
     coco = {f"val2017/{name}": photographs[n] for n, name in enumerate(names)}
     ids = ("000a1249af2bc5f0", "0001eeaf4aed83f9", "00075905539074f2")
-    columns = (
-        "ImageID,Subset,OriginalURL,OriginalLandingURL,License,AuthorProfileURL,Author,Title,OriginalSize"
-    )
+    columns = "ImageID,Subset,OriginalURL,OriginalLandingURL,License,AuthorProfileURL,Author,Title,OriginalSize"
     columns += ",OriginalMD5,Thumbnail300KURL,Rotation"
     rows = [(i, "train", f"https://f/{i}.jpg", "", "BY", "", "Ann", "x", 1, "", "", turn)
             for i, turn in zip(ids, ("", "90.0", "0.0"), strict=True)]  # fmt: skip
@@ -357,10 +359,10 @@ def _describe_run(run: Path) -> dict:
     weights = [*sorted(last.glob("weights*.safetensors")), *sorted(last.glob("heads*.safetensors"))]
     accuracy = run / "accuracy.json"
     return {
-        "metrics": [_kept(line) for line in _lines(run)],
+        "metrics": [{name: repr(value) for name, value in line.items()} for line in _lines(run)],
         "traces": {path.name: path.read_text().splitlines() for path in traces},
         "weights": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights},
-        "accuracy": json.loads(accuracy.read_text()).get("top1") if accuracy.exists() else None,
+        "accuracy": json.loads(accuracy.read_text())["top1"]["correct"] if accuracy.exists() else None,
     }
 
 
@@ -368,8 +370,19 @@ def _lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def _kept(line: dict) -> dict:
-    return {name: repr(value) for name, value in line.items() if not name.startswith(NOT_COMPARED)}
+def _comparable(record: dict) -> dict:
+    """Remove the metrics that measure speed, and rename those of earlier versions."""
+    for result in record.values():
+        if isinstance(result, dict) and "metrics" in result:
+            result["metrics"] = [
+                {
+                    RENAMED.get(name, name): value
+                    for name, value in line.items()
+                    if not name.startswith(NOT_COMPARED) and not name.endswith(INTERVALS)
+                }
+                for line in result["metrics"]
+            ]
+    return record
 
 
 def _losses(run: Path) -> list[tuple[int, str]]:

@@ -1,7 +1,7 @@
 """A real Slurm cluster of two nodes on this machine: munged, slurmctld and two slurmd, in one directory.
 
-Nothing of the machine's own Slurm is used or touched. Needs the packages slurm-wlm and munge, and root (or
-root in a user namespace).
+It is independent of a Slurm of the machine. Needs the packages slurm-wlm and munge, and root (or root in a user
+namespace).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ JobRequeue=1
 ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
-SlurmdTimeout={silence}
+SlurmdTimeout={slurmd_timeout}
 KillWait=20
 GresTypes=gpu
 NodeName=n1 NodeHostname=localhost NodeAddr={addresses[1]} Port={ports[1]} CPUs=96 Gres=gpu:8 State=UNKNOWN
@@ -48,7 +48,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 class Network:
-    """Two hosts, n1 and n2, with an address and a cable each: network namespaces on a bridge. Needs root."""
+    """Two hosts, n1 and n2, each a network namespace with an address and a cable to a bridge. Needs root."""
 
     ADDRESSES = ("10.211.77.254", "10.211.77.1", "10.211.77.2")
 
@@ -58,19 +58,19 @@ class Network:
         self._ip("addr", "add", f"{self.ADDRESSES[0]}/24", "dev", self.bridge)
         self._ip("link", "set", self.bridge, "up")
         for host, address in zip(("n1", "n2"), self.ADDRESSES[1:], strict=True):
-            space, cable = f"{self.bridge}-{host}", f"{self.bridge}{host}"
-            self._ip("netns", "add", space)
-            self._ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
+            namespace, cable = f"{self.bridge}-{host}", f"{self.bridge}{host}"
+            self._ip("netns", "add", namespace)
+            self._ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", namespace)
             self._ip("link", "set", cable, "master", self.bridge, "up")
-            self._ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
-            self._ip("-n", space, "link", "set", "eth0", "up")
-            self._ip("-n", space, "link", "set", "lo", "up")
+            self._ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "eth0")
+            self._ip("-n", namespace, "link", "set", "eth0", "up")
+            self._ip("-n", namespace, "link", "set", "lo", "up")
 
     def command(self, host: str) -> list[str]:
-        """What to put before a command that runs on a host."""
+        """Return the prefix of a command that runs on a host."""
         return ["nsenter", f"--net=/run/netns/{self.bridge}-{host}"]
 
-    def plug(self, host: str, *, connected: bool) -> None:
+    def set_link(self, host: str, *, connected: bool) -> None:
         self._ip("link", "set", f"{self.bridge}{host}", "up" if connected else "down")
 
     def close(self) -> None:
@@ -83,15 +83,18 @@ class Network:
 
 
 class Cluster:
-    """Two nodes, n1 and n2, of 96 pretended cores and 8 pretended GPUs each."""
+    """Two nodes, n1 and n2, each configured with 96 cores and 8 GPUs that do not exist.
 
-    def __init__(self, directory: Path, network: "Network | None" = None, silence: int = 8):
-        """network: where the nodes are hosts with addresses of their own; None: all on the loopback. silence:
-        seconds after which Slurm gives up a node that does not answer."""
+    Args:
+        network: The hosts of the nodes; None to run all on the loopback device.
+        slurmd_timeout: Seconds after which Slurm considers a node that does not respond as down.
+    """
+
+    def __init__(self, directory: Path, network: Network | None = None, slurmd_timeout: int = 8):
         self.directory, self.network = directory, network
         self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
         self.daemons: dict[str, subprocess.Popen] = {}
-        self.waiting: dict[tuple[str, str], float] = {}
+        self._requeued_at: dict[tuple[str, str], float] = {}
         (directory / "state").mkdir(parents=True)
         key = directory / "munge.key"
         key.touch(mode=0o600)
@@ -99,7 +102,7 @@ class Cluster:
         ports = _free_ports(3)
         addresses = network.ADDRESSES if network else 3 * ["127.0.0.1"]
         (directory / "slurm.conf").write_text(
-            CONFIGURATION.format(directory=directory, ports=ports, addresses=addresses, silence=silence)
+            CONFIGURATION.format(directory=directory, ports=ports, addresses=addresses, slurmd_timeout=slurmd_timeout)
         )
         for number in range(8):
             (directory / f"gpu{number}").touch()
@@ -125,16 +128,16 @@ class Cluster:
         self._daemon("slurmd", "-D", "-N", name, label=name, host=name)
 
     def kill_node(self, name: str) -> None:
-        """As if the node lost power: its slurmd and everything that runs there, SIGKILL."""
+        """Kill the node's slurmd and all its processes, as a loss of power would."""
         self.daemons.pop(name).kill()
         for process in self.processes(name):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL)
 
     def processes(self, name: str, word: str = "") -> list[Path]:
-        """In /proc, what jobs run on a node, with a word in its command line."""
+        """Return the /proc directories of the processes of a node's jobs, with `word` in the command line."""
         marks = {f"SLURMD_NODENAME={name}".encode(), f"SLURM_CONF={self.directory}/slurm.conf".encode()}
-        found = []
+        processes = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 environment = set((process / "environ").read_bytes().split(b"\0"))
@@ -142,47 +145,47 @@ class Cluster:
             except OSError:  # it has just ended
                 continue
             if marks <= environment and word.encode() in command:
-                found.append(process)
-        return found
+                processes.append(process)
+        return processes
 
     def states(self) -> dict[str, str]:
-        """Each node's state, in sinfo's words."""
+        """Return sinfo's state of each node."""
         listed = self.run("sinfo", "-h", "-N", "-o", "%N %T", check=False)
         return dict(line.split() for line in listed.splitlines())
 
     def run(self, *command: str | Path, check: bool = True, **environment: str) -> str:
-        """A Slurm command's output."""
-        done = subprocess.run(
+        """Run a Slurm command and return its stdout."""
+        finished = subprocess.run(
             [str(word) for word in command],
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
             timeout=120,
         )
-        assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
-        return done.stdout
+        assert not check or finished.returncode == 0, (command, finished.stdout, finished.stderr)
+        return finished.stdout
 
     def submit(self, *arguments: str | Path, **environment: str) -> str:
-        """sbatch; returns the job's id."""
+        """Submit a job with sbatch. Returns its id."""
         return self.run("sbatch", "--parsable", *arguments, **environment).strip()
 
     def job(self, job: str) -> dict[str, str]:
-        """What scontrol says of a job."""
+        """Return scontrol's fields of a job."""
         text = self.run("scontrol", "--oneliner", "show", "job", job)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def wait(self, job: str, seconds: float, output: Path | None = None) -> dict[str, str]:
-        """Wait for a job's end. Slurm lets a requeued job wait for two minutes; here it starts at once."""
+        """Wait for a job's end. Slurm delays a requeued job by two minutes; here it starts at once."""
         deadline = time.monotonic() + seconds
         while not self.has_ended(job):
-            found = self.job(job)
-            assert time.monotonic() < deadline, (found, output and output.read_text()[-4000:], self._logs())
-            self.hurry(found)
+            fields = self.job(job)
+            assert time.monotonic() < deadline, (fields, output and output.read_text()[-4000:], self._logs())
+            self.start_if_requeued(fields)
             time.sleep(0.3)
         return self.job(job)
 
     def has_ended(self, job: str) -> bool:
-        """Whether a job is over for good: one that is being put back passes through FAILED for a moment."""
+        """Return whether a job has ended and is not being requeued, during which it is FAILED for a moment."""
         for _ in range(8):
             if self.job(job)["JobState"] not in ENDED:
                 return False
@@ -196,15 +199,12 @@ class Cluster:
             assert time.monotonic() < deadline, (listed, self._logs())
             time.sleep(0.3)
 
-    def hurry(self, found: dict[str, str]) -> None:
-        """Let a job that was put back start, but not in the second in which its nodes gave it up: they would
-        refuse it."""
-        waiting = found["JobState"] == "PENDING" and found["Reason"] == "BeginTime"
-        since = (
-            self.waiting.setdefault((found["JobId"], found["Restarts"]), time.monotonic()) if waiting else 0
-        )
-        if waiting and time.monotonic() - since > 4:
-            self.run("scontrol", "update", f"JobId={found['JobId']}", "StartTime=now", check=False)
+    def start_if_requeued(self, fields: dict[str, str]) -> None:
+        """Start a requeued job, a few seconds after it was requeued: before that its nodes may reject it."""
+        if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
+            key = fields["JobId"], fields["Restarts"]
+            if time.monotonic() - self._requeued_at.setdefault(key, time.monotonic()) > 4:
+                self.run("scontrol", "update", f"JobId={fields['JobId']}", "StartTime=now", check=False)
 
     def close(self) -> None:
         self.run("scancel", "--user", "root", check=False)
@@ -219,11 +219,11 @@ class Cluster:
     def _daemon(self, program: str, *arguments: str, label: str = "", host: str = "") -> None:
         path = shutil.which(program) or f"/usr/sbin/{program}"
         on_host = self.network.command(host) if self.network and host else []
-        with_us = ["setpriv", "--pdeathsig", "TERM"]  # a killed test run leaves no cluster behind
+        with_tests = ["setpriv", "--pdeathsig", "TERM"]  # it ends if the test process is killed
         name = label or program
         with open(self.directory / f"{name}.out", "a") as output:
             self.daemons[name] = subprocess.Popen(
-                [*on_host, *with_us, path, *arguments],
+                [*on_host, *with_tests, path, *arguments],
                 env=self.environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,

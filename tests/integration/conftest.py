@@ -1,8 +1,10 @@
 """Fixtures for tests that start real runs."""
 
+from collections.abc import Iterator
+
 import pytest
 from cluster import Cluster
-from jobs import JOB_STEPS, TINY, needs_slurm
+from jobs import JOB_STEPS, TINY, require_slurm
 from runs import DeepSpeedRun, Run
 
 
@@ -22,18 +24,18 @@ def other_run(shards, tmp_path) -> Run:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory) -> Cluster:
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
     """A real Slurm cluster of two nodes."""
-    needs_slurm()
+    require_slurm()
     cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster")
     yield cluster
     cluster.close()
 
 
 @pytest.fixture(scope="session")
-def undisturbed_losses(shards, tmp_path_factory) -> list[tuple[int, float]]:
-    """What two ranks log that run without Slurm and without being disturbed, with the settings of Job."""
-    run = Run(shards, tmp_path_factory.mktemp("undisturbed") / "run")
+def uninterrupted_losses(shards, tmp_path_factory) -> list[tuple[int, float]]:
+    """Losses of an uninterrupted run on two ranks without Slurm, with the settings of `Job`."""
+    run = Run(shards, tmp_path_factory.mktemp("uninterrupted") / "run")
     run.PROGRAM = ("pipeline", "pretrain", "vith14_emae")
     run.train(2, **{key.replace(".", "__"): value for key, value in TINY.items()}, train__steps=JOB_STEPS)
     return run.losses()

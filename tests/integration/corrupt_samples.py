@@ -1,4 +1,4 @@
-"""Faults that every check before a run passes."""
+"""Corruption of shard sets that no check before training can detect."""
 
 import hashlib
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 from data_prep.shard_set import read_index, read_manifest, tar_path
 
 
-def smuggle(shards: Path, count: int) -> list[str]:
-    """Make the first samples of a shard undecodable and every checksum right. Returns their keys."""
+def make_undecodable(shards: Path, count: int) -> list[str]:
+    """Make the first samples of a shard undecodable, with matching checksums. Returns their keys."""
     shard = read_manifest(shards).shards[0]
     index, path = read_index(shards, shard), tar_path(shards, shard)
     data = bytearray(path.read_bytes())

@@ -1,11 +1,13 @@
-"""Pre-train with a method whose loss or gradient goes wrong at chosen moments. Started like `-m pipeline`.
+"""Pre-train with a method whose loss or gradient is wrong at chosen moments. Started like `-m pipeline`.
 
     python -m faulty FAULTS --data DIR --run DIR --set KEY=VALUE...
 
-FAULTS is JSON: a list of {"kind": "loss" | "gradient" | "spike", and "steps": [...], numbers as in
-metrics.jsonl, or "data_of_steps": [...]: whenever a sample comes by that those steps would read}; and of
-{"kind": "slow", "rank": R, "seconds": S}: that rank's forward pass takes so much longer; and of
-{"kind": "signal", "steps": [...]}: SIGTERM comes in their forward passes.
+FAULTS is a JSON list of
+
+    {"kind": "loss" | "gradient" | "spike", "steps": [...]}            at these steps, counted as in metrics.jsonl
+    {"kind": "loss" | "gradient" | "spike", "data_of_steps": [...]}    for every sample that these steps would read
+    {"kind": "slow", "rank": R, "seconds": S}                          each forward pass of a rank takes longer
+    {"kind": "signal", "steps": [...]}                                 SIGTERM during the forward passes of these steps
 """
 
 import argparse
@@ -19,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.commands.exit_codes import exit_code_of
+from pipeline.commands.exit_codes import run_command
 from pipeline.data.philox import Purpose, uniform
 from pipeline.data.reader import ShardReader
 from pipeline.data.sampler import rank_positions
+from pipeline.distributed.logging import setup_logging
 from pipeline.methods import Method, MethodOutput, build_method
 from pipeline.recipe import load_recipe
 from pipeline.tasks.pretraining import pretrain
@@ -30,8 +33,8 @@ from pipeline.tasks.pretraining import pretrain
 FACTOR = {"loss": float("nan"), "gradient": float("nan"), "spike": 100.0}
 
 
-class BreakGradient(torch.autograd.Function):
-    """The loss as it is; its gradient multiplied by `factor`."""
+class ScaleGradient(torch.autograd.Function):
+    """Returns the loss unchanged, and multiplies its gradient by `factor`."""
 
     @staticmethod
     def forward(ctx, loss, factor):
@@ -43,19 +46,19 @@ class BreakGradient(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0], None
 
 
-class Faulty(Method):
+class FaultyMethod(Method):
     """A recipe's method, with faults."""
 
     def __init__(self, method, faults, total_steps):
         super().__init__()
         self.method, self.faults, self.total_steps, self.step = method, faults, total_steps, 0
-        self.noise_size, self.patch_size = method.noise_size, method.patch_size
+        self.noise_size, self.grid, self.patch_size = method.noise_size, method.grid, method.patch_size
         self.normalize_targets = method.normalize_targets
         self.encoder = method.encoder
 
-    def set_training_progress(self, done):
-        self.step = round(done * self.total_steps) + 1
-        self.method.set_training_progress(done)
+    def set_training_progress(self, progress):
+        self.step = round(progress * self.total_steps) + 1
+        self.method.set_training_progress(progress)
 
     def reconstruct(self, images, noise):
         return self.method.reconstruct(images, noise)
@@ -71,11 +74,11 @@ class Faulty(Method):
                 if self.step in fault["steps"]:
                     os.kill(os.getpid(), signal.SIGTERM)
                 continue
-            now = torch.tensor(self.step in fault.get("steps", []))
+            is_faulty = torch.tensor(self.step in fault.get("steps", []))
             if "noise" in fault:
-                now = now | (noise[:, 0, None] == fault["noise"]).any()
-            factor = torch.where(now, FACTOR[fault["kind"]], 1.0)
-            loss = BreakGradient.apply(loss, factor) if fault["kind"] == "gradient" else loss * factor
+                is_faulty = is_faulty | (noise[:, 0, None] == fault["noise"]).any()
+            factor = torch.where(is_faulty, FACTOR[fault["kind"]], 1.0)
+            loss = ScaleGradient.apply(loss, factor) if fault["kind"] == "gradient" else loss * factor
         return output._replace(loss=loss)
 
 
@@ -87,22 +90,22 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--local_rank")
     args = parser.parse_args()
+    setup_logging()
     recipe = load_recipe("demo_emae", args.overrides)
 
     def build(recipe):
         method = build_method(recipe)
-        stream = ShardReader(recipe.sources([args.data]), recipe.data).stream(recipe.seed)
+        sampler = ShardReader(recipe.resolve_sources([args.data]), recipe.data).sampler(recipe.seed)
         for fault in args.faults:
             for step in fault.get("data_of_steps", []):
-                locations = stream.locate(rank_positions(step - 1, recipe.data.global_batch, 0, 1))
-                seen = uniform(
-                    recipe.seed, Purpose.MASK, locations.epoch, locations.sample, method.noise_size
-                )
+                # A sample is recognized by the first number of its mask noise.
+                locations = sampler.locate(rank_positions(step - 1, recipe.data.global_batch, 0, 1))
+                noise = uniform(recipe.seed, Purpose.MASK, locations.epoch, locations.sample_id, method.noise_size)
                 known = fault.setdefault("noise", torch.empty(0))
-                fault["noise"] = torch.cat([known, torch.from_numpy(np.ascontiguousarray(seen[:, 0]))])
-        return Faulty(method, args.faults, recipe.train.steps)
+                fault["noise"] = torch.cat([known, torch.from_numpy(np.ascontiguousarray(noise[:, 0]))])
+        return FaultyMethod(method, args.faults, recipe.train.steps)
 
-    sys.exit(exit_code_of(lambda: pretrain(recipe, [args.data], args.run, build)))
+    sys.exit(run_command(lambda: pretrain(recipe, [args.data], args.run, build)))
 
 
 if __name__ == "__main__":

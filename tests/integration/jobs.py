@@ -1,4 +1,4 @@
-"""Jobs as users submit them: the templates in slurm/, unchanged, with a model that trains in seconds."""
+"""Jobs as users submit them: the unchanged templates of slurm/, with a model that trains in seconds."""
 
 import json
 import os
@@ -19,8 +19,8 @@ JOB_STEPS = 300
 ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
 
 
-def needs_slurm() -> None:
-    """Skip where Slurm is not installed, but never where it has to be: .ci/run says so."""
+def require_slurm() -> None:
+    """Skip the test if Slurm is not installed; with REQUIRE_SLURM set, as in .ci/run, fail instead."""
     missing = [program for program in ("slurmctld", "munged", "ip") if not shutil.which(program, path=PATH)]
     if missing and "REQUIRE_SLURM" in os.environ:
         pytest.fail(f"{', '.join(missing)} not found: install slurm-wlm, munge and iproute2")
@@ -29,10 +29,10 @@ def needs_slurm() -> None:
 
 
 class Job:
-    """One run directory, and the environment that a user sets before sbatch."""
+    """A run directory, and the environment that a user sets before sbatch."""
 
-    def __init__(self, cluster, shards: Path, place: Path, name: str = "run", **settings):
-        self.cluster, self.run, self.output = cluster, place / name, place / f"{name}.out"
+    def __init__(self, cluster, shards: Path, folder: Path, name: str = "run", **settings):
+        self.cluster, self.run, self.output = cluster, folder / name, folder / f"{name}.out"
         sets = TINY | {key.replace("__", "."): value for key, value in settings.items()}
         self.environment = {
             "SHARDMAE": str(ROOT),
@@ -50,17 +50,17 @@ class Job:
         return self.id
 
     def wait(self, seconds: float = 600) -> dict[str, str]:
-        """Wait until the job has ended; what Slurm says of it."""
+        """Wait until the job has ended. Returns Slurm's fields of it."""
         return self.cluster.wait(self.id, seconds, self.output)
 
     def train(self, template: str, *options: str, **environment: str) -> str:
-        """Train to the end; what the job said."""
+        """Train to the end. Returns the job's log."""
         self.submit(template, *options, **environment)
         ended = self.wait()
-        assert ended["JobState"] == "COMPLETED", self.said()
-        return self.said()
+        assert ended["JobState"] == "COMPLETED", self.log()
+        return self.log()
 
-    def said(self) -> str:
+    def log(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
     def losses(self) -> list[tuple[int, float]]:
@@ -70,19 +70,19 @@ class Job:
         return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def until(condition, seconds, job):
-    """Wait for a condition while the job is not over, and let it start at once when it was put back."""
-    deadline, looked = time.monotonic() + seconds, 0.0
+def wait_until(condition, seconds: float, job: Job) -> None:
+    """Wait for a condition, and start the job at once if it is requeued. Fails if the job ends before that."""
+    deadline, checked = time.monotonic() + seconds, 0.0
     while not condition():
-        assert time.monotonic() < deadline, job.said()[-4000:]
-        if time.monotonic() - looked > 1:
-            assert not job.cluster.has_ended(job.id), job.said()[-4000:]
-            job.cluster.hurry(job.cluster.job(job.id))
-            looked = time.monotonic()
+        assert time.monotonic() < deadline, job.log()[-4000:]
+        if time.monotonic() - checked > 1:
+            assert not job.cluster.has_ended(job.id), job.log()[-4000:]
+            job.cluster.start_if_requeued(job.cluster.job(job.id))
+            checked = time.monotonic()
         time.sleep(0.01)
 
 
-def train_on(job, steps):
-    """Wait until the job has logged so many steps more than it has now."""
-    wanted = len(job.losses()) + steps
-    until(lambda: len(job.losses()) >= wanted, 400, job)
+def wait_for_steps(job: Job, steps: int) -> None:
+    """Wait until the job has logged `steps` more steps than it has now."""
+    target = len(job.losses()) + steps
+    wait_until(lambda: len(job.losses()) >= target, 400, job)

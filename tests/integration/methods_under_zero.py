@@ -1,5 +1,7 @@
-"""Train every method under ZeRO 3 with activation checkpointing, every parameter in parts, beside plain
-PyTorch. `python -m methods_under_zero`; fails by an assertion."""
+"""Train every method with ZeRO-3 and activation checkpointing, all parameters partitioned, and with plain PyTorch.
+
+`python -m methods_under_zero`; fails by an assertion.
+"""
 
 import json
 import tempfile
@@ -30,12 +32,12 @@ SMALL = {
     "model.depth": 1,
     "model.decoder_width": 32,
     "method.normalize_targets": "true",
-    "method.efficient_mae.beta": 6,  # of patches of 4 px it drops some
+    "method.efficient_mae.beta": 6,  # drops some patches of 4 px
     "engine.zero_stage": 3,
     "engine.activation_checkpointing": "true",
     "engine.micro_batch": 2,
 }
-NO_PARAMETER_STAYS = {  # however small it is, and however soon it is needed again
+PARTITION_ALL = {  # also parameters that are small or needed again soon
     "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
@@ -43,12 +45,12 @@ NO_PARAMETER_STAYS = {  # however small it is, and however soon it is needed aga
 LR = 1e-3
 
 
-def recipe_of(title: str, world: DistInfo, precision: str) -> Recipe:
+def make_recipe(title: str, dist_info: DistInfo, precision: str) -> Recipe:
     settings = {
         **SMALL,
         **METHODS[title],
         "method.name": title.partition(",")[0],
-        "data.global_batch": SMALL["engine.micro_batch"] * world.size,
+        "data.global_batch": SMALL["engine.micro_batch"] * dist_info.world_size,
         "engine.precision": precision,
     }
     return load_recipe("demo_emae", [f"{key}={value}" for key, value in settings.items()])
@@ -59,25 +61,25 @@ def build(recipe: Recipe):
     return build_method(recipe)
 
 
-def batch(step: int, recipe: Recipe, noise_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(step: int, recipe: Recipe, noise_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(recipe.data.global_batch, 3, 32, 32, generator=generator)
     return images, torch.rand(len(images), noise_size, generator=generator)
 
 
-def plain_losses(recipe: Recipe, steps: int) -> list[float]:
-    """Of the whole batches, by torch's AdamW alone, without checkpointing."""
+def pytorch_losses(recipe: Recipe, steps: int) -> list[float]:
+    """Train on the global batches with torch's AdamW, without activation checkpointing."""
     section = recipe.engine.model_copy(update={"activation_checkpointing": False})
     method = build(recipe.model_copy(update={"engine": section}))
     decays = {True: recipe.optim.weight_decay, False: 0.0}
     groups = [
-        {"params": [p for p in method.parameters() if (p.ndim > 1) == matrix], "weight_decay": decay}
-        for matrix, decay in decays.items()
+        {"params": [p for p in method.parameters() if (p.ndim > 1) == is_matrix], "weight_decay": decay}
+        for is_matrix, decay in decays.items()
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=recipe.optim.betas, eps=ADAM_EPS)
     losses = []
     for step in range(steps):
-        loss = method(*batch(step, recipe, method.noise_size)).loss
+        loss = method(*make_batch(step, recipe, method.noise_size)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -85,43 +87,44 @@ def plain_losses(recipe: Recipe, steps: int) -> list[float]:
     return losses
 
 
-def engine_losses(recipe: Recipe, world: DistInfo, config: Path, steps: int) -> list[float]:
-    """Means over the ranks, each of which has a part of the batch."""
+def engine_losses(recipe: Recipe, dist_info: DistInfo, config: Path, steps: int) -> list[float]:
+    """Train with the engine, each rank on its part of the batch. Returns means over the ranks."""
     method = build(recipe)
-    model = engine.build_engine(recipe, method, engine_config(recipe, world.size, config), world.device)
+    deepspeed_config = engine_config(recipe, dist_info.world_size, config)
+    model = engine.build_engine(recipe, method, deepspeed_config, dist_info.device)
     losses = []
     for step in range(steps):
-        mine = [x.tensor_split(world.size)[world.rank] for x in batch(step, recipe, method.noise_size)]
+        batch = make_batch(step, recipe, method.noise_size)
+        part = [x.tensor_split(dist_info.world_size)[dist_info.rank] for x in batch]
         engine.set_learning_rate(model, LR)
-        loss = model(*mine).loss
-        assert not any(p.numel() for p in method.parameters()), "a parameter is whole outside of its module"
+        loss = model(*part).loss
+        assert not any(p.numel() for p in method.parameters()), "a parameter is not partitioned outside of its module"
         model.backward(loss)
         engine.step(model, lambda norm: torch.zeros(()))
         total = loss.detach().clone()
         dist.all_reduce(total)
-        losses.append(total.item() / world.size)
+        losses.append(total.item() / dist_info.world_size)
     return losses
 
 
 def main() -> None:
-    world = init_dist_env()
-    # First of all: an engine of ZeRO 3 leaves another linear layer behind for all that follow.
-    plain = {title: plain_losses(recipe_of(title, world, "fp32"), 3) for title in METHODS}
+    dist_info = init_dist_env()
+    # First: a ZeRO-3 engine replaces the linear layer of all modules that are built later.
+    expected_losses = {title: pytorch_losses(make_recipe(title, dist_info, "fp32"), 3) for title in METHODS}
     engine.init_distributed(timeout_minutes=10)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "zero3.json")
-        config.write_text(json.dumps({"zero_optimization": NO_PARAMETER_STAYS}))
-        for title, expected in plain.items():
+        config.write_text(json.dumps({"zero_optimization": PARTITION_ALL}))
+        for title, expected in expected_losses.items():
             full, half = (
-                engine_losses(recipe_of(title, world, precision), world, config, len(expected))
+                engine_losses(make_recipe(title, dist_info, precision), dist_info, config, len(expected))
                 for precision in ("fp32", "bf16")
             )
             for losses, tolerance in ((full, 1e-4), (half, 2e-2)):
-                torch.testing.assert_close(
-                    losses, expected, rtol=tolerance, atol=0, msg=f"{title}: {losses}, plainly {expected}"
-                )
-            if world.rank == 0:
-                print("the same", title, full, half)
+                message = f"{title}: {losses}, expected {expected}"
+                torch.testing.assert_close(losses, expected, rtol=tolerance, atol=0, msg=message)
+            if dist_info.rank == 0:
+                print("equal:", title, full, half)
     destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""k-NN in batches and blocks so small that every rank has some. Each rank prints what it found.
+"""k-NN with batches and blocks so small that every rank has some. Each rank prints its result and number of batches.
 
 python -m small_blocks WEIGHTS TRAIN VAL
 """
@@ -10,5 +10,5 @@ from pipeline.evals.knn import knn
 
 if __name__ == "__main__":
     batches = []
-    result = knn(*sys.argv[1:], batch=16, block=8, alive=lambda: batches.append(1))
+    result = knn(*sys.argv[1:], batch=16, block=8, heartbeat=lambda: batches.append(1))
     print(json.dumps({"result": result, "batches": len(batches)}))

@@ -1,4 +1,4 @@
-"""engine.compile changes how a run computes, not what."""
+"""engine.compile does not change the results of a run."""
 
 import pytest
 from pytest import approx
@@ -8,7 +8,7 @@ STEPS = 6
 
 
 @pytest.mark.soak
-def test_a_compiled_run_has_the_losses_of_an_eager_one(run, other_run, tmp_path, monkeypatch):
+def test_compiled_run_has_the_losses_of_an_eager_run(run, other_run, tmp_path, monkeypatch):
     eager = [line["loss"] for line in other_run.train(train__steps=STEPS)]
     generated = tmp_path / "generated"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(generated))

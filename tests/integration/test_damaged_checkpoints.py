@@ -1,6 +1,6 @@
-"""Whatever happens to a file of the newest checkpoint, the same command says so and goes on rightly.
+"""A run detects any damage to its newest checkpoint, and resumes from the previous one.
 
-Real runs: too long for every day. The protocol on disk is in tests/pipeline/test_checkpoint.py.
+Real runs, too long for every day. tests/pipeline/test_checkpoint.py tests the protocol on disk.
 """
 
 import shutil
@@ -12,13 +12,7 @@ from pipeline.train import checkpoint
 
 STEPS = 12
 RANKS = 2
-FILES = [
-    "rank-00000.safetensors",
-    "rank-00001.safetensors",
-    "engine.json",
-    "state.json",
-    "weights.safetensors",
-]
+FILES = ["rank-00000.safetensors", "rank-00001.safetensors", "engine.json", "state.json", "weights.safetensors"]
 SETTINGS = {"train__steps": STEPS, "engine__zero_stage": 2, "train__ema_decay": 0.9}
 
 
@@ -43,22 +37,21 @@ def finished(shards, tmp_path_factory):
 @pytest.mark.soak
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda path: path.unlink()])
 @pytest.mark.parametrize("file", [*FILES, "weights_ema.safetensors"])
-def test_a_damaged_newest_checkpoint_is_passed_over_and_nothing_wrong_is_trained(run, finished, file, damage):
+def test_damaged_checkpoint_is_not_used(run, finished, file, damage):
     shutil.copytree(finished.directory, run.directory)
     newest = run.directory / "checkpoints" / checkpoint.checkpoint_name(STEPS)
     assert {path.name for path in newest.iterdir()} == {*FILES, "weights_ema.safetensors"}
     damage(newest / file)
     run.train(RANKS, **SETTINGS)
-    assert f"warning: {newest.name} is damaged" in run.output.read_text()
+    assert f"{newest.name} is damaged" in run.output.read_text()
     assert run.losses() == finished.losses()
-    assert (newest / "weights.safetensors").read_bytes() == (
-        finished.directory / "checkpoints" / newest.name / "weights.safetensors"
-    ).read_bytes()
+    expected = finished.directory / "checkpoints" / newest.name / "weights.safetensors"
+    assert (newest / "weights.safetensors").read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, lambda path: path.unlink()])
-def test_latest_is_for_readers_and_decides_nothing(run, finished, damage):
+def test_resume_does_not_depend_on_latest(run, finished, damage):
     shutil.copytree(finished.directory, run.directory)
     damage(run.directory / "checkpoints" / "latest")
     run.train(RANKS, **SETTINGS)
@@ -66,11 +59,11 @@ def test_latest_is_for_readers_and_decides_nothing(run, finished, damage):
 
 
 @pytest.mark.soak
-def test_when_every_checkpoint_is_damaged_the_run_says_what_to_do(run, finished):
+def test_run_with_only_damaged_checkpoints_is_an_error(run, finished):
     shutil.copytree(finished.directory, run.directory)
     for path in (run.directory / "checkpoints").glob("*/engine.json"):
         path.unlink()
     process = run.start(RANKS, **SETTINGS)
     assert process.wait(120) == 2
-    assert "every checkpoint is damaged; mend one, or remove them all" in run.output.read_text()
+    assert f"{run.directory / 'checkpoints'}: every checkpoint is damaged" in run.output.read_text()
     assert run.losses() == finished.losses()

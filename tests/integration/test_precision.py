@@ -1,9 +1,9 @@
-"""bf16 and fp16 learn what fp32 learns, to their precision, on every ZeRO stage."""
+"""bf16 and fp16 have the losses of fp32, up to their precision, on every ZeRO stage."""
 
 import pytest
 import torch
 from pytest import approx
-from runs import Run, needs_precision
+from runs import Run, skip_unless_supported
 
 from pipeline.weights.run import load_run
 
@@ -13,30 +13,28 @@ STAGES = [0, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")
-def full_precision(shards, tmp_path_factory):
+def fp32_losses(shards, tmp_path_factory):
     lines = Run(shards, tmp_path_factory.mktemp("fp32") / "run").train(1, train__steps=STEPS)
     return [line["loss"] for line in lines]
 
 
-def compare(run, full_precision, precision, stage, ranks):
-    needs_precision(precision)
+def compare(run, fp32_losses, precision, stage, ranks):
+    skip_unless_supported(precision)
     settings = {"engine__precision": precision, "engine__zero_stage": stage, "train__steps": STEPS}
     losses = [line["loss"] for line in run.train(ranks, **settings)]
-    assert losses == approx(full_precision, rel=TOLERANCE[precision])
+    assert losses == approx(fp32_losses, rel=TOLERANCE[precision])
     weights = load_run(run.directory).method.state_dict()
-    # The masters, not what 16 bits hold of them: a weight that 16 bits hold exactly has its low half zero.
+    # Saved are the fp32 weights: of a weight that 16 bits represent exactly, the lower bits are zero.
     assert any((weight.view(torch.int32) & 0x1FFF).any() for weight in weights.values())
 
 
-@pytest.mark.parametrize(
-    ("precision", "stage"), [("bf16", 1), pytest.param("fp16", 1, marks=pytest.mark.soak)]
-)
-def test_half_precision_follows_full_precision(run, full_precision, precision, stage):
-    compare(run, full_precision, precision, stage, ranks=1)
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), pytest.param("fp16", 1, marks=pytest.mark.soak)])
+def test_half_precision_has_the_losses_of_fp32(run, fp32_losses, precision, stage):
+    compare(run, fp32_losses, precision, stage, ranks=1)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_half_precision_follows_full_precision_on_every_stage(run, full_precision, precision, stage):
-    compare(run, full_precision, precision, stage, ranks=2)
+def test_half_precision_has_the_losses_of_fp32_on_every_stage(run, fp32_losses, precision, stage):
+    compare(run, fp32_losses, precision, stage, ranks=2)

@@ -1,4 +1,4 @@
-"""A finished run directory holds what docs/architecture.md says, and the other commands read it."""
+"""A finished run directory has the files of docs/architecture.md, and other commands can read it."""
 
 import json
 
@@ -15,17 +15,16 @@ from pipeline.weights.run import load_run
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photographs, tmp_path, monkeypatch):
+def test_run_writes_all_files_and_its_weights_load(run, stage, photographs, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    told = {"train__wandb": "tests", "train__profile_steps": "[2,9]", "data__trace": True}
-    lines = run.train(2, train__steps=4, engine__zero_stage=stage, **told)
+    settings = {"train__wandb": "tests", "train__profile_steps": "[2,9]", "data__trace": True}
+    lines = run.train(2, train__steps=4, engine__zero_stage=stage, **settings)
     directory = run.directory
 
     assert load_recipe(directory / "recipe.yaml").engine.zero_stage == stage
     environment = json.loads((directory / "environment.json").read_text())
-    assert (
-        environment["world_size"] == 2 and environment["versions"]["torch"] == torch.__version__.split("+")[0]
-    )
+    assert environment["world_size"] == 2
+    assert environment["versions"]["torch"] == torch.__version__.split("+")[0]
 
     expected = {"step", "epoch", "samples", "loss", "reconstruction", "consistency", "lr", "grad_norm"}
     assert expected | {"skipped", "undecodable"} | TIMING_COLUMNS == lines[0].keys()
@@ -37,13 +36,13 @@ def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photogr
     assert [path.name for path in (directory / "profile").iterdir()] == ["steps-00000002-00000004.json.gz"]
     assert len(list((directory / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 
-    traced = [(directory / "samples" / f"rank-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    traces = [(directory / "samples" / f"rank-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     for step in range(4):
-        assert [sum(line.startswith(f"{step} ") for line in lines) for lines in traced] == [8, 8]
+        assert [sum(line.startswith(f"{step} ") for line in trace) for trace in traces] == [8, 8]
 
-    trained = load_run(directory)
-    assert trained.step == 4
-    assert all(torch.isfinite(weight).all() for weight in trained.method.state_dict().values())
+    loaded = load_run(directory)
+    assert loaded.step == 4
+    assert all(torch.isfinite(weight).all() for weight in loaded.method.state_dict().values())
     assert Image.open(directory / "reconstructions" / "step-00000004.png").width > 100
 
     out = tmp_path / "picture.png"
@@ -55,4 +54,4 @@ def test_a_run_leaves_everything_and_its_weights_can_be_read(run, stage, photogr
     assert Image.open(out).format == "PNG"
     page = (directory / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "://" not in page  # base64 has no colon
-    assert "<h2>By the clock</h2>" in page and "<h2>Reconstructions over time</h2>" in page
+    assert "<h2>Wall-clock time</h2>" in page and "<h2>Reconstructions</h2>" in page

@@ -1,15 +1,15 @@
-"""A job that is disturbed comes back by itself, and its losses are those of a job that was left in peace."""
+"""An interrupted job is requeued and resumes by itself, with the losses of an uninterrupted job."""
 
 import os
 import random
 
 import pytest
-from jobs import JOB_STEPS, Job, train_on, until
+from jobs import JOB_STEPS, Job, wait_for_steps, wait_until
 
 TEMPLATE = "pretrain_vith.sh"
 
 
-def has_left(job):
+def has_stopped(job):
     return job.cluster.job(job.id)["JobState"] != "RUNNING"
 
 
@@ -22,73 +22,71 @@ def signal(job):
 
 
 def time_limit(job):
-    """The time limit is near: Slurm signals, as the template asks it to."""
+    """Let the time limit come near: Slurm then sends the signal that the template asks for."""
     job.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=2")
-    until(lambda: has_left(job), 90, job)
+    wait_until(lambda: has_stopped(job), 90, job)
     job.cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
 
 
-def lost_node(job):
+def node_failure(job):
     job.cluster.kill_node("n2")
-    until(lambda: has_left(job), 90, job)
+    wait_until(lambda: has_stopped(job), 90, job)
     job.cluster.start_node("n2")
 
 
 def drained_node(job):
     job.cluster.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=maintenance")
     requeue(job)
-    until(lambda: has_left(job), 90, job)
+    wait_until(lambda: has_stopped(job), 90, job)
     job.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
 
 
-DISTURBANCES = [requeue, signal, time_limit, lost_node, drained_node]
+INTERRUPTIONS = [requeue, signal, time_limit, node_failure, drained_node]
 
 
-def disturbed(cluster, shards, place, steps, disturbances, chance) -> Job:
-    job = Job(cluster, shards, place, train__steps=steps)
+def train_interrupted(cluster, shards, folder, steps, interruptions, rng) -> Job:
+    job = Job(cluster, shards, folder, train__steps=steps)
     job.submit(TEMPLATE, "--time=60")
-    for disturb in disturbances:
-        train_on(job, chance.randrange(5, 30))
+    for interrupt in interruptions:
+        wait_for_steps(job, rng.randrange(5, 30))
         restarts = int(cluster.job(job.id)["Restarts"])
-        disturb(job)
-        until(lambda before=restarts: int(cluster.job(job.id)["Restarts"]) > before, 90, job)
+        interrupt(job)
+        wait_until(lambda before=restarts: int(cluster.job(job.id)["Restarts"]) > before, 90, job)
     ended = job.wait()
-    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == len(disturbances), job.said()
+    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == len(interruptions), job.log()
     return job
 
 
-def test_a_job_that_is_signalled_and_loses_a_node_continues_by_itself(
-    cluster, shards, tmp_path, undisturbed_losses
-):
-    job = disturbed(cluster, shards, tmp_path, JOB_STEPS, [signal, lost_node], random.Random(0))
-    assert job.losses() == undisturbed_losses
-    assert "preflight: ranks     2 on n1, n2; cpu" in job.said() and job.said().rstrip().endswith("done")
-    assert "exit code 75 at checkpoint step-" in job.said()
+def test_job_resumes_after_a_signal_and_a_node_failure(cluster, shards, tmp_path, uninterrupted_losses):
+    job = train_interrupted(cluster, shards, tmp_path, JOB_STEPS, [signal, node_failure], random.Random(0))
+    assert job.losses() == uninterrupted_losses
+    assert "preflight: ranks     2 on n1, n2; cpu" in job.log() and job.log().rstrip().endswith("done")
+    assert "exit code 75 at checkpoint step-" in job.log()
 
 
 @pytest.mark.soak
-def test_ten_random_disturbances(cluster, shards, tmp_path):
-    seed = int(os.environ.get("DISTURBANCES", random.randrange(10**6)))
-    print(f"DISTURBANCES={seed} repeats these")
-    chance = random.Random(seed)
-    order = 2 * DISTURBANCES
-    chance.shuffle(order)
-    steps = 1500  # Slurm looks at time limits every half minute, and the job goes on until then
-    undisturbed = Job(cluster, shards, tmp_path, "undisturbed", train__steps=steps)
-    undisturbed.train(TEMPLATE)
-    assert disturbed(cluster, shards, tmp_path, steps, order, chance).losses() == undisturbed.losses()
+def test_ten_random_interruptions(cluster, shards, tmp_path):
+    seed = int(os.environ.get("INTERRUPTION_SEED", random.randrange(10**6)))
+    print(f"INTERRUPTION_SEED={seed} repeats these interruptions")
+    rng = random.Random(seed)
+    order = 2 * INTERRUPTIONS
+    rng.shuffle(order)
+    steps = 1500  # Slurm checks time limits every 30 s, during which the job continues
+    uninterrupted = Job(cluster, shards, tmp_path, "uninterrupted", train__steps=steps)
+    uninterrupted.train(TEMPLATE)
+    assert train_interrupted(cluster, shards, tmp_path, steps, order, rng).losses() == uninterrupted.losses()
 
 
 @pytest.mark.soak
-def test_a_time_limit_that_comes_without_a_notice_costs_nothing_either(cluster, shards, tmp_path):
-    """Slurm ends the job with SIGTERM at its limit; the same command, submitted again, goes on."""
+def test_time_limit_without_notice_loses_nothing(cluster, shards, tmp_path):
+    """Slurm ends the job with SIGTERM at its limit; the same command, submitted again, resumes it."""
     job = Job(cluster, shards, tmp_path, train__steps=100_000)
     job.submit(TEMPLATE, "--time=60", "--signal=CONT@1")
-    train_on(job, 10)
+    wait_for_steps(job, 10)
     cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
     assert job.wait()["JobState"] == "TIMEOUT"
     saved = len(job.losses())
-    assert (job.run / "checkpoints" / f"step-{saved:08d}").exists(), job.said()[-4000:]
+    assert (job.run / "checkpoints" / f"step-{saved:08d}").exists(), job.log()[-4000:]
     job = Job(cluster, shards, tmp_path, train__steps=saved + 5)
-    assert f"continued after step {saved}" in job.train(TEMPLATE)
+    assert f"resumed after step {saved}" in job.train(TEMPLATE)
     assert [step for step, _ in job.losses()] == list(range(1, saved + 6))

@@ -1,4 +1,4 @@
-"""What a run computes: the same on every ZeRO stage, on one process or two, and by plain PyTorch."""
+"""A run has the losses of plain PyTorch, on every ZeRO stage and on one rank or two."""
 
 import pytest
 import torch
@@ -15,19 +15,18 @@ STEPS = 20
 
 
 @pytest.fixture(scope="module")
-def plain(shards):
-    """The same 20 steps without DeepSpeed: one process, no accumulation, torch's AdamW."""
+def pytorch(shards):
+    """Losses and gradient norms of the same steps without DeepSpeed and without gradient accumulation."""
     settings = {**SMALL, "engine.micro_batch": SMALL["data.global_batch"], "train.steps": STEPS}
     recipe = load_recipe("demo_emae", [f"{key}={value}" for key, value in settings.items()])
     torch.manual_seed(recipe.seed)
     method = build_method(recipe)
+    matrices = [p for p in method.parameters() if p.ndim > 1]
+    vectors = [p for p in method.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [
-            {
-                "params": [p for p in method.parameters() if p.ndim > 1],
-                "weight_decay": recipe.optim.weight_decay,
-            },
-            {"params": [p for p in method.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": recipe.optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ],
         betas=recipe.optim.betas,
     )
@@ -35,7 +34,7 @@ def plain(shards):
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, STEPS, recipe.optim.warmup_steps, recipe.lr)
+            group["lr"] = learning_rate(step, STEPS, recipe.optim.warmup_steps, recipe.peak_lr)
         batch = loader.next()
         loss = method(batch.images, batch.noise).loss
         optimizer.zero_grad()
@@ -57,9 +56,9 @@ def plain(shards):
         (2, 3),
     ],
 )
-def test_the_losses_are_plain_pytorchs_on_every_zero_stage(run, plain, ranks, stage):
+def test_losses_are_those_of_plain_pytorch(run, pytorch, ranks, stage):
     lines = run.train(ranks, engine__zero_stage=stage, train__steps=STEPS)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    losses, norms = plain
+    losses, norms = pytorch
     assert [line["loss"] for line in lines] == approx(losses, rel=1e-4)
     assert [line["grad_norm"] for line in lines] == approx(norms, rel=1e-2)

@@ -1,4 +1,4 @@
-"""docs/tutorial.md, followed: the commands of its fenced blocks, with a shorter schedule."""
+"""The commands of docs/tutorial.md lead to a classifier, with a shorter schedule."""
 
 import json
 import os
@@ -13,24 +13,24 @@ from PIL import Image
 
 from tests.documentation import ROOT, TUTORIAL, blocks
 
-HARDWARE = "## The real thing"
+NEEDS_HARDWARE = "## The real thing"
 SCHEDULE = {"STEPS": 100, "EPOCHS": 6}
 
 
-def script() -> str:
-    """The shell's blocks, up to what needs hardware, and of that the line that only counts."""
-    page, heading, rest = TUTORIAL.read_text().partition(HARDWARE)
+def tutorial_script() -> str:
+    """Return the page's shell commands, without those that need hardware except `plan`."""
+    page, heading, rest = TUTORIAL.read_text().partition(NEEDS_HARDWARE)
     assert heading
     shell = "".join(text for language, text in blocks(page) if language == "bash")
     for name, value in SCHEDULE.items():
-        shell, found = re.subn(rf"^{name}=\d+", f"{name}={value}", shell, flags=re.MULTILINE)
-        assert found == 1
+        shell, count = re.subn(rf"^{name}=\d+", f"{name}={value}", shell, flags=re.MULTILINE)
+        assert count == 1
     (plan,) = re.findall(r"^python -m pipeline plan .*$", rest, re.MULTILINE)
     return f"set -euo pipefail\n{shell}\n{plan}\n"
 
 
-def follow(folder: Path) -> str:
-    """Type all that into one shell; returns what was said."""
+def run_script(folder: Path) -> str:
+    """Run the script in one shell and return its output."""
     (folder / "demo").symlink_to(ROOT / "demo")
     environment = {
         **os.environ,
@@ -38,20 +38,20 @@ def follow(folder: Path) -> str:
         "PYTHONPATH": str(ROOT),
         "DS_ACCELERATOR": "cpu",
     }
-    done = subprocess.run(
-        ["bash", "-c", script()],
+    finished = subprocess.run(
+        ["bash", "-c", tutorial_script()],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+    assert finished.returncode == 0, finished.stdout[-4000:]
+    return finished.stdout
 
 
-def session() -> dict:
-    """Run the page's Python as one session in the working directory; returns its variables."""
+def run_python() -> dict:
+    """Run the page's Python code in the working directory and return its variables."""
     variables: dict = {}
     for language, text in blocks(TUTORIAL.read_text()):
         if language == "python":
@@ -59,39 +59,40 @@ def session() -> dict:
     return variables
 
 
-def top1(run: str) -> float:
+def read_top1(run: str) -> float:
     return json.loads(Path(run, "accuracy.json").read_text())["top1"]["accuracy"]
 
 
 @pytest.mark.soak
-def test_the_tutorial_leads_to_a_classifier(tmp_path, monkeypatch, capsys):
-    said = follow(tmp_path)
+def test_tutorial_leads_to_a_classifier(tmp_path, monkeypatch, capsys):
+    output = run_script(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert "Traceback" not in said
-    assert "shards/train: whole; 384 samples" in said and "384 samples in 1 shards, 0 repaired" in said
+    assert "Traceback" not in output
+    assert "shards/train: complete; 384 samples" in output and "384 samples in 1 shards, 0 repaired" in output
     assert {path.name for path in Path("pictures").iterdir()} == {
         f"small-{kind}.png" for kind in ("grid", "attention", "features")
     }
-    assert said.count("training images (0.02 of the labels") == 3 and said.count("<- chosen") == 1
+    assert output.count("training images (0.02 of the labels") == 3 and output.count("<- chosen") == 1
     assert Path("runs/small/report.html").exists() and Path("comparison.html").exists()
     chance = 1 / 6
-    assert top1("runs/tuned") > 3 * chance and top1("runs/scratch") > chance
-    variables = session()
-    answer, shape = capsys.readouterr().out.splitlines()
-    assert shape == "torch.Size([1, 128])" and answer in names_of(variables["classifier"])
-    assert timms_top1(variables) == pytest.approx(top1("runs/tuned"), abs=0.03)  # pixels are other libraries'
+    assert read_top1("runs/tuned") > 3 * chance and read_top1("runs/scratch") > chance
+    variables = run_python()
+    predicted, shape = capsys.readouterr().out.splitlines()
+    assert shape == "torch.Size([1, 128])" and predicted in label_names(variables["classifier"])
+    top1 = timm_top1(variables)
+    assert top1 == pytest.approx(read_top1("runs/tuned"), abs=0.03)  # timm's transforms compute other pixels
 
 
-def names_of(classifier: torch.nn.Module) -> list[str]:
+def label_names(classifier) -> list[str]:
     return classifier.pretrained_cfg["label_names"]
 
 
-def timms_top1(variables: dict) -> float:
-    """Share of val/ that the session's classifier knows."""
+def timm_top1(variables: dict) -> float:
+    """Return the top-1 accuracy on val/ of the classifier in the page's variables."""
     photographs = sorted(Path("val").glob("*/*"))
     assert len(photographs) == 96
     images = torch.stack([variables["transform"](Image.open(p).convert("RGB")) for p in photographs])
     with torch.inference_mode():
-        found = variables["classifier"](images).argmax(dim=1).tolist()
-    names = [names_of(variables["classifier"])[label] for label in found]
+        predicted = variables["classifier"](images).argmax(dim=1).tolist()
+    names = [label_names(variables["classifier"])[label] for label in predicted]
     return sum(name == p.parent.name for name, p in zip(names, photographs, strict=True)) / len(photographs)

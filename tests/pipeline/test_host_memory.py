@@ -1,17 +1,17 @@
-"""Memory that a run frees stays its own, for its next step."""
+"""A process that trains on a CPU keeps the memory that it frees, for its next step."""
 
 import os
 import subprocess
 import sys
 
-from pipeline.distributed import host_memory
+from pipeline.distributed.hardware import MALLOC_VARIABLES
 
-TAKEN = 400 * 2**20
-TAKE_AND_FREE = """
+ALLOCATED = 400 * 2**20
+ALLOCATE_AND_FREE = """
 import psutil, torch
-from pipeline.distributed.launch import find_world
+from pipeline.distributed.launch import init_dist_env
 
-find_world()
+init_dist_env()
 before = psutil.Process().memory_info().rss
 tensors = [torch.ones(5 * 2**20) for _ in range(20)]
 del tensors
@@ -19,17 +19,18 @@ print(psutil.Process().memory_info().rss - before)
 """
 
 
-def held_after_freeing(**environment: str) -> int:
-    """Bytes of 400 MiB, taken and freed in twenty tensors, that a process still holds."""
-    clean = {name: value for name, value in os.environ.items() if name not in host_memory.CHOSEN_BY_USER}
-    env = {**clean, "DS_ACCELERATOR": "cpu", **environment}
-    return int(subprocess.run([sys.executable, "-c", TAKE_AND_FREE], env=env, stdout=-1, check=True).stdout)
+def kept_bytes(**environment: str) -> int:
+    """Return how much of 400 MiB, allocated and freed as twenty tensors, a process keeps."""
+    inherited = {name: value for name, value in os.environ.items() if name not in MALLOC_VARIABLES}
+    env = {**inherited, "DS_ACCELERATOR": "cpu", **environment}
+    command = [sys.executable, "-c", ALLOCATE_AND_FREE]
+    return int(subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def test_a_run_keeps_what_it_frees():
-    assert held_after_freeing() > 0.9 * TAKEN
+def test_freed_memory_is_kept():
+    assert kept_bytes() > 0.9 * ALLOCATED
 
 
-def test_the_users_own_settings_stand():
-    # Below it every tensor is a mapping of its own, and goes back to the kernel when it is freed.
-    assert held_after_freeing(MALLOC_MMAP_THRESHOLD_=str(2**20)) < 0.1 * TAKEN
+def test_malloc_settings_of_the_environment_are_kept():
+    # Every tensor is above the threshold, so it has its own mapping, which the kernel gets back.
+    assert kept_bytes(MALLOC_MMAP_THRESHOLD_=str(2**20)) < 0.1 * ALLOCATED

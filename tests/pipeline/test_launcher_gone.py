@@ -1,13 +1,15 @@
-"""What ranks hear is weighed before it is agreed on: the gravest reason stands."""
+"""Of several stop requests of a rank the most serious one decides."""
 
 from forkserver import run
 
-FULL_DISK_AND_NO_LAUNCHER = """
+FULL_DISK_THEN_DEAD_LAUNCHER = """
 import os, threading, time
 import torch.distributed as dist
-from pipeline.train.preemption import UNWRITTEN, Stopping
+from pipeline.distributed.logging import setup_logging
+from pipeline.train.preemption import WRITE_ERROR, PreemptionHandler
 
-ready, tell = os.pipe()
+setup_logging()
+ready, set_ready = os.pipe()
 ended, alive = os.pipe()
 if launcher := os.fork():
     os.close(alive)
@@ -20,19 +22,19 @@ else:
     os.close(ended)
     os.environ["TORCHELASTIC_RUN_ID"] = "none"
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    stopping = Stopping()
-    stopping.connect(1.0)
-    with stopping.writing():
+    preemption = PreemptionHandler()
+    preemption.connect(1.0)
+    with preemption.catch_write_errors():
         raise OSError(28, "No space left on device")
-    os.write(tell, b"1")
-    while any("_watch_launcher" in thread.name for thread in threading.enumerate()):
+    os.write(set_ready, b"1")
+    while any("(_watch_launcher)" in thread.name for thread in threading.enumerate()):
         time.sleep(0.01)
-    print(stopping.settle(), stopping.reason == UNWRITTEN, flush=True)
+    print(preemption.sync_write_errors(), preemption.stop_reason == WRITE_ERROR, flush=True)
     os._exit(0)
 """
 
 
-def test_a_launcher_that_goes_does_not_make_a_full_disk_forgotten():
-    ended = run(["-c", FULL_DISK_AND_NO_LAUNCHER], timeout=120)
-    assert "the launcher is gone" in ended.stderr, ended.stderr
+def test_dead_launcher_does_not_hide_a_write_error():
+    ended = run(["-c", FULL_DISK_THEN_DEAD_LAUNCHER], timeout=120)
+    assert "launcher died" in ended.stderr, ended.stderr
     assert ended.stdout.split() == ["False", "True"]

@@ -1,4 +1,4 @@
-"""How a run ends that some rank made stop."""
+"""The failures of all ranks decide whether a run ends with a user error or can simply be resumed."""
 
 from itertools import permutations
 
@@ -7,19 +7,24 @@ import pytest
 from pipeline.errors import AllRanksError, StoppedEarly, StorageTimeout, UserError
 from pipeline.train.preemption import describe_failure, exit_error
 
-MENDED = UserError("a shard is missing")
-PASSING = [StorageTimeout("no answer for 30 s"), KeyError("decoder"), RuntimeError("CUDA")]
+USER_ERROR = UserError("a shard is missing")
+TRANSIENT = [StorageTimeout("no response for 30 s"), KeyError("decoder"), RuntimeError("CUDA")]
 
 
-@pytest.mark.parametrize("errors", [*permutations(PASSING, 1), *permutations(PASSING, 2)])
-def test_what_may_pass_ends_with_everything_saved_to_start_again(errors):
-    ended = exit_error([describe_failure(error, rank) for rank, error in enumerate(errors)], 12)
-    assert isinstance(ended, StoppedEarly)
-    assert str(ended).startswith("rank 0: ") and "saved at step 12; the same command continues" in str(ended)
+@pytest.mark.parametrize("errors", [*permutations(TRANSIENT, 1), *permutations(TRANSIENT, 2)])
+def test_transient_failures_stop_early(errors):
+    error = exit_error([describe_failure(error, rank) for rank, error in enumerate(errors)], 12)
+    assert isinstance(error, StoppedEarly)
+    assert str(error).startswith("rank 0: ") and "saved at step 12" in str(error)
 
 
-@pytest.mark.parametrize("errors", list(permutations([MENDED, *PASSING[:2]])))
-def test_where_one_rank_s_data_must_be_mended_the_run_says_that(errors):
-    ended = exit_error([describe_failure(error, rank) for rank, error in enumerate(errors)], 12)
-    assert isinstance(ended, AllRanksError)
-    assert str(ended) == f"rank {errors.index(MENDED)}: a shard is missing. Everything is saved at step 12"
+@pytest.mark.parametrize("errors", list(permutations([USER_ERROR, *TRANSIENT[:2]])))
+def test_user_error_of_one_rank_is_reported(errors):
+    error = exit_error([describe_failure(error, rank) for rank, error in enumerate(errors)], 12)
+    assert isinstance(error, AllRanksError)
+    assert str(error) == f"rank {errors.index(USER_ERROR)}: a shard is missing; saved at step 12"
+
+
+def test_failure_before_the_first_checkpoint_is_reported_so():
+    error = exit_error([describe_failure(USER_ERROR, 0)], 0)
+    assert isinstance(error, AllRanksError) and "nothing was trained" in str(error)

@@ -1,93 +1,94 @@
-"""What is in the way of a run is known before it begins, whatever it is."""
+"""Preflight reports every problem that would stop a run, and writes nothing."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from http_store import serve
-from small_run import SMALL
+from small_run import SINGLE_PROCESS, SMALL
 
 from pipeline.distributed.launch import DistInfo, init_dist_env
-from pipeline.errors import AllRanksError, StoppedEarly
+from pipeline.errors import AllRanksError, StoppedEarly, StorageTimeout
 from pipeline.recipe import load_recipe
 from pipeline.tasks.pretraining import Pretraining
 from pipeline.train import engine
-from pipeline.train.preflight import complaint, look, preflight
+from pipeline.train.preflight import combine_errors, preflight, run_checks
+from pipeline.train.run_directory import RunDirectory
 
 
-def task(*overrides):
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+def make_task(*overrides):
     return Pretraining(load_recipe("vitb16_mae", [*SMALL, "engine.precision=fp32", *overrides]))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize(("batch", "micro_batch"), [(12, 4), (15, 5), (16, 4)])
-def test_a_batch_that_the_ranks_cannot_share_is_a_fault_and_no_other_decodes(
-    shards, tmp_path, size, batch, micro_batch
-):
-    dist_info = DistInfo(0, size, 0, size, torch.device("cpu"), 1)
-    sets = f"data.global_batch={batch}", f"engine.micro_batch={micro_batch}"
-    found = look(lambda: task(*sets), [str(shards)], tmp_path / "run", None, dist_info)
-    possible = batch % (micro_batch * size) == 0
-    assert [str(fault).partition(":")[0] for fault in found.faults] == ["data.global_batch"] * (not possible)
-    assert ("decode" in found.texts) == possible
+def test_batch_must_divide_and_valid_ones_are_decoded(shards, run, world_size, batch, micro_batch):
+    dist_info = DistInfo(0, world_size, 0, world_size, torch.device("cpu"), 1)
+    overrides = f"data.global_batch={batch}", f"engine.micro_batch={micro_batch}"
+    findings = run_checks(lambda: make_task(*overrides), [str(shards)], run, None, dist_info)
+    valid = batch % (micro_batch * world_size) == 0
+    assert [str(error).partition(":")[0] for error in findings.errors] == ["data.global_batch"] * (not valid)
+    assert ("decode" in findings.texts) == valid
+    assert not run.path.exists()
 
 
-def test_a_wrong_recipe_is_a_finding_like_others(shards, tmp_path):
+def test_invalid_recipe_is_reported(shards, run):
     dist_info = DistInfo(1, 2, 1, 2, torch.device("cpu"), 1)
-    found = look(lambda: load_recipe("typo"), [str(shards)], tmp_path / "run", None, dist_info)
-    (fault,) = found.faults
-    assert "recipe 'typo'" in str(fault) and found.node and not found.texts
+    findings = run_checks(lambda: load_recipe("typo"), [str(shards)], run, None, dist_info)
+    (error,) = findings.errors
+    assert "recipe 'typo'" in str(error) and findings.node and not findings.texts
 
 
-def test_what_the_system_says_of_a_path_is_a_finding_like_others(shards, tmp_path):
-    dist_info = DistInfo(0, 1, 0, 1, torch.device("cpu"), 1)
-    found = look(task, [str(shards)], tmp_path / ("r" * 300), None, dist_info)
-    (fault,) = found.faults
-    assert "File name too long" in str(fault) and set(found.texts) == {"batch", "precision", "data"}
+def test_os_error_is_reported(shards, tmp_path):
+    run = RunDirectory(tmp_path / ("r" * 300))
+    findings = run_checks(make_task, [str(shards)], run, None, SINGLE_PROCESS)
+    (error,) = findings.errors
+    assert "File name too long" in str(error) and set(findings.texts) == {"batch", "precision", "data"}
 
 
 @pytest.fixture
 def launcher(monkeypatch):
-    """Sets what a launcher would; afterwards nothing that this process adds to it is left."""
+    """A function that sets a launcher's variables. All variables are restored after the test."""
 
-    def launch(**said):
+    def launch(**variables):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
-        for name, value in said.items():
+        for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
     return launch
 
 
-def test_preflight_parts_from_the_others_whatever_it_finds(launcher, tmp_path):
+def test_failed_preflight_destroys_the_process_group(launcher, run):
     launcher()
     with pytest.raises(AllRanksError, match="recipe 'typo'"):
-        preflight(lambda: load_recipe("typo"), [], tmp_path / "run")
+        preflight(lambda: load_recipe("typo"), [], run)
     assert not dist.is_initialized()
 
 
-def test_ranks_that_do_not_come_are_waited_for_as_long_as_was_said(launcher):
+def test_missing_rank_is_a_rendezvous_error_after_timeout(launcher):
     launcher()
     init_dist_env()
     launcher(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    with pytest.raises(
-        StoppedEarly, match=r"the ranks cannot meet at 127.0.0.1:0: .*1/2 clients joined\. If"
-    ):
-        engine.init_distributed(1 / 60, watched=False)
+    with pytest.raises(StoppedEarly, match=r"127.0.0.1:0: .*1/2 clients joined"):
+        engine.init_distributed(1 / 60, with_watchdog=False)
 
 
-def test_storage_that_does_not_answer_stops_a_new_run_and_lets_one_with_checkpoints_try_again(
-    shards, tmp_path
-):
-    dist_info = DistInfo(0, 1, 0, 1, torch.device("cpu"), 1)
+def test_storage_timeout_is_retried_only_with_checkpoints(shards, run):
+    overrides = "data.timeout_s=0.2", "data.retries=0"
     with serve(shards) as server:
-        server.only("manifest.json", "stall")
-        sets = "data.timeout_s=0.2", "data.retries=0"
-        away = look(lambda: task(*sets), [server.url], tmp_path / "run", None, dist_info)
-        wrong = look(
-            lambda: task(*sets, "data.global_batch=7"), [server.url], tmp_path / "run", None, dist_info
+        server.fail("manifest.json", "stall")
+        stalled, invalid = (
+            run_checks(lambda more=more: make_task(*overrides, *more), [server.url], run, None, SINGLE_PROCESS)
+            for more in ([], ["data.global_batch=7"])
         )
-    assert f"{server.url}/manifest.json: cannot be read" in str(complaint([away], begun=True))
-    assert isinstance(complaint([away, away], begun=True), StoppedEarly)
-    assert isinstance(complaint([away, away], begun=False), AllRanksError)
-    assert isinstance(complaint([away, wrong], begun=True), AllRanksError)
+    assert all(isinstance(error, StorageTimeout) for error in stalled.errors)
+    assert f"{server.url}/manifest.json: " in str(combine_errors([stalled], has_checkpoints=True))
+    assert isinstance(combine_errors([stalled, stalled], has_checkpoints=True), StoppedEarly)
+    assert isinstance(combine_errors([stalled, stalled], has_checkpoints=False), AllRanksError)
+    assert isinstance(combine_errors([stalled, invalid], has_checkpoints=True), AllRanksError)

@@ -1,4 +1,4 @@
-"""The lock of a run directory: one run at a time, and a word where the file system has none."""
+"""One job at a time uses a run directory; a file system without locks is a warning."""
 
 import errno
 import fcntl
@@ -8,29 +8,38 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
-from pipeline.train import run_directory
+from pipeline.train.run_directory import RunDirectory
 
 RECIPE = load_recipe("demo_emae")
 
 
-def test_who_comes_second_is_told_who_is_at_work(tmp_path, capsys):
-    held = run_directory.lock_run_dir(tmp_path, RECIPE)
-    refused = run_directory.lock_run_dir(tmp_path, RECIPE, timeout_s=0.6)
-    said = rf"another run is at work there \(process {os.getpid()} on "
-    with held, pytest.raises(UserError, match=said), refused:
+def test_second_job_is_rejected_and_named_the_holder(tmp_path, capsys):
+    run = RunDirectory(tmp_path)
+    holder = rf"--run {tmp_path}: .*\(process {os.getpid()} on "
+    with run.lock(RECIPE), pytest.raises(UserError, match=holder), run.lock(RECIPE, timeout_s=0.6):
         pass
-    with run_directory.lock_run_dir(tmp_path, RECIPE):
+    assert f"{tmp_path}: in use by process {os.getpid()} on " in capsys.readouterr().err
+    with run.lock(RECIPE):
         pass
-    assert "warning" not in capsys.readouterr().err
+    assert not capsys.readouterr().err
 
 
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
-    # A file system without locks (Lustre mounted so) cannot be made on one machine: Linux always gives them.
+def test_lock_writes_the_recipe_of_a_new_run(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    with run.lock(RECIPE):
+        assert load_recipe(run.recipe_file) == RECIPE
+    with pytest.raises(UserError, match="seed was 0, is 1"), run.lock(load_recipe("demo_emae", ["seed=1"])):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys, number):
+    # Simulated: Linux can lock files on every local file system. Lustre mounted without flock returns ENOSYS.
     def flock(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with run_directory.lock_run_dir(tmp_path, RECIPE):
+    with RunDirectory(tmp_path).lock(RECIPE, timeout_s=0.1):
         pass
-    said = capsys.readouterr().err
-    assert said.startswith(f"warning: {tmp_path}: this file system has no locks") and said.count("\n") == 1
+    log = capsys.readouterr().err
+    assert f" WARNING rank 0] {tmp_path}: " in log and os.strerror(number) in log and log.count("\n") == 1
