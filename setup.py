@@ -56,10 +56,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]) + list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
-    package_data={
-        "pipeline": ["recipe/presets/*.yaml"],
-        "pipeline.ds_configs": ["*.json"],
-    },
+    package_data={"pipeline": ["recipe/presets/*.yaml"], "pipeline.ds_configs": ["*.json"]},
     install_requires=CORE,
     extras_require={
         "cuda13": DALI_CUDA13,

@@ -106,10 +106,7 @@ def _compare(directory: Path, options) -> None:
             ratio = f"{median / ours:.2f} x, {median_cpu / ours_cpu:.2f} x" if name != rows[-1][0] else ""
             processes = 1 if name.startswith(("tar", "webdataset")) else PROCESSES
             per_cpu = len(files) / median_cpu
-            print(
-                f"| {name} | {processes} | {rate:,.0f} | {megabytes:,.0f} | {per_cpu:,.0f} | {ratio} |",
-                flush=True,
-            )
+            print(f"| {name} | {processes} | {rate:,.0f} | {megabytes:,.0f} | {per_cpu:,.0f} | {ratio} |", flush=True)
 
 
 def _cpu_seconds() -> float:

@@ -238,11 +238,7 @@ def dali_reader(directory: Path, photographs: Path, threads: int) -> Batches:
             initial_fill=1024,
         )
         images = fn.decoders.image_random_crop(
-            encoded,
-            device="cpu",
-            output_type=types.RGB,
-            random_area=SCALE,
-            random_aspect_ratio=(3 / 4, 4 / 3),
+            encoded, device="cpu", output_type=types.RGB, random_area=SCALE, random_aspect_ratio=(3 / 4, 4 / 3)
         )
         images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_CUBIC, antialias=True)
         images = fn.crop_mirror_normalize(

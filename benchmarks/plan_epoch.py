@@ -34,16 +34,7 @@ def main() -> None:
     if photographs is None:
         sys.exit("IMAGENET_SAMPLE_DIR is not set; resume was not measured")
     with tempfile.TemporaryDirectory() as name:
-        build = [
-            sys.executable,
-            "-m",
-            "data_prep",
-            "folder",
-            photographs,
-            f"{name}/set",
-            "--shard-size",
-            "100",
-        ]
+        build = [sys.executable, "-m", "data_prep", "folder", photographs, f"{name}/set", "--shard-size", "100"]
         subprocess.run(build, check=True, capture_output=True)
         print(f"| resume | {run('resume', f'{name}/set', str(time.time()))} |")
 

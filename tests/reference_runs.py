@@ -60,11 +60,7 @@ PRETRAINING = {  # name: recipe, ranks, settings
     "emae": ("demo_emae", 2, {}),
     "efficient_mae": ("vitb16_efficient_mae", 1, {"method.efficient_mae.beta": "null"}),
     "lomar": ("vitb16_lomar", 2, {}),
-    "emae_flatten": (
-        "vitb16_emae",
-        1,
-        {f"method.emae.{FLATTEN}": "true", "method.efficient_mae.beta": "null"},
-    ),
+    "emae_flatten": ("vitb16_emae", 1, {f"method.emae.{FLATTEN}": "true", "method.efficient_mae.beta": "null"}),
     "lomar_flatten": ("vitb16_lomar", 2, {f"method.lomar.{FLATTEN}": "true"}),
     "emae_zero3_ema": ("demo_emae", 2, {"engine.zero_stage": 3, "train.ema_decay": 0.9}),
     "mae_two_crops": ("vitb16_mae", 2, {"data.crops_per_image": 2, "engine.zero_stage": 2}),

@@ -10,20 +10,11 @@ MAX_IMAGE_SIDE = 4096
 
 
 def add_command(
-    commands,
-    name: str,
-    body: Callable[[argparse.Namespace], None],
-    summary: str,
-    description: str,
-    epilog: str,
+    commands, name: str, body: Callable[[argparse.Namespace], None], summary: str, description: str, epilog: str
 ) -> argparse.ArgumentParser:
     """Add a command, run by `body`, to argparse's subparsers and return its parser."""
     command = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=summary, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     command.set_defaults(command=body)
     return command

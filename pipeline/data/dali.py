@@ -185,12 +185,7 @@ class Decoder(Generic[BatchT]):
         self._single_inputs = inputs[: self._def.num_dali_inputs]
         if self._single_pipeline is None:
             self._single_pipeline = _build_pipeline(
-                self._def,
-                lambda: self._single_inputs,
-                batch_size=1,
-                device=self._device,
-                threads=1,
-                prefetch=1,
+                self._def, lambda: self._single_inputs, batch_size=1, device=self._device, threads=1, prefetch=1
             )
         try:
             self._single_pipeline.run()

@@ -34,12 +34,7 @@ def philox(counter: np.ndarray, key: int) -> np.ndarray:
     k0, k1 = np.uint64(key & 0xFFFFFFFF), np.uint64(key >> 32)
     for _ in range(ROUNDS):
         product0, product1 = c0 * MULTIPLIER[0], c2 * MULTIPLIER[1]
-        c0, c1, c2, c3 = (
-            (product1 >> HALF) ^ c1 ^ k0,
-            product1 & LOW,
-            (product0 >> HALF) ^ c3 ^ k1,
-            product0 & LOW,
-        )
+        c0, c1, c2, c3 = ((product1 >> HALF) ^ c1 ^ k0, product1 & LOW, (product0 >> HALF) ^ c3 ^ k1, product0 & LOW)
         k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 

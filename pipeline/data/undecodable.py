@@ -72,8 +72,7 @@ class UndecodableSamples:
 
     def _report(self, path: str, key: str, reason: str) -> None:
         logger.warning(
-            f"{path}, sample {key!r}: cannot be decoded, using the next sample instead: {reason}",
-            extra=ALL_RANKS,
+            f"{path}, sample {key!r}: cannot be decoded, using the next sample instead: {reason}", extra=ALL_RANKS
         )
         if self._path:
             self._path.parent.mkdir(exist_ok=True)

@@ -31,10 +31,7 @@ def _saved_bytes(recipe: Recipe, batch: int) -> int:
         images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size)
         noise = torch.empty(batch, method.noise_size)
         counter = _SavedTensorCounter(method)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor),
-            _FusedAttentionMode(),
-        ):
+        with torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor), _FusedAttentionMode():
             method(images, noise)
     if not recipe.engine.activation_checkpointing:
         return counter.outside + sum(counter.inside)

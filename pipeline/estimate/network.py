@@ -92,13 +92,7 @@ def estimate_scaling(
 
 
 def _estimate_scale(
-    recipe: Recipe,
-    nodes: int,
-    gpus: int,
-    image_s: float,
-    weight_bytes: int,
-    gradient_bytes: int,
-    bytes_per_s: float,
+    recipe: Recipe, nodes: int, gpus: int, image_s: float, weight_bytes: int, gradient_bytes: int, bytes_per_s: float
 ) -> Scale:
     share = recipe.data.global_batch // (nodes * gpus)
     micro_batch = min(share, recipe.engine.micro_batch)
@@ -112,12 +106,7 @@ def _estimate_scale(
         2: 2 * scatter * accumulation,
         3: (scatter + gather) * accumulation,
     }
-    exposed = {
-        0: 2 * scatter,
-        1: gather + 2 * scatter - overlapping[1],
-        2: gather,
-        3: gather * accumulation,
-    }
+    exposed = {0: 2 * scatter, 1: gather + 2 * scatter - overlapping[1], 2: gather, 3: gather * accumulation}
     step_s = {}
     for stage, volume in overlapping.items():
         # ZeRO 0 and 1 communicate during the last micro batch's backward pass, ZeRO 2 and 3 during all.

@@ -45,12 +45,7 @@ BLOCK = 4096
 
 
 def linprobe(
-    recipe: ProbeRecipe,
-    train: str,
-    val: str,
-    run: Path,
-    image_size: int | None = None,
-    cache: Path | None = None,
+    recipe: ProbeRecipe, train: str, val: str, run: Path, image_size: int | None = None, cache: Path | None = None
 ) -> dict:
     """Train a linear probe, or resume it, and evaluate it. Every rank calls it.
 

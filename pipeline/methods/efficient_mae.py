@@ -120,10 +120,7 @@ class EfficientMAE(Method):
         error = patch_error(prediction, target)
         loss = self._loss(error, distance, keep)
         kept = torch.ones_like(error) if keep is None else keep.float()
-        metrics = {
-            "reconstruction": weighted_mean(error.detach(), kept),
-            "decoded_patches": kept.sum(dim=1).mean(),
-        }
+        metrics = {"reconstruction": weighted_mean(error.detach(), kept), "decoded_patches": kept.sum(dim=1).mean()}
         return MethodOutput(loss, prediction.detach(), target, visible_ids, predicted_ids, metrics)
 
     @torch.no_grad()

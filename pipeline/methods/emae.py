@@ -100,11 +100,7 @@ class EMAE(Method):
         return torch.stack([values.roll(-1 - s, dims=1) for s in range(self.num_parts - 1)], dim=2)
 
     def _predict(
-        self,
-        patches: torch.Tensor,
-        parts: torch.Tensor,
-        predicted_ids: torch.Tensor,
-        keep: torch.Tensor | None,
+        self, patches: torch.Tensor, parts: torch.Tensor, predicted_ids: torch.Tensor, keep: torch.Tensor | None
     ) -> torch.Tensor:
         """Predict the patches at predicted_ids (B, K, M) from each part (B, K, V) -> (B, K, M, D)."""
         batch, num_parts, num_visible = parts.shape

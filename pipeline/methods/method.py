@@ -101,11 +101,7 @@ class Method(TrainableModule):
         return (normalize_targets(targets) if self.normalize_targets else targets).view(*ids.shape, -1)
 
     def make_reconstruction(
-        self,
-        patches: torch.Tensor,
-        prediction: torch.Tensor,
-        visible_ids: torch.Tensor,
-        predicted_ids: torch.Tensor,
+        self, patches: torch.Tensor, prediction: torch.Tensor, visible_ids: torch.Tensor, predicted_ids: torch.Tensor
     ) -> Reconstruction:
         """Put predictions (B, K, M, D) at predicted_ids (B, K, M) into the input patches (B, L, D), except at
         visible_ids (B, K, V)."""

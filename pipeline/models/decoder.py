@@ -41,11 +41,7 @@ class Decoder(nn.Module):
         self.apply(init_weights_mae)
 
     def forward(
-        self,
-        encoded: torch.Tensor,
-        visible_ids: torch.Tensor,
-        mask_ids: torch.Tensor,
-        keep: torch.Tensor | None = None,
+        self, encoded: torch.Tensor, visible_ids: torch.Tensor, mask_ids: torch.Tensor, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Predict the patches at `mask_ids`.
 

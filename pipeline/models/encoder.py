@@ -60,14 +60,7 @@ class Encoder(nn.Module):
     pos_embed: torch.Tensor
 
     def __init__(
-        self,
-        *,
-        grid: int,
-        patch_size: int,
-        width: int,
-        depth: int,
-        heads: int,
-        activation_checkpointing: bool = False,
+        self, *, grid: int, patch_size: int, width: int, depth: int, heads: int, activation_checkpointing: bool = False
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing

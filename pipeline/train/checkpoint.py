@@ -28,12 +28,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from pipeline.distributed.collectives import (
-    all_gather_object,
-    broadcast_object,
-    raise_on_all_ranks,
-    storage_error,
-)
+from pipeline.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks, storage_error
 from pipeline.distributed.launch import DistInfo
 from pipeline.errors import AllRanksError, UserError
 from pipeline.io.atomic import atomic_write

@@ -142,8 +142,7 @@ class PreemptionHandler:
             if number in SIGNALS:
                 if not self._requested:
                     logger.warning(
-                        f"{_signal_name(number)}: saving a checkpoint and stopping after this step",
-                        extra=ALL_RANKS,
+                        f"{_signal_name(number)}: saving a checkpoint and stopping after this step", extra=ALL_RANKS
                     )
                 self._requested = max(self._requested, number)
 

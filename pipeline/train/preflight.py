@@ -55,10 +55,7 @@ class Findings(NamedTuple):
 
 
 def preflight(
-    make_task: Callable[[], Task],
-    data: Sequence[str],
-    run: RunDirectory,
-    deepspeed_config: Path | None = None,
+    make_task: Callable[[], Task], data: Sequence[str], run: RunDirectory, deepspeed_config: Path | None = None
 ) -> str:
     """Check everything that training with the same arguments needs. Collective.
 

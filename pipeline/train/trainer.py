@@ -203,12 +203,7 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
                 if self.trace:
                     self.trace.close()
             path = rollback(
-                self.run,
-                bad_span,
-                self.guard,
-                recipe.data.global_batch,
-                recipe.train.checkpoint_every,
-                dist_info,
+                self.run, bad_span, self.guard, recipe.data.global_batch, recipe.train.checkpoint_every, dist_info
             )
             self.restore(path)
         self.throughput.start(self.state.step, self.loader)

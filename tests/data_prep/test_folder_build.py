@@ -172,8 +172,7 @@ def test_wrong_paths_are_user_errors_and_leave_nothing(tmp_path, data_prep, imag
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [(), ("folder",), ("folders", "a", "b"), ("folder", "a", "b", "--workers", "0"), ("info", "a", "b")],
+    "arguments", [(), ("folder",), ("folders", "a", "b"), ("folder", "a", "b", "--workers", "0"), ("info", "a", "b")]
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(data_prep, arguments):
     done = data_prep(*arguments)

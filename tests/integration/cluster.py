@@ -223,10 +223,7 @@ class Cluster:
         name = label or program
         with open(self.directory / f"{name}.out", "a") as output:
             self.daemons[name] = subprocess.Popen(
-                [*on_host, *with_tests, path, *arguments],
-                env=self.environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
+                [*on_host, *with_tests, path, *arguments], env=self.environment, stdout=output, stderr=subprocess.STDOUT
             )
 
     def _logs(self) -> str:

@@ -46,10 +46,7 @@ def test_run_writes_all_files_and_its_weights_load(run, stage, photographs, tmp_
     assert Image.open(directory / "reconstructions" / "step-00000004.png").width > 100
 
     out = tmp_path / "picture.png"
-    for arguments in (
-        ["reconstruct", directory, "--images", photographs, "--out", out],
-        ["report", directory],
-    ):
+    for arguments in (["reconstruct", directory, "--images", photographs, "--out", out], ["report", directory]):
         assert fork(["-m", "pipeline", *arguments], env=process_environment()).returncode == 0
     assert Image.open(out).format == "PNG"
     page = (directory / "report.html").read_text()

@@ -24,10 +24,7 @@ def pytorch(shards):
     matrices = [p for p in method.parameters() if p.ndim > 1]
     vectors = [p for p in method.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": recipe.optim.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
+        [{"params": matrices, "weight_decay": recipe.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         betas=recipe.optim.betas,
     )
     loader = Loader(ShardReader(shards), recipe, method.noise_size, torch.device("cpu"))
@@ -48,13 +45,7 @@ def pytorch(shards):
 
 @pytest.mark.parametrize(
     ("ranks", "stage"),
-    [
-        (1, 1),
-        (2, 0),
-        pytest.param(2, 1, marks=pytest.mark.soak),
-        pytest.param(2, 2, marks=pytest.mark.soak),
-        (2, 3),
-    ],
+    [(1, 1), (2, 0), pytest.param(2, 1, marks=pytest.mark.soak), pytest.param(2, 2, marks=pytest.mark.soak), (2, 3)],
 )
 def test_losses_are_those_of_plain_pytorch(run, pytorch, ranks, stage):
     lines = run.train(ranks, engine__zero_stage=stage, train__steps=STEPS)

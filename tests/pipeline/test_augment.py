@@ -42,10 +42,7 @@ def as_levels(images: list[Image.Image]) -> torch.Tensor:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("strength", [0.0, 0.37, 0.9, 0.99])
 def test_operation_gives_timms_pixels(images, name, sign, strength):
-    hparams = {
-        "img_mean": tuple(int(value) for value in FILL),
-        "interpolation": Image.Resampling.BICUBIC,
-    }
+    hparams = {"img_mean": tuple(int(value) for value in FILL), "interpolation": Image.Resampling.BICUBIC}
     op = auto_augment.AugmentOp(TIMMS[name], prob=1.0, magnitude=10 * strength, hparams=hparams)
     theirs = []
     for image in images:

@@ -22,9 +22,7 @@ def test_the_pages_show_the_main_commands():
 
 
 @pytest.mark.parametrize(
-    "page, program, arguments",
-    COMMANDS,
-    ids=[f"{page.stem}-{' '.join(args[:2])}" for page, _, args in COMMANDS],
+    "page, program, arguments", COMMANDS, ids=[f"{page.stem}-{' '.join(args[:2])}" for page, _, args in COMMANDS]
 )
 def test_a_documented_command_is_valid(page, program, arguments):
     if program == "data_prep":

@@ -122,8 +122,7 @@ def one_rank(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("zero_optimization", "key"),
-    [({"stag": 1}, "stag"), ({"reduce_bucket_size": "many"}, "reduce_bucket_size")],
+    ("zero_optimization", "key"), [({"stag": 1}, "stag"), ({"reduce_bucket_size": "many"}, "reduce_bucket_size")]
 )
 def test_deepspeed_rejects_unknown_keys_and_wrong_values(tmp_path, one_rank, zero_optimization, key):
     path = write_config(tmp_path, {"zero_optimization": zero_optimization})

@@ -119,8 +119,7 @@ def test_table_describes_the_training_set(labels, by_class, center_crops, text):
 
 
 @pytest.mark.parametrize(
-    ("chosen", "held_out", "is_noted"),
-    [(0.1, True, True), (0.3, True, False), (1.0, True, True), (0.1, False, False)],
+    ("chosen", "held_out", "is_noted"), [(0.1, True, True), (0.3, True, False), (1.0, True, True), (0.1, False, False)]
 )
 def test_rate_at_the_edge_of_the_sweep_is_noted(chosen, held_out, is_noted):
     accuracy = {"top1": {"correct": 1, "total": 2}}

@@ -9,14 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.losses import (
-    denormalize,
-    disagreement,
-    normalize_targets,
-    patch_error,
-    patchify,
-    self_consistency_loss,
-)
+from pipeline.losses import denormalize, disagreement, normalize_targets, patch_error, patchify, self_consistency_loss
 
 seeds = st.integers(0, 10**6)
 

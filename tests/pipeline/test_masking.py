@@ -49,7 +49,4 @@ def test_more_visible_patches_than_exist_raise():
 def test_gather_tokens_and_as_mask_equal_indexing():
     tokens, ids = torch.rand(2, 5, 3), torch.tensor([[4, 0], [1, 2]])
     assert torch.equal(gather_tokens(tokens, ids), torch.stack([tokens[b, ids[b]] for b in range(2)]))
-    assert as_mask(ids, 5).tolist() == [
-        [True, False, False, False, True],
-        [False, True, True, False, False],
-    ]
+    assert as_mask(ids, 5).tolist() == [[True, False, False, False, True], [False, True, True, False, False]]

@@ -76,10 +76,7 @@ def test_an_images_loss_does_not_depend_on_its_batch(variant):
 def test_images_of_another_size_raise(variant):
     method = small(variant)
     images = torch.zeros(2, 3, 36, 36)
-    for call in (
-        lambda: method(images, torch.rand(2, method.noise_size)),
-        lambda: method.forward_features(images),
-    ):
+    for call in (lambda: method(images, torch.rand(2, method.noise_size)), lambda: method.forward_features(images)):
         with pytest.raises(ValueError, match=r"images: .*\(2, 3, 36, 36\)"):
             call()
 

@@ -25,12 +25,7 @@ def test_subsets_are_nested_and_exclude_the_holdout(one, other, holdout):
     assert union.all()
 
 
-@given(
-    st.lists(st.integers(0, 8), min_size=30, max_size=300),
-    st.floats(0, 1),
-    st.floats(0, 1),
-    st.floats(0, 0.5),
-)
+@given(st.lists(st.integers(0, 8), min_size=30, max_size=300), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.5))
 def test_class_balanced_subsets_are_exact_and_nested(labels, one, other, holdout):
     labels, keys = np.array(labels), KEYS[: len(labels)]
     small, large = (select_split(keys, "training", share, holdout, labels) for share in sorted([one, other]))

@@ -15,12 +15,7 @@ NOISE_DIM = 1 + 2 * TRIES + 2
 
 
 def mixup_cutmix(
-    images: torch.Tensor,
-    targets: torch.Tensor,
-    noise: torch.Tensor,
-    mixup: float,
-    cutmix: float,
-    crops: int = 1,
+    images: torch.Tensor, targets: torch.Tensor, noise: torch.Tensor, mixup: float, cutmix: float, crops: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix images (B, 3, H, W) and targets (B, C) pairwise, given noise (B, NOISE_DIM).
 

@@ -58,11 +58,7 @@ def rand_augment(
 
 
 def apply_operations(
-    images: torch.Tensor,
-    operation: torch.Tensor,
-    strength: torch.Tensor,
-    sign: torch.Tensor,
-    fill: torch.Tensor,
+    images: torch.Tensor, operation: torch.Tensor, strength: torch.Tensor, sign: torch.Tensor, fill: torch.Tensor
 ) -> torch.Tensor:
     """Apply one operation to each image: operation (B,) are indexes of OPERATIONS or IDENTITY, strength (B,) is
     from 0 to 1, and sign (B,) is 1 or -1, the direction of operations that have two."""
