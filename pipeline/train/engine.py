@@ -132,6 +132,8 @@ def build_engine(recipe: TrainingRecipe, module: TrainableModule, config: dict, 
     optimizer = build_optimizer(recipe, module.to(device))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if recipe.engine.compile:
+        # It warns about a CUDA toolkit on a machine without a GPU.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         engine.compile()
     return engine
 

@@ -1,6 +1,7 @@
 """On a terminal a run shows a progress bar."""
 
 import os
+import termios
 import threading
 from contextlib import suppress
 from subprocess import DEVNULL
@@ -11,6 +12,7 @@ from runs import environment
 
 def test_progress_bar_counts_steps_between_logged_lines(run):
     terminal, stderr = os.openpty()
+    termios.tcsetwinsize(stderr, (24, 200))
     output = []
 
     def read() -> None:
