@@ -23,6 +23,7 @@ AuthInfo=socket={directory}/munge.sock
 CredType=cred/munge
 SlurmUser=root
 SlurmdUser=root
+FirstJobId={first_job}
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool.%n
 SlurmctldPidFile={directory}/slurmctld.pid
@@ -50,14 +51,14 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 class Network:
     """Two hosts, n1 and n2, each a network namespace with an address and a cable to a bridge. Needs root."""
 
-    ADDRESSES = ("10.211.77.254", "10.211.77.1", "10.211.77.2")
-
     def __init__(self):
+        subnet = f"10.211.{os.getpid() % 256}"
+        self.addresses = [f"{subnet}.254", f"{subnet}.1", f"{subnet}.2"]
         self.bridge = f"sm{os.getpid()}"
         self._ip("link", "add", self.bridge, "type", "bridge")
-        self._ip("addr", "add", f"{self.ADDRESSES[0]}/24", "dev", self.bridge)
+        self._ip("addr", "add", f"{self.addresses[0]}/24", "dev", self.bridge)
         self._ip("link", "set", self.bridge, "up")
-        for host, address in zip(("n1", "n2"), self.ADDRESSES[1:], strict=True):
+        for host, address in zip(("n1", "n2"), self.addresses[1:], strict=True):
             namespace, cable = f"{self.bridge}-{host}", f"{self.bridge}{host}"
             self._ip("netns", "add", namespace)
             self._ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", namespace)
@@ -100,10 +101,15 @@ class Cluster:
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(128))
         ports = _free_ports(3)
-        addresses = network.ADDRESSES if network else 3 * ["127.0.0.1"]
-        (directory / "slurm.conf").write_text(
-            CONFIGURATION.format(directory=directory, ports=ports, addresses=addresses, slurmd_timeout=slurmd_timeout)
+        addresses = network.addresses if network else 3 * ["127.0.0.1"]
+        configuration = CONFIGURATION.format(
+            directory=directory,
+            ports=ports,
+            addresses=addresses,
+            slurmd_timeout=slurmd_timeout,
+            first_job=1 + os.getpid() % 10000,  # the rendezvous port of a job depends on its id
         )
+        (directory / "slurm.conf").write_text(configuration)
         for number in range(8):
             (directory / f"gpu{number}").touch()
         (directory / "gres.conf").write_text(f"NodeName=n[1-2] Name=gpu File={directory}/gpu[0-7]\n")
