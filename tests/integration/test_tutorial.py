@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from runs import free_port
 
 from tests.documentation import ROOT, TUTORIAL, blocks
 
@@ -18,13 +19,14 @@ SCHEDULE = {"STEPS": 100, "EPOCHS": 6}
 
 
 def tutorial_script() -> str:
-    """Return the page's shell commands, without those that need hardware except `plan`."""
+    """Return the page's shell commands, without those that need hardware except `plan`, and with a free port."""
     page, heading, rest = TUTORIAL.read_text().partition(NEEDS_HARDWARE)
     assert heading
     shell = "".join(text for language, text in blocks(page) if language == "bash")
     for name, value in SCHEDULE.items():
         shell, count = re.subn(rf"^{name}=\d+", f"{name}={value}", shell, flags=re.MULTILINE)
         assert count == 1
+    shell = re.sub(r"^deepspeed ", f"deepspeed --master_port {free_port()} ", shell, flags=re.MULTILINE)
     (plan,) = re.findall(r"^python -m pipeline plan .*$", rest, re.MULTILINE)
     return f"set -euo pipefail\n{shell}\n{plan}\n"
 
