@@ -9,7 +9,7 @@ PACKAGE_DIR = {"pipeline.ds_configs": "ds_configs"}
 
 CORE = [
     "deepspeed>=0.19,<0.20",  # pipeline/train/sharded_state.py reads private attributes of its optimizers
-    "filelock>=3.12",
+    "filelock>=4.2",
     "fsspec>=2024.2",
     "indexed_gzip>=1.8",
     "matplotlib>=3.8",
