@@ -45,7 +45,7 @@ CountInput = Callable[[int, int, int, int], None]
 
 @dataclass(frozen=True)
 class Record:
-    """What a built shard contributes to manifest and card; `shard` is None if no input was usable."""
+    """Result of building a shard, for manifest and card; `shard` is None if no input was usable."""
 
     shard: Shard | None
     quarantine: list[dict[str, str]]
@@ -143,7 +143,7 @@ def read_record(directory: Path, name: str, plan_sha256: str) -> Record | None:
 
 
 def is_finished(job: BuildJob, number: int) -> bool:
-    """Whether an earlier run built this shard and its files still have the same bytes.
+    """Return whether an earlier run built this shard and its files still have the same bytes.
 
     The files are read again, because a power failure may keep a file's name and lose its content.
     """

@@ -35,7 +35,7 @@ class NoUsableInput(UserError):
 
 @dataclass(frozen=True)
 class BuildState:
-    """What is being built, and what its plan knows that no shard's record does."""
+    """Identity of a build, and the facts of its plan that the records of the shards lack."""
 
     identity: dict[str, Any]  # the manifest's fields that distinguish one build from another
     num_shards: int

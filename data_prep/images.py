@@ -108,7 +108,7 @@ def detect_format(data: bytes) -> str:
 
 
 def is_image(data: bytes) -> bool:
-    """Whether a file's first 64 bytes are those of an image format, with or without a decoder for it."""
+    """Return whether a file's first 64 bytes are those of an image format, with or without a decoder for it."""
     try:
         detect_format(data)
     except ImageError as error:

@@ -296,7 +296,7 @@ def _is_number(word: str) -> bool:
 
 
 def is_header_of(block: bytes, name: str, size: int) -> bool:
-    """Whether a 512-byte tar header belongs to the member `name` with `size` bytes."""
+    """Return whether a 512-byte tar header belongs to the member `name` with `size` bytes."""
     return block[:100] == name.encode("ascii").ljust(100, b"\0") and block[124:136] == b"%011o\0" % size
 
 

@@ -133,7 +133,7 @@ class EfficientMAE(Method):
         return self.make_reconstruction(patches, prediction[:, None], visible_ids[:, None], masked_ids[:, None])
 
     def _threshold(self) -> float | torch.Tensor | None:
-        """The threshold in pixels. Table 6 (b) raises it to beta or, without beta, beyond every patch."""
+        """Return the threshold in pixels. Table 6 (b) raises it to beta or, without beta, beyond every patch."""
         beta = self.difficulty_flatten.beta
         if self.scheduler != "schedule":
             return beta

@@ -96,10 +96,10 @@ def init_distributed(timeout_minutes: float, with_watchdog: bool = True) -> None
         warning.cancel()
 
 
-def check_version() -> None:
-    """Raise UserError if the installed DeepSpeed is not supported."""
-    if not deepspeed.__version__.startswith(DEEPSPEED):
-        raise UserError(f"deepspeed {deepspeed.__version__}: not supported; pip install 'deepspeed>=0.19,<0.20'")
+def check_version(version: str = deepspeed.__version__) -> None:
+    """Raise UserError if a version of DeepSpeed is not supported."""
+    if not version.startswith(DEEPSPEED):
+        raise UserError(f"deepspeed {version}: not supported; pip install 'deepspeed>=0.19,<0.20'")
 
 
 def check_config(config: dict) -> None:

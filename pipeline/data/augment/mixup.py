@@ -56,12 +56,12 @@ def draw_beta(tries: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 
 def _noise_of_first(noise: torch.Tensor, crops: int) -> torch.Tensor:
-    """(B, n): give both images of a pair the noise of the first."""
+    """Give both images of a pair the noise of the first: (B, n)."""
     pairs = noise.unflatten(0, (-1, 2, crops))
     return pairs[:, :1].expand_as(pairs).flatten(0, 2)
 
 
 def _centered_mask(center: torch.Tensor, side: torch.Tensor, length: int) -> torch.Tensor:
-    """bool (B, length): pixels of an axis inside the box; side (B, 1) is the box's share of the axis."""
+    """Mark the pixels of an axis, bool (B, length), inside the box; side (B, 1) is the box's share of the axis."""
     cut = (length * side).floor()
     return interval_mask(center - (cut / 2).floor(), center + ((cut + 1) / 2).floor(), length)

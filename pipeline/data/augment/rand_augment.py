@@ -74,7 +74,7 @@ def _is(operation: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _warp_matrix(operation: torch.Tensor, signed: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    """(B, 2, 3): map (x, y, 1) of the result to (x, y) in the image."""
+    """Return matrices (B, 2, 3) that map (x, y, 1) of the result to (x, y) in the image."""
     height, width = size
     one, zero = torch.ones_like(signed), torch.zeros_like(signed)
     angle = torch.where(_is(operation, "rotate"), -math.radians(30) * signed, zero)
@@ -92,7 +92,7 @@ def _warp_matrix(operation: torch.Tensor, signed: torch.Tensor, size: torch.Size
 
 
 def _warp(images: torch.Tensor, matrix: torch.Tensor, fill: torch.Tensor) -> torch.Tensor:
-    """Pillow's bicubic transform: Keys' kernel with a = -1, replicated border, rounded down."""
+    """Apply Pillow's bicubic transform: Keys' kernel with a = -1, replicated border, rounded down."""
     count, channels, height, width = images.shape
     device = images.device
     x = torch.arange(width, device=device) + 0.5
@@ -123,7 +123,7 @@ def _cubic(values: list[torch.Tensor], d: torch.Tensor) -> torch.Tensor:
 def _level_table(
     images: torch.Tensor, operation: torch.Tensor, strength: torch.Tensor, factor: torch.Tensor
 ) -> torch.Tensor:
-    """(B, 3, 256): the new level of each level."""
+    """Return the new level of each level, (B, 3, 256)."""
     i = torch.arange(LEVELS, device=images.device, dtype=torch.float32)
     ones = torch.ones((), device=images.device).expand(images.flatten(2).shape)
     counts = torch.zeros(*images.shape[:2], LEVELS, device=images.device)
@@ -182,13 +182,13 @@ def _blend(images: torch.Tensor, operation: torch.Tensor, factor: torch.Tensor) 
 
 
 def _luma(images: torch.Tensor) -> torch.Tensor:
-    """(B, H, W): ITU-R 601-2 in Pillow's integer arithmetic."""
+    """Convert to luma (B, H, W): ITU-R 601-2 in Pillow's integer arithmetic."""
     r, g, b = images.long().unbind(1)
     return ((19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16).float()
 
 
 def _smooth(images: torch.Tensor) -> torch.Tensor:
-    """Pillow's SMOOTH filter; the border is kept."""
+    """Apply Pillow's SMOOTH filter; the border is kept."""
     kernel = torch.ones(3, 3, device=images.device)
     kernel[1, 1] = 5
     inner = F.conv2d(images.flatten(0, 1)[:, None], kernel[None, None])  # integers, so exact

@@ -32,7 +32,7 @@ def erase(images: torch.Tensor, noise: torch.Tensor, probability: float) -> torc
 
 
 def interval_mask(start: torch.Tensor, end: torch.Tensor, length: int) -> torch.Tensor:
-    """bool (B, length): the indexes in [start, end), for start and end (B, 1)."""
+    """Mark the indexes, bool (B, length), in [start, end), for start and end (B, 1)."""
     index = torch.arange(length, device=start.device)
     return (index >= start) & (index < end)
 
@@ -48,7 +48,7 @@ def hash_normal(key: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _mix_bits(bits: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's finalizer of 32-bit words, stored in int64."""
+    """Apply MurmurHash3's finalizer to 32-bit words, stored in int64."""
     bits = bits & UINT32_MASK
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & UINT32_MASK
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & UINT32_MASK
