@@ -106,6 +106,7 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
                     files.append(("json", metadata.encode()))
                 writer.add(sample.key, files)
                 stats.add(image, sample.label)
+                stats.unreadable.update(details.unreadable)
                 count_input(len(data), len(image.data), int(bool(image.repairs)), 0)
             digest, index = writer.finish()
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # start writing to disk

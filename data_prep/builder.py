@@ -100,6 +100,7 @@ def plan_build(source: Source, out: Path, settings: Settings) -> tuple[BuildJob,
         UserError: If the source cannot be read or all its inputs are rejected.
     """
     plan = ShardPlan(source.samples(), settings.seed, settings.shard_size)
+    notes = source.notes()
     if not plan.num_shards:
         raise UserError(f"no usable image in SRC: {finalize.summarize(plan.rejected)}")
     job = BuildJob(plan, source, settings.policy, out, settings.split)
@@ -115,6 +116,8 @@ def plan_build(source: Source, out: Path, settings: Settings) -> tuple[BuildJob,
     )
     if source.expected is not None and source.expected != plan.num_inputs:
         print(f"note: the data set as published has {source.expected:,} images")
+    for note in notes:
+        print(f"note: {note}")
     return job, identity
 
 

@@ -10,6 +10,7 @@ matter which process finalizes, or which built which shard.
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -25,6 +26,8 @@ from data_prep.dataset_card import write_card
 from data_prep.errors import UserError
 from data_prep.shard_set import Manifest
 from data_prep.stats import Stats
+
+logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 3  # missing shards, or rejected inputs, in a message
 
@@ -126,6 +129,8 @@ def finalize_build(out: Path, build_state: BuildState) -> Manifest:
         class_names=tuple(build_state.class_names),
         shards=tuple(shards),
     )
+    for line in _describe_losses(manifest, stats):
+        logger.warning(line)
     try:
         shard_set.check_shard_files(out, manifest)
         with ThreadPoolExecutor(1) as pool:
@@ -140,6 +145,16 @@ def finalize_build(out: Path, build_state: BuildState) -> Manifest:
         raise storage_error(out, error) from error
     remove_build_directory(out)
     return manifest
+
+
+def _describe_losses(manifest: Manifest, stats: Stats) -> Iterator[str]:
+    """Yield a line per kind of loss that quarantine.jsonl does not show."""
+    empty = [name for label, name in enumerate(manifest.classes) if not stats.labels[str(label)]]
+    if empty:
+        names = ", ".join(empty[:_MAX_LISTED]) + (", ..." if len(empty) > _MAX_LISTED else "")
+        yield f"{len(empty):,} of {len(manifest.classes):,} classes have no image: {names}"
+    for name, count in sorted(stats.unreadable.items()):
+        yield f"metadata: {count:,} {name} left out"
 
 
 def _fsync_shards(out: Path, manifest: Manifest) -> None:

@@ -29,6 +29,7 @@ class Stats:
     labels: Counter = field(default_factory=Counter)
     repairs: Counter = field(default_factory=Counter)
     quarantine: Counter = field(default_factory=Counter)
+    unreadable: Counter = field(default_factory=Counter)  # damaged rows and values of metadata, left out
 
     def add(self, image: Prepared, label: int) -> None:
         self.shorter_side[_bin(min(image.width, image.height), SHORTER_SIDE_EDGES)] += 1

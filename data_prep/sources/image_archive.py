@@ -27,7 +27,8 @@ class ArchiveSource(FolderSource):
     def __init__(self, root: Path, labels: str = "auto"):
         if not _is_archive(root):
             raise UserError(f"SRC {root}: neither a folder nor a tar, tar.gz or zip archive")
-        usable = [entry for entry in iter_entries(root, "") if _rejection_reason(entry) is None]
+        self._src, self._container, self._empty_folders = root, root.name, []
+        usable = [entry for entry in iter_entries(root.parent, root.name) if _rejection_reason(entry) is None]
         tops = {entry.name.partition("/")[:2] for entry in usable}
         self._top = "".join(tops.pop()) if len(tops) == 1 and ("/" in next(iter(tops))) else ""
         folders, files = set(), []
@@ -37,13 +38,13 @@ class ArchiveSource(FolderSource):
                 folders.add(first)
             else:
                 files.append(entry)
-        labeled = labels == "folders" or (labels == "auto" and folders and not _any_image(root, files))
+        labeled = labels == "folders" or (labels == "auto" and folders and not _any_image(root.parent, files))
         names = sorted(folders, key=lambda name: name.encode("utf-8", "surrogateescape")) if labeled else ()
         layout = "archive of class folders" if names else "archive"
-        Source.__init__(self, "folder", layout, str(root), Classes(tuple(names)))
+        Source.__init__(self, "folder", layout, str(root.parent), Classes(tuple(names)))
 
     def _inputs(self) -> Iterator[tuple[str, Location, str | None]]:
-        for entry in iter_entries(self.root, ""):
+        for entry in iter_entries(self.root, self._container):
             yield entry.name.removeprefix(self._top), entry.location, _rejection_reason(entry)
 
 

@@ -66,6 +66,7 @@ class Details:
 
     metadata: Mapping[str, Any] | None = None  # content of KEY.json; None for no such file
     rotation: int = 0  # degrees counter-clockwise, a multiple of 90, by which to turn the pixels
+    unreadable: tuple[str, ...] = ()  # a code for each part of the metadata that was left out because it is damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,14 @@ class Source(ABC):
     def details(self, key: str) -> Details:
         """Return the metadata of one sample. Called by the workers, when the sample is written."""
         return Details()
+
+    def notes(self) -> list[str]:
+        """Return what the user should know about SRC, a line each, once all `samples` were read.
+
+        Raises:
+            UserError: If metadata in SRC do not belong to its images.
+        """
+        return []
 
 
 def make_key(name: str) -> str:
