@@ -1,5 +1,6 @@
 """Command line of data_prep: run one command, and turn errors into one line on stderr and an exit code."""
 
+import errno
 import json
 import logging
 import os
@@ -8,20 +9,38 @@ from argparse import Namespace
 
 from data_prep.arguments import parse
 from data_prep.errors import StoppedEarly, UserError
+from data_prep.optional_packages import missing_package_error
 from data_prep.sources.registry import SOURCES
+from data_prep.standard_output import run_with_output
+
+_USER_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code; `None` stands for sys.argv."""
+    return run_with_output(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
     options = parse(arguments)
     _setup_logging()
     commands = {"finalize": _finalize, "verify": _verify, "info": _info}
     try:
-        return commands.get(options.command, _build)(options)
+        code = commands.get(options.command, _build)(options)
+        sys.stdout.flush()  # raises write errors here
+        return code
     except UserError as error:
         return _fail(f"error: {error}", 2)
-    except PermissionError as error:
-        return _fail(f"error: {error.filename}: {error.strerror}", 2)
+    except OSError as error:
+        if error.errno not in _USER_ERRNOS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"error: {where}{error.strerror}", 2)
+    except ImportError as error:
+        missing = missing_package_error(error.name or "")
+        if missing is None:
+            raise
+        return _fail(f"error: {missing}", 2)
     except StoppedEarly as error:
         return _fail(str(error), 75)
     except KeyboardInterrupt:

@@ -20,9 +20,13 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = build_parser().parse_args(arguments)
     setup_logging()
-    return run_command(lambda: args.command(args))
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> None:
+    args = build_parser().parse_args(arguments)
+    args.command(args)
 
 
 def build_parser() -> argparse.ArgumentParser:

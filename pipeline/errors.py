@@ -3,8 +3,18 @@
 from collections.abc import Sequence
 
 from data_prep.errors import StoppedEarly, UserError
+from data_prep.optional_packages import check_one_dali, missing_package_error
 
-__all__ = ["AllRanksError", "Diverged", "StoppedEarly", "StorageTimeout", "UserError", "join_names"]
+__all__ = [
+    "AllRanksError",
+    "Diverged",
+    "StoppedEarly",
+    "StorageTimeout",
+    "UserError",
+    "check_one_dali",
+    "join_names",
+    "missing_package_error",
+]
 
 
 class StorageTimeout(UserError):

@@ -32,8 +32,10 @@ from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
 from pipeline.data.pixels import normalize, resize, single_threaded
 from pipeline.data.prefetch_thread import PrefetchThread
+from pipeline.errors import check_one_dali
 from pipeline.recipe.sections import DataSection
 
+check_one_dali()
 fn: Any = dali_fn  # in DALI's stubs an operator returns a union that no operator accepts
 
 Inputs = tuple[list[np.ndarray] | np.ndarray, ...]

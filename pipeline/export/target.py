@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, missing_package_error
 from pipeline.losses import patchify
 from pipeline.masking import gather_tokens
 from pipeline.methods.method import Method
@@ -45,7 +45,7 @@ def import_library(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f"this format needs {name}; pip install 'shardmae[export]'") from error
+        raise (missing_package_error(name) or error) from error
 
 
 def check_images(data: DataSection) -> torch.Tensor:
