@@ -62,7 +62,8 @@ def _add_encoder_arguments(command: argparse.ArgumentParser) -> None:
         "--weights",
         required=True,
         metavar="WEIGHTS",
-        help="run directory, ema:RUN, exported .safetensors, official MAE .pth, random:RECIPE, or pixels[:SIZE]",
+        help="run directory, ema:RUN, exported .safetensors, official MAE .pth, folder of transformers' ViT or ViTMAE, "
+        "random:RECIPE, or pixels[:SIZE]",
     )
     add_labeled_set_arguments(command)
     add("--labels", type=fraction, metavar="SHARE", help="train on this class-balanced share of the labels, e.g. 0.01")

@@ -69,7 +69,8 @@ def add_to(commands) -> None:
         "--weights",
         required=True,
         metavar="WEIGHTS",
-        help="run directory, ema:RUN, exported .safetensors, the official MAE's .pth, or random:RECIPE",
+        help="run directory, ema:RUN, exported .safetensors, the official MAE's .pth, a folder of transformers' ViT or "
+        "ViTMAE, or random:RECIPE",
     )
     add_labeled_set_arguments(command)
     add_run_argument(command)

@@ -61,6 +61,9 @@ class Classifier(TrainableModule):
         for block, rate in zip(vit.blocks, rates, strict=True):
             block.drop_path1, block.drop_path2 = drop_paths = DropPath(rate), DropPath(rate)
             self.drop_paths += drop_paths
+        for module in vit.modules():  # transformers' weights may come with another one, which no run records
+            if isinstance(module, nn.LayerNorm):
+                module.eps = LAYER_NORM_EPS
         vit.set_grad_checkpointing(recipe.engine.activation_checkpointing)
         self.vit = vit
         parts = rand_augment, random_erasing, mixup

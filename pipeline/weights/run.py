@@ -18,6 +18,7 @@ from pipeline.recipe.loading import load, read_yaml
 from pipeline.recipe.sections import eval_resize_size
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train.run_directory import RunDirectory
+from pipeline.weights.finite import check_finite
 from pipeline.weights.state_dicts import timm_state_dict
 from pipeline.weights.vit import Vit
 
@@ -77,7 +78,8 @@ def read_run(run: Path, kind: type[AnyRecipe], ema: bool) -> tuple[AnyRecipe, di
     """Read a run's recipe, its newest weights by parameter name, and their step.
 
     Raises:
-        UserError: If the recipe is not of this kind, or there is no checkpoint or no moving average.
+        UserError: If the recipe is not of this kind, there is no checkpoint or no moving average, or a weight is not
+            finite.
     """
     from pipeline.train import checkpoint, engine  # imports DeepSpeed, which takes seconds
 
@@ -89,4 +91,6 @@ def read_run(run: Path, kind: type[AnyRecipe], ema: bool) -> tuple[AnyRecipe, di
     newest = checkpoint.latest_checkpoint_with(directory.checkpoints, weights)
     if newest is None:
         raise UserError(f"{run}: has no checkpoint yet; train until the first one (train.checkpoint_every steps)")
-    return recipe, load_file(newest / weights), checkpoint.read_state(newest)["step"]
+    tensors = load_file(newest / weights)
+    check_finite(tensors, newest / weights)
+    return recipe, tensors, checkpoint.read_state(newest)["step"]

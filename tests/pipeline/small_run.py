@@ -32,11 +32,16 @@ DATA = [{"path": "sets/photos", "source": "folder", "split": "train", "samples":
 SINGLE_PROCESS = DistInfo(0, 1, 0, 1, torch.device("cpu"), 1)
 
 
-def small_run(folder: Path, recipe: str = "vitb16_mae", *overrides: str, step: int = 30) -> Path:
-    """Write the run directory of a pre-training."""
+def small_run(
+    folder: Path, recipe: str = "vitb16_mae", *overrides: str, step: int = 30, broken: str | None = None
+) -> Path:
+    """Write the run directory of a pre-training; one value of the weight `broken` is NaN."""
     small_recipe = load_recipe(recipe, [*SMALL, *overrides])
     torch.manual_seed(0)
-    _write_run(folder, small_recipe, build_method(small_recipe), step)
+    method = build_method(small_recipe)
+    if broken:
+        method.get_parameter(broken).data.view(-1)[0] = torch.nan
+    _write_run(folder, small_recipe, method, step)
     return folder
 
 
