@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed.launch import DistInfo, init_dist_env
+from pipeline.distributed.launch import DistInfo, init_dist_env, wait_for_rank_0
 from pipeline.errors import AllRanksError, Diverged, StoppedEarly, UserError
 
 T = TypeVar("T")
@@ -27,6 +27,7 @@ def init_distributed(timeout_minutes: float) -> Iterator[DistInfo]:
     """
     dist_info = init_dist_env()
     with destroy_process_group_on_exit():
+        wait_for_rank_0(dist_info.rank, 60 * timeout_minutes)
         init_process_group(dist_info, timeout_minutes)
         yield dist_info
 

@@ -1,13 +1,18 @@
 """The launcher's environment: rank, world size and device of this process.
 
 The only module that reads launcher variables. Supported are DeepSpeed's launcher and torchrun (RANK, WORLD_SIZE,
-LOCAL_RANK), srun (SLURM_*), and no launcher. Afterwards the environment has the variables that DeepSpeed reads.
+LOCAL_RANK), srun (SLURM_*), and no launcher, in which case a MASTER_ADDR is ignored. Afterwards the environment has the
+variables that DeepSpeed reads.
 """
 
+import logging
 import os
 import platform
 import socket
 import subprocess
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +20,10 @@ import psutil
 import torch
 
 from pipeline.distributed.hardware import keep_freed_memory
-from pipeline.errors import UserError
+from pipeline.errors import StoppedEarly, UserError
 
+logger = logging.getLogger(__name__)
+SELF_CONNECT_S, CONNECT_ATTEMPT_S = 60.0, 5.0
 PORTS = range(20000, 32768)
 """Rendezvous ports of Slurm jobs, below the usual range of ephemeral ports."""
 
@@ -59,8 +66,7 @@ def init_dist_env() -> DistInfo:
         env.setdefault("MASTER_PORT", str(PORTS[_env_int("SLURM_JOB_ID") % len(PORTS)]))
     else:
         rank, world_size, local_rank, local_world_size = 0, 1, 0, 1
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", str(_free_port()))
+        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())  # others may be left over
     env.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     port = _env_int("MASTER_PORT")
     if world_size > local_world_size and "GLOO_SOCKET_IFNAME" not in env:
@@ -85,6 +91,41 @@ def init_dist_env() -> DistInfo:
     if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
         torch.set_num_threads(num_cpus)
     return DistInfo(rank, world_size, local_rank, local_world_size, device, num_cpus)
+
+
+def wait_for_rank_0(rank: int, timeout_s: float, check_stop: Callable[[], None] = lambda: None) -> None:
+    """Wait until the rendezvous address can be reached: torch would try for its own timeout, ignoring signals.
+
+    Args:
+        rank: This rank. Rank 0 checks whether the address is its own.
+        timeout_s: Time that the other ranks wait for rank 0 to start.
+        check_stop: Called several times per second; it may raise.
+
+    Raises:
+        UserError: If the address is not rank 0's.
+        StoppedEarly: If rank 0 cannot be reached.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), _env_int("MASTER_PORT")
+    deadline = time.monotonic() + (timeout_s if rank else min(timeout_s, SELF_CONNECT_S))
+    with _listener(port) if rank == 0 else nullcontext():
+        while True:
+            check_stop()
+            try:
+                socket.create_connection((address, port), timeout=CONNECT_ATTEMPT_S).close()
+                return
+            except OSError as error:
+                reason = error.strerror or str(error)
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+            if rank == 0:
+                raise UserError(
+                    f"MASTER_ADDR {address}: rank 0 cannot reach itself there ({reason}); set this machine's address, "
+                    "or start by a launcher"
+                )
+            message = f"rendezvous failed: rank 0 cannot be reached at {address}:{port} ({reason})"
+            logger.error(f"{message}; check MASTER_ADDR and MASTER_PORT, and that rank 0 runs")
+            raise StoppedEarly(message)  # printed by rank 0 alone
 
 
 def node_name() -> str:
@@ -141,6 +182,15 @@ def _interface_to(host: str, port: int) -> str | None:
         if any(entry.address == address for entry in addresses):
             return name
     return None
+
+
+def _listener(port: int) -> AbstractContextManager:
+    """Accept connections at a port; if it is taken, as by torchrun, whoever has it does."""
+    ipv6 = socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(("", port), family=socket.AF_INET6 if ipv6 else socket.AF_INET, dualstack_ipv6=ipv6)
+    except OSError:
+        return nullcontext()
 
 
 def _free_port() -> int:

@@ -25,7 +25,7 @@ from pipeline.distributed.collectives import (
     storage_error,
 )
 from pipeline.distributed.hardware import device_name
-from pipeline.distributed.launch import DistInfo, init_dist_env, node_name
+from pipeline.distributed.launch import DistInfo, init_dist_env, node_name, wait_for_rank_0
 from pipeline.errors import AllRanksError, StoppedEarly, StorageTimeout, UserError
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train import engine
@@ -73,6 +73,7 @@ def preflight(
     started = time.monotonic()
     dist_info = init_dist_env()
     local = run_checks(make_task, data, run, deepspeed_config, dist_info)
+    wait_for_rank_0(dist_info.rank, 60 * TIMEOUT_MINUTES)
     engine.init_distributed(TIMEOUT_MINUTES, with_watchdog=False)
     with destroy_process_group_on_exit():
         ranks = all_gather_object(local)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from types import TracebackType
 
 from pipeline.distributed.collectives import destroy_process_group_on_exit, raise_on_all_ranks
-from pipeline.distributed.launch import DistInfo, init_dist_env
+from pipeline.distributed.launch import DistInfo, init_dist_env, wait_for_rank_0
 from pipeline.recipe.linear_probe import ProbeRecipe
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train.preemption import PreemptionHandler
@@ -46,6 +46,7 @@ class RunSession:
         with ExitStack() as stack:
             stack.enter_context(self._resources)
             stack.enter_context(destroy_process_group_on_exit())
+            wait_for_rank_0(self.dist_info.rank, 60 * self._timeout_minutes, self.preemption.raise_if_requested)
             self._connect(self.dist_info)
             self.preemption.connect(self._timeout_minutes)
             self._stack = stack.pop_all()
