@@ -153,8 +153,7 @@ class LinearProbe(TrainLoop[ProbeRecipe, CachedFeatures | RandomCropFeatures]):
             )
 
     def train_step(self) -> bool:
-        step, batch = self.state.step, self.recipe.data.global_batch
-        parts = []
+        step, parts = self.state.step, []
         for _ in range(self.accumulation_steps):
             part = self.session.preemption.next_batch(self.loader)
             if part is None:
@@ -162,13 +161,16 @@ class LinearProbe(TrainLoop[ProbeRecipe, CachedFeatures | RandomCropFeatures]):
             parts.append(part)
             self.session.watchdog.heartbeat()
         features, labels = (all_gather_uneven(torch.cat(rows)) for rows in zip(*parts, strict=True))
-        self._lr = learning_rate(step, self.total_steps, self.warmup_steps, batch / 256)
+        self._lr = self.learning_rate_at(step, self.total_steps)
         with self.throughput.time_compute():
             losses = self.heads.train_step(features, labels, self._lr)
         self.state.step += 1
         metrics = {f"loss_{rate:g}": loss for rate, loss in zip(self.heads.rates, losses, strict=True)}
         self.state.metrics.add({**metrics, "skipped": torch.zeros((), device=losses.device)})
         return True
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        return learning_rate(step, total_steps, self.warmup_steps, self.recipe.data.global_batch / 256)
 
     def current_lr(self) -> float:
         return self._lr

@@ -18,6 +18,7 @@ from pipeline.distributed.hardware import device_name
 from pipeline.distributed.launch import DistInfo
 from pipeline.errors import AllRanksError
 from pipeline.recipe.linear_probe import ProbeRecipe
+from pipeline.recipe.sections import TrainSection
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train import checkpoint
 from pipeline.train.guard import BadSpan
@@ -155,6 +156,10 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
         """Return more columns for a logged line, given the metrics' means. Called once per line."""
         return {}
 
+    @abstractmethod
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """Return the learning rate for the step after `step` completed ones of a run of `total_steps`."""
+
     def current_lr(self) -> float:
         """Return the learning rate of the last step."""
         raise NotImplementedError
@@ -203,6 +208,8 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
             self.session.on_rank_0(lambda: checkpoint.remove_partial(self.run.checkpoints, self.state.step))
             self.session.on_rank_0(self._write_metadata)
             self.on_train_start()
+            if state:
+                self._log_changed_length(state["recipe"]["train"])
         if state.get("eval_failed") and self.should_evaluate():
             self.evaluate()
         self.throughput.start(self.state.step, self.loader)
@@ -293,6 +300,19 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
             raise AllRanksError(
                 f"{self.eval_error}; saved at step {self.state.saved_step}; the same command evaluates again"
             ) from self.eval_error
+
+    def _log_changed_length(self, train: dict) -> None:
+        """Log how the learning rate changes if the run is longer or shorter than before; `train` is its old section."""
+        before = TrainSection(steps=train["steps"], epochs=train["epochs"])
+        steps = before.total_steps(self.num_samples, self.recipe.data.global_batch)
+        if steps == self.total_steps:
+            return
+        step = self.state.step
+        old, new = (self.learning_rate_at(step, total) for total in (steps, self.total_steps))
+        logger.warning(
+            f"train.steps, train.epochs: the run has {self.total_steps} steps instead of {steps}, so the learning rate "
+            f"after step {step} is {new:.3g} instead of {old:.3g} (docs/running.md, Training longer)"
+        )
 
     def _open_metrics(self) -> None:
         self.metrics_logger = MetricsLogger(self.run, self.recipe, self.state.step, self.total_steps, self.rollbacks())

@@ -134,9 +134,7 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
 
     def train_step(self) -> bool:
         step, preemption = self.state.step, self.session.preemption
-        self._lr = learning_rate(
-            step, self.total_steps, self.warmup_steps, self.recipe.peak_lr, self.recipe.optim.min_lr
-        )
+        self._lr = self.learning_rate_at(step, self.total_steps)
         engine.set_learning_rate(self.engine, self._lr)
         self.module.set_training_progress(step / self.total_steps)
         if self.profiler:
@@ -227,6 +225,10 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
         skipped = [step._asdict() for step in self.guard.skipped_steps]
         self.guard.skipped_steps.clear()
         return {"skipped_steps": skipped} if skipped else {}
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        recipe = self.recipe
+        return learning_rate(step, total_steps, self.warmup_steps, recipe.peak_lr, recipe.optim.min_lr)
 
     def current_lr(self) -> float:
         return self._lr
