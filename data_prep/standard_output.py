@@ -35,7 +35,7 @@ def run_with_output(command: Callable[[], int]) -> int:
     except BrokenPipeError:
         if not _is_stdout_closed():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's last flush
+        _discard_output()
         return PIPE_CLOSED
 
 
@@ -46,7 +46,12 @@ def _flush() -> None:
     except BrokenPipeError:
         raise
     except OSError:
-        pass
+        _discard_output()
+
+
+def _discard_output() -> None:
+    """Let the interpreter's last flush succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _is_stdout_closed() -> bool:
