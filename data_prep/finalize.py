@@ -131,20 +131,30 @@ def finalize_build(out: Path, build_state: BuildState) -> Manifest:
     )
     for line in _describe_losses(manifest, stats):
         logger.warning(line)
+    write_set(out, manifest, quarantine, stats)
+    return manifest
+
+
+def write_set(out: Path, manifest: Manifest, quarantine: list[dict[str, str]], stats: Stats) -> None:
+    """Write quarantine, card and, last, the manifest; then remove the build directory. The caller holds the lock.
+
+    Raises:
+        UserError: If a shard is missing or the disk is full.
+    """
     try:
         shard_set.check_shard_files(out, manifest)
         with ThreadPoolExecutor(1) as pool:
             fsync = pool.submit(_fsync_shards, out, manifest)
             lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
             shard_set.atomic_write(out / shard_set.QUARANTINE, lines.encode())
-            shard_set.atomic_write(out / shard_set.WIDS, _wids_index(manifest))
+            if not manifest.is_adopted:  # the wids library would count the unusable samples, too
+                shard_set.atomic_write(out / shard_set.WIDS, _wids_index(manifest))
             write_card(out, manifest, stats)
             fsync.result()
         shard_set.write_manifest(out, manifest)
     except OSError as error:
         raise storage_error(out, error) from error
     remove_build_directory(out)
-    return manifest
 
 
 def _describe_losses(manifest: Manifest, stats: Stats) -> Iterator[str]:

@@ -6,7 +6,7 @@ without an error; with check="structure": whose markers are complete). A valid J
 pixels are encoded at most once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from data_prep import jpeg, pixels
 from data_prep.pixels import ImageError
 
 REENCODE_QUALITY = 95
+METADATA_REPAIRS = ("broken_exif", "broken_icc")
+"""Repairs without which decoders return the same pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,19 @@ def prepare(data: bytes, policy: Policy, rotation: int = 0) -> Prepared:
     array = pixels.decode_jpeg(data, info.width, info.height, gray, policy.resize)
     array = pixels.rotate(pixels.apply_orientation(array, orientation), rotation)
     return _encode(array, policy, repairs)
+
+
+def check_in_place(data: bytes, policy: Policy) -> Prepared:
+    """Check an image that must keep its bytes.
+
+    Raises:
+        ImageError: If it cannot be used, with reason `needs_reencoding` if only `prepare` makes it usable.
+    """
+    prepared = prepare(data, policy)
+    repairs = [name for name in prepared.repairs if name not in METADATA_REPAIRS]
+    if repairs:
+        raise ImageError("needs_reencoding", ", ".join(repairs))
+    return replace(prepared, data=data, repairs=())
 
 
 def detect_format(data: bytes) -> str:

@@ -31,9 +31,10 @@ class Stats:
     quarantine: Counter = field(default_factory=Counter)
     unreadable: Counter = field(default_factory=Counter)  # damaged rows and values of metadata, left out
 
-    def add(self, image: Prepared, label: int) -> None:
+    def add(self, image: Prepared, num_bytes: int, label: int) -> None:
+        """Count a sample whose image has `num_bytes`; `label` is -1 without one."""
         self.shorter_side[_bin(min(image.width, image.height), SHORTER_SIDE_EDGES)] += 1
-        self.kilobytes[_bin(len(image.data) / 1000, KILOBYTE_EDGES)] += 1
+        self.kilobytes[_bin(num_bytes / 1000, KILOBYTE_EDGES)] += 1
         self.aspect[_bin(image.width / image.height, ASPECT_EDGES)] += 1
         self.color["grey" if image.gray else "RGB"] += 1
         if image.repairs:

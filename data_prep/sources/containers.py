@@ -37,6 +37,7 @@ class Entry:
     name: str
     location: Location
     rejection_reason: str | None = None
+    stored_name: str = ""  # of a tar member: its name with a leading "./", which `name` lacks
 
     @property
     def basename(self) -> str:
@@ -64,7 +65,7 @@ def iter_entries(root: str | os.PathLike, container: str) -> Iterator[Entry]:
     else:
         file, storage = open_container(path)
         size = os.path.getsize(path) if storage == Storage.STORED else None
-        for entry in _tar_entries(file, size, container or path, storage):
+        for entry in tar_entries(file, size, container or path, storage):
             yield entry if container else replace(entry, location=entry.location._replace(container=""))
 
 
@@ -83,7 +84,7 @@ def iter_nested_entries(root: str | os.PathLike, outer: Entry) -> Iterator[Entry
     path = os.path.join(root, location.container) if location.container else os.fspath(root)
     file, storage = open_container(path)
     part = _Part(file, location.offset, location.size)
-    for entry in _tar_entries(part, location.size, str(location), storage):
+    for entry in tar_entries(part, location.size, str(location), storage):
         offset = location.offset + entry.location.offset
         member = f"{location.member}/{entry.name}"
         place = entry.location._replace(container=location.container, member=member, offset=offset)
@@ -120,8 +121,12 @@ def _unsafe_name(name: str) -> str | None:
     return None
 
 
-def _tar_entries(file: "BinaryIO | _Part", size: int | None, where: str, storage: Storage) -> Iterator[Entry]:
-    """Yield the entries of a tar, or of several joined by `cat`; `size` is the archive's in bytes if known."""
+def tar_entries(file: "BinaryIO | io.RawIOBase", size: int | None, where: str, storage: Storage) -> Iterator[Entry]:
+    """Yield the entries of a tar, or of several joined by `cat`; `size` is the archive's in bytes if known.
+
+    Raises:
+        UserError: After the last complete entry of a damaged or truncated archive; it names `where`.
+    """
     part = _Part(file, 0, size)
     start: int | None = 0
     try:
@@ -151,7 +156,7 @@ def _members(part: "_Part", start: int, where: str, storage: Storage) -> Generat
             # The size of a sparse file includes its holes, which are not stored.
             if rejection_reason is None and part.size is not None and location.offset + location.size > part.size:
                 raise tarfile.ReadError("unexpected end of data")
-            yield Entry(name, location, rejection_reason)
+            yield Entry(name, location, rejection_reason, member.name)
         end = start + tar.offset
     # tarfile also stops at a damaged header and at the end of the file; members may be missing then.
     block = part.read_at(end, tarfile.BLOCKSIZE)
@@ -241,7 +246,7 @@ def _starts_with(path: str, magic: bytes) -> bool:
 class _Part(io.RawIOBase):
     """A read-only view of a range of a file for tarfile; rejects reads that no header needs."""
 
-    def __init__(self, file: "BinaryIO | _Part", start: int, size: int | None):
+    def __init__(self, file: "BinaryIO | io.RawIOBase", start: int, size: int | None):
         self._file, self._start, self.size, self._position = file, start, size, 0
 
     def tail(self, start: int) -> "_Part":

@@ -15,10 +15,14 @@ To add a source:
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from data_prep.parquet_staging import StageJob
 
 KEY_LIMIT = 90
 """Characters; with the longest extension a name still fits USTAR's limit of 100."""
@@ -33,6 +37,7 @@ class Storage(IntEnum):
     STORED = 1  # the bytes container[offset : offset + size]
     DEFLATED = 2  # the same range, compressed with deflate (a zip member)
     GZIPPED = 3  # the same range of the container's decompressed content
+    PARQUET = 4  # row `offset` of a parquet file; the size is an estimate
 
 
 class Location(NamedTuple):
@@ -83,7 +88,7 @@ class Source(ABC):
 
     kind: str  # name in shard names; lower case letters and digits
     layout: str  # which form of the data set was found; part of the build's identity
-    root: str  # path below which containers are found
+    root: str  # path or URL below which containers are found
     classes: Classes = field(default_factory=Classes)
     expected: int | None = None  # number of images of the data set as published, if known
 
@@ -106,6 +111,14 @@ class Source(ABC):
             UserError: If metadata in SRC do not belong to its images.
         """
         return []
+
+    def read_files(self, sample: Sample, read: Callable[[Location], bytes]) -> list[tuple[str, bytes]]:
+        """Return (extension, content) of files to copy into the sample; `read` returns the bytes of a location."""
+        return []
+
+    def staging_job(self, directory: Path) -> "StageJob | None":
+        """Return the job that stages the images for the set in `directory`; None if they are read in place."""
+        return None
 
 
 def make_key(name: str) -> str:

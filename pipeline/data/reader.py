@@ -195,10 +195,10 @@ class ShardReader:
         ends = (index.offsets[indexes] + index.sizes[indexes]).tolist()
         images = []
         for row, data in zip(indexes, self._read_ranges(shard, starts, ends), strict=True):
-            key, size = index.keys[row], len(data) - TAR_HEADER_BYTES
-            if not is_header_of(data[:TAR_HEADER_BYTES], f"{key}.jpg", size):
+            name, size = index.names[row], len(data) - TAR_HEADER_BYTES
+            if not is_header_of(data[:TAR_HEADER_BYTES], name, size):
                 raise UserError(
-                    f"{self.shard_path(shard)}: no longer holds sample {key!r} at its indexed offset: the file was "
+                    f"{self.shard_path(shard)}: no longer holds sample {name!r} at its indexed offset: the file was "
                     f"replaced; {self.repair_hint(shard)}"
                 )
             images.append(np.frombuffer(data, np.uint8, size, TAR_HEADER_BYTES))
@@ -206,13 +206,16 @@ class ShardReader:
 
     def labels(self, shard: int) -> np.ndarray:
         """Return the classes of a shard's samples, int64 (n,): indexes of `manifest.classes`."""
-        index = self._load_selected_index(shard, "cls")
-        ends = index.offsets + index.sizes
-        texts = self._read_ranges(shard, index.offsets.tolist(), ends.tolist())
+        manifest = self._shards[shard][0].manifest
+        extension = manifest.label_extension
+        index = self._load_selected_index(shard, extension or "jpg")
+        contents = [b""] * len(index.keys)
+        if extension:
+            contents = self._read_ranges(shard, index.offsets.tolist(), (index.offsets + index.sizes).tolist())
         try:
-            return np.array([int(text) for text in texts], np.int64)
+            return np.array(manifest.read_labels(index.keys, contents), np.int64)
         except ValueError as error:
-            message = f"{self.shard_path(shard)}: a label is not a number; {self.repair_hint(shard)}"
+            message = f"{self.shard_path(shard)}: a label cannot be read ({error}); {self.repair_hint(shard)}"
             raise UserError(message) from error
 
     def mean_bytes(self, shard: int) -> int:
@@ -341,7 +344,8 @@ class ShardReader:
         if self._selected is None:
             return index
         rows = np.flatnonzero(np.unpackbits(self._selected[shard], count=len(index.keys)))
-        return ShardIndex([index.keys[row] for row in rows], index.offsets[rows], index.sizes[rows])
+        keys, names = ([column[row] for row in rows] for column in (index.keys, index.names))
+        return ShardIndex(keys, names, index.offsets[rows], index.sizes[rows])
 
     def _load_index(self, shard: int, extension: str = "jpg") -> ShardIndex:
         shard_set, entry = self._shards[shard]
