@@ -82,4 +82,11 @@ SOURCES = {
         help="build COCO from its zips or folders, with instances and captions",
         example="coco ~/coco shards/ --split train",
     ),
+    "webdataset": SourceType(
+        factory="data_prep.sources.webdataset:WebDatasetSource",
+        help="rebuild WebDataset tars (a folder, a brace pattern or a URL): repair, re-encode, shuffle, re-shard",
+        example="webdataset 'laion/{00000..00127}.tar' shards/ --resize 256",
+        options=LABEL_OPTIONS,
+        accepts_patterns=True,
+    ),
 }
