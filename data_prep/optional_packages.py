@@ -14,6 +14,7 @@ EXTRAS = {
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "pyarrow": "parquet",
     "transformers": "export",
     "wandb": "wandb",
 }

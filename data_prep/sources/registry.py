@@ -89,4 +89,13 @@ SOURCES = {
         options=LABEL_OPTIONS,
         accepts_patterns=True,
     ),
+    "parquet": SourceType(
+        factory="data_prep.sources.parquet:ParquetSource",
+        help="build from parquet files of images as Hugging Face publishes them",
+        example="parquet ~/imagenet-1k/data shards/ --split train",
+        options={
+            "--image-column": {"metavar": "NAME", "help": "default: the column of images, if there is one"},
+            "--label-column": {"metavar": "NAME", "help": "default: the ClassLabel, or label; none: no labels"},
+        },
+    ),
 }
