@@ -39,7 +39,7 @@ def test_folder_pattern_and_url_build_the_same_set(tars, tmp_path, data_prep):
             "file": f"file://{tars}/{{000,001,002,003}}.tar",
             "url": f"{store.url}/{{000..003}}.tar",
         }.items():
-            done = data_prep("webdataset", source, tmp_path / name, "--shard-size", 5)
+            done = data_prep("webdataset", source, tmp_path / name, "--shard-size", 5, "--workers", 1)
             assert done.returncode == 0, done.stderr
             assert read_tree(tmp_path / name) == expected
 
