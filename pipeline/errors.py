@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from data_prep.errors import StoppedEarly, UserError
 
-__all__ = ["AllRanksError", "Diverged", "StoppedEarly", "StorageTimeout", "UserError", "join_names"]
+__all__ = ["AllRanksError", "DeviceError", "Diverged", "StoppedEarly", "StorageTimeout", "UserError", "join_names"]
 
 
 class StorageTimeout(UserError):
@@ -13,6 +13,10 @@ class StorageTimeout(UserError):
 
 class AllRanksError(UserError):
     """A UserError that every rank raises together; only rank 0 prints it."""
+
+
+class DeviceError(StoppedEarly):
+    """A GPU, its driver or a library failed, not the data; the next start, perhaps on another node, may succeed."""
 
 
 class Diverged(RuntimeError):

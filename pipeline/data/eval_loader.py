@@ -13,12 +13,14 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from pipeline.data.dali import Decoder, Inputs, eval_pipeline_def
-from pipeline.data.loader import prefetch_depth
+from pipeline.data.dali import Inputs, eval_pipeline_def
+from pipeline.data.decode_options import decode_options, prefetch_depth
+from pipeline.data.decoder import Decoder
 from pipeline.data.pixels import jpeg_size
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
 from pipeline.data.sampler import SampleLocation
+from pipeline.data.transfer import pin_for
 from pipeline.errors import UserError
 from pipeline.recipe.sections import DataSection
 
@@ -38,7 +40,8 @@ class EvalBatchSpec(NamedTuple):
     """A batch of n images before decoding."""
 
     locations: SampleLocation
-    labels: np.ndarray | None
+    labels: torch.Tensor | None
+    """(n,) on the host, pinned if the device is a GPU."""
     encoded: list[np.ndarray]
     sizes: np.ndarray
     """(n, 2): height and width after the resize."""
@@ -60,6 +63,7 @@ class EvalLoader:
         threads: decoding threads.
         resize: pixels of the shorter side, at least the image size.
         samples: number of samples from the start of the set; None: all.
+        deterministic: on a GPU, decode an image to the same pixels whatever its batch is; see `decode_options`.
     """
 
     def __init__(
@@ -73,12 +77,13 @@ class EvalLoader:
         threads: int = 1,
         resize: int = 256,
         samples: int | None = None,
+        deterministic: bool = False,
     ):
         if resize < data.image_size:
             raise ValueError(f"resize: {resize} px is less than the image size, {data.image_size}")
         self.classes = reader.manifest.classes
         self.reader, self.data, self.batch, self.device = reader, data, batch, device
-        self.threads, self.resize = threads, resize
+        self.threads, self.resize, self.deterministic = threads, resize, deterministic
         samples = min(samples or reader.num_samples, reader.num_samples)
         batches = -(-samples // batch)
         self.first, self.end = (min(samples, batch * (batches * part // world_size)) for part in (rank, rank + 1))
@@ -88,17 +93,22 @@ class EvalLoader:
         return self.end - self.first
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        """Yield the batches. Raise UserError if a sample cannot be read or decoded."""
+        """Yield the batches.
+
+        Raises:
+            UserError: If a sample cannot be read or decoded, or the device has not enough memory.
+            DeviceError: If the device failed.
+        """
         depth = prefetch_depth(self.data, self.device)
         specs = PrefetchThread(self._build_batches(), depth)
-        pipeline_def = eval_pipeline_def(self.data, self.device.type == "cuda")
+        pipeline_def = eval_pipeline_def(self.data, decode_options(self.data, self.device, self.deterministic))
         decoder = Decoder(pipeline_def, specs, self._replace, self.batch, self.device, self.threads, depth)
         try:
             for _ in range(self.first, self.end, self.batch):
                 spec, images = decoder.next()
                 labels = spec.labels
                 if labels is not None:
-                    labels = torch.from_numpy(labels).to(self.device, non_blocking=True)
+                    labels = labels.to(self.device, non_blocking=True)
                 yield EvalBatch(images, labels, spec.locations.sample_id)
         finally:
             decoder.close()
@@ -122,7 +132,8 @@ class EvalLoader:
                     labels.append(shard_labels[number][indexes])
             sizes = np.array([self._size(locations, row, image) for row, image in enumerate(encoded)])
             geometry = resize_and_crop_geometry(sizes, self.resize, self.data.image_size)
-            yield EvalBatchSpec(locations, np.concatenate(labels) if labels else None, encoded, *geometry)
+            host_labels = pin_for(torch.from_numpy(np.concatenate(labels)), self.device) if labels else None
+            yield EvalBatchSpec(locations, host_labels, encoded, *geometry)
 
     def _size(self, locations: SampleLocation, row: int, image: np.ndarray) -> tuple[int, int]:
         try:

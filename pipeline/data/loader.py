@@ -5,19 +5,22 @@ and pixels do not depend on how often the run was interrupted. Stream position n
 `n div k`, with k = data.crops_per_image: the k crops of an image are consecutive and share one decode.
 
 `ReadAhead` reads in the background, a `PrefetchThread` builds batches, and `Decoder` decodes them; `Loader.next`
-waits only if one of them is late.
+waits only if one of them is late. On a GPU it never waits for the device: noise and labels are in page-locked memory.
 """
 
 import atexit
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from pipeline.data.dali import Decoder, Inputs, training_pipeline_def
+from pipeline.data.dali import Inputs, training_pipeline_def
+from pipeline.data.decode_options import decode_options, prefetch_depth
+from pipeline.data.decoder import Decoder
 from pipeline.data.philox import Purpose, uniform
 from pipeline.data.pixels import jpeg_size
 from pipeline.data.prefetch_thread import PrefetchThread
@@ -25,8 +28,8 @@ from pipeline.data.random_resized_crop import draw_crop_boxes, draw_flips
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
 from pipeline.data.sampler import SampleLocation, rank_positions
+from pipeline.data.transfer import pin_for
 from pipeline.data.undecodable import UndecodableSamples
-from pipeline.recipe.sections import DataSection
 from pipeline.recipe.training import TrainingRecipe
 
 CROP_SHIFT = 40
@@ -65,10 +68,10 @@ class BatchSpec(NamedTuple):
     """(n, k, 4): x, y, width and height in pixels of the stored image."""
     flips: np.ndarray
     """(n, k) bool"""
-    noise: np.ndarray
-    """(n k, noise_size)"""
-    labels: np.ndarray | None
-    """(n,) of the decoded samples."""
+    noise: torch.Tensor
+    """(n k, noise_size) on the host, pinned if the device is a GPU."""
+    labels: torch.Tensor | None
+    """(n k,) of the decoded samples, like the noise."""
 
     def inputs(self, rows: slice = slice(None)) -> Inputs:
         """Return the inputs of `training_pipeline_def` for these images."""
@@ -84,7 +87,11 @@ class BatchSpec(NamedTuple):
 
 
 class BatchBuilder:
-    """Draws crops, flips and noise of micro batches, and substitutes undecodable samples."""
+    """Draws crops, flips and noise of micro batches, and substitutes undecodable samples.
+
+    Args:
+        pin: Returns a host tensor's copy in the memory from which it will be copied to the device.
+    """
 
     def __init__(
         self,
@@ -93,8 +100,10 @@ class BatchBuilder:
         noise_size: int,
         undecodable: UndecodableSamples,
         labeled: bool = False,
+        pin: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ):
         self.reader, self.recipe, self.noise_size, self.undecodable = reader, recipe, noise_size, undecodable
+        self._pin = pin
         self._labels: dict[int, np.ndarray] | None = {} if labeled else None  # of each shard used so far
 
     def build(self, locations: SampleLocation, encoded: list[np.ndarray]) -> BatchSpec:
@@ -109,14 +118,14 @@ class BatchBuilder:
         items = locations.sample_id[:, None] + (np.arange(k) << CROP_SHIFT)
         noise = uniform(self.recipe.seed, Purpose.MASK, locations.epoch[:, None], items, self.noise_size)
         boxes, flips = self._draw_crops(locations.epoch, items, sizes)
-        noise = noise.reshape(n * k, self.noise_size)
+        noise = self._pin(torch.from_numpy(noise.reshape(n * k, self.noise_size)))
         labels = self._labels_of(locations.shard, indexes)
         return BatchSpec(locations, indexes, encoded, boxes, flips, noise, labels)
 
     def replace(self, spec: BatchSpec, row: int, reason: str) -> BatchSpec:
         """Substitute the image in a row, which DALI cannot decode."""
         shard, index = int(spec.locations.shard[row]), int(spec.indexes[row])
-        self.undecodable.add(shard, index, reason)
+        self.undecodable.add(shard, index, reason, confirmed=False)
         index = self.undecodable.substitute(shard, index)
         index, image, size = self._first_readable(shard, index, self.reader.read(shard, index))
         indexes, boxes, flips = spec.indexes.copy(), spec.boxes.copy(), spec.flips.copy()
@@ -127,13 +136,14 @@ class BatchBuilder:
         labels = self._labels_of(spec.locations.shard, indexes)
         return spec._replace(indexes=indexes, encoded=encoded, boxes=boxes, flips=flips, labels=labels)
 
-    def _labels_of(self, shards: np.ndarray, indexes: np.ndarray) -> np.ndarray | None:
+    def _labels_of(self, shards: np.ndarray, indexes: np.ndarray) -> torch.Tensor | None:
         if self._labels is None:
             return None
         for shard in set(shards.tolist()) - self._labels.keys():
             self._labels[shard] = self.reader.labels(shard)
         pairs = zip(shards.tolist(), indexes.tolist(), strict=True)
-        return np.array([self._labels[shard][index] for shard, index in pairs], np.int64)
+        labels = np.array([self._labels[shard][index] for shard, index in pairs], np.int64)
+        return self._pin(torch.from_numpy(np.repeat(labels, self.recipe.data.crops_per_image)))
 
     def _first_readable(self, shard: int, index: int, image: np.ndarray) -> tuple[int, np.ndarray, tuple[int, int]]:
         """Return index, image and size of this sample or its first substitute with a valid header."""
@@ -165,6 +175,7 @@ class Loader:
         offset: stream positions that the run has skipped so far, a multiple of data.crops_per_image.
         undecodable: the run's undecodable samples; None starts without any.
         labeled: whether batches have labels; then all shard sets must have them.
+        deterministic: on a GPU, decode an image to the same pixels whatever its batch is; see `decode_options`.
     """
 
     def __init__(
@@ -180,6 +191,7 @@ class Loader:
         offset: int = 0,
         undecodable: UndecodableSamples | None = None,
         labeled: bool = False,
+        deterministic: bool = False,
     ):
         if offset % recipe.data.crops_per_image:
             raise ValueError(f"offset {offset}: cuts through an image's {recipe.data.crops_per_image} crops")
@@ -190,18 +202,20 @@ class Loader:
         """Total seconds that `next` took."""
         data = recipe.data
         undecodable = undecodable or UndecodableSamples(reader, data.max_undecodable)
-        builder = BatchBuilder(reader, recipe, noise_size, undecodable, labeled)
+        pin = partial(pin_for, device=device)
+        builder = BatchBuilder(reader, recipe, noise_size, undecodable, labeled, pin)
         self._read_ahead = ReadAhead(reader, self._locate_batches(), data.read_threads, data.read_ahead_mb * 10**6)
         depth = prefetch_depth(data, device)
         self._build_thread = PrefetchThread((builder.build(*read) for read in self._read_ahead), depth)
         self._decoder = Decoder(
-            training_pipeline_def(data, device.type == "cuda"),
+            training_pipeline_def(data, decode_options(data, device, deterministic)),
             self._build_thread,
             builder.replace,
             recipe.engine.micro_batch // data.crops_per_image,
             device,
             threads,
             depth,
+            undecodable.confirm,
         )
         atexit.register(self.close)  # threads must end before the interpreter does
 
@@ -209,19 +223,19 @@ class Loader:
         """Return the next micro batch.
 
         Raises:
-            UserError: If a sample cannot be read, or more than data.max_undecodable cannot be decoded.
+            UserError: If a sample cannot be read, more than data.max_undecodable cannot be decoded, or the device has
+                not enough memory.
+            DeviceError: If the device failed.
         """
         start = time.perf_counter()
         try:
             spec, images = self._decoder.next()
         finally:
             self.wait_s += time.perf_counter() - start
-        noise = torch.from_numpy(spec.noise).to(self.device, non_blocking=True)
+        noise = spec.noise.to(self.device, non_blocking=True)
+        labels = None if spec.labels is None else spec.labels.to(self.device, non_blocking=True)
         k = self.recipe.data.crops_per_image
         locations = SampleLocation(*(np.repeat(field, k) for field in spec.locations))
-        labels = None
-        if spec.labels is not None:
-            labels = torch.from_numpy(np.repeat(spec.labels, k)).to(self.device, non_blocking=True)
         replaced = k * int((spec.indexes != spec.locations.index_in_shard).sum())
         return Batch(images.view(-1, *images.shape[-3:]), noise, labels, locations, replaced)
 
@@ -243,9 +257,3 @@ class Loader:
             positions = rank_positions(step, data.global_batch, self.rank, self.world_size, self.offset)
             for start in range(0, len(positions), self.recipe.engine.micro_batch):
                 yield self.sampler.locate(positions[start : start + self.recipe.engine.micro_batch : k] // k)
-
-
-def prefetch_depth(data: DataSection, device: torch.device) -> int:
-    """Return how many batches to decode ahead: on a GPU 3, which absorbs a batch of large images; on the CPU,
-    where decoding and training share the cores, more than 2 gain nothing."""
-    return data.prefetch or (3 if device.type == "cuda" else 2)

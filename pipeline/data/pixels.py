@@ -1,4 +1,4 @@
-"""Pixel operations on the CPU: image size, Pillow's resize, normalization.
+"""Pixel operations on the CPU: image size, checks of JPEGs, Pillow's resize, normalization.
 
 torch's resize of uint8 images is Pillow's arithmetic (bicubic, antialiased, rounded to integer levels),
 vectorized. It and numpy release the GIL, so a thread pool can process the images of a batch in parallel; each
@@ -28,6 +28,22 @@ def jpeg_size(encoded: np.ndarray) -> tuple[int, int]:
                 return image.size
         except Exception:
             raise error from None
+
+
+def can_decode(encoded: np.ndarray) -> bool:
+    """Return whether Pillow decodes a JPEG to its end."""
+    try:
+        with Image.open(io.BytesIO(encoded.data), formats=["JPEG"]) as image:
+            image.load()
+    except Exception:  # Pillow raises many kinds
+        return False
+    return True
+
+
+def known_good_jpeg() -> np.ndarray:
+    """Return a JPEG, uint8 (bytes,), that every working decoder decodes: 64 x 48 pixels, baseline, 4:2:0."""
+    gray = np.full((48, 64, 3), 128, np.uint8)
+    return np.frombuffer(simplejpeg.encode_jpeg(gray, colorsubsampling="420"), np.uint8)
 
 
 def single_threaded() -> None:

@@ -161,6 +161,12 @@ class DataSection(Section):
     """Decoding threads per rank; null: the rank's share of the machine's cores."""
     prefetch: int | None = mutable(None, ge=1)
     """Batches to decode ahead; null: 2 on a CPU, 3 on a GPU."""
+    roi_decode: bool = mutable(False)
+    """On a GPU, decode only the region of an image that is cropped, instead of the whole image. Less memory and time
+    for photographs of several megapixels, but nvImageCodec 0.9 is reported to crash with it (docs/loader.md)."""
+    hw_decoder_load: float = mutable(0.65, ge=0.0, le=1.0)
+    """On a GPU with a hardware JPEG decoder, share of a batch's JPEGs that it decodes. With 0 or 1, an image's pixels
+    do not depend on its batch."""
     crops_per_image: int = Field(default=1, ge=1, le=256)
     """Consecutive crops of each decoded image (repeated augmentation, Hoffer et al. 2020). The global batch,
     steps and epochs count crops."""
