@@ -14,7 +14,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from pipeline.distributed.hardware import keep_freed_memory
+from pipeline.distributed.hardware import disable_tf32, keep_freed_memory
 from pipeline.errors import UserError
 
 PORTS = range(20000, 32768)
@@ -36,7 +36,8 @@ class DistInfo(NamedTuple):
 def init_dist_env() -> DistInfo:
     """Read the launcher's environment, complete it for DeepSpeed, and select the device.
 
-    On a CPU it also sets the number of threads and makes malloc keep freed memory.
+    Also limits torch's CPU threads to this rank's share of the cores, unless OMP_NUM_THREADS is set; turns TF32 off on
+    a GPU, and makes malloc keep freed memory on a CPU.
 
     Raises:
         UserError: If a launcher variable is invalid, or the node has a GPU that torch cannot use.
@@ -72,17 +73,20 @@ def init_dist_env() -> DistInfo:
         device = torch.device("cuda", _device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         env["LOCAL_RANK"] = str(device.index)  # DeepSpeed uses it as the device index
+        disable_tf32()
     else:
-        if Path("/proc/driver/nvidia/version").exists() and "DS_ACCELERATOR" not in env:
+        accelerator = env.get("DS_ACCELERATOR")
+        if accelerator == "cuda" or (accelerator is None and Path("/proc/driver/nvidia/version").exists()):
+            has = "DS_ACCELERATOR is cuda" if accelerator else "this machine has an NVIDIA driver"
             raise UserError(
-                f"this machine has an NVIDIA driver, but torch {torch.__version__} finds no usable GPU; "
-                "install a torch for the driver's CUDA version, or set DS_ACCELERATOR=cpu"
+                f"{has}, but torch {torch.__version__} finds no usable GPU; install a torch for the driver's CUDA "
+                "version, or set DS_ACCELERATOR=cpu"
             )
         device = torch.device("cpu")
         env["DS_ACCELERATOR"] = "cpu"
         keep_freed_memory()
     num_cpus = num_cpus or max(1, len(os.sched_getaffinity(0)) // local_world_size)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
+    if "OMP_NUM_THREADS" not in env:  # else every rank of a node would use all of its cores
         torch.set_num_threads(num_cpus)
     return DistInfo(rank, world_size, local_rank, local_world_size, device, num_cpus)
 
