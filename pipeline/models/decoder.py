@@ -8,10 +8,26 @@ block computes outputs of mask tokens only.
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from pipeline.models.block import LAYER_NORM_EPS, make_block, run_block
+from pipeline.models.block import LAYER_NORM_EPS, ROW_ALIGNMENT, make_block, run_block
 from pipeline.models.encoder import init_weights_mae
 from pipeline.models.sincos_position import sincos_2d
+
+
+def additive_mask(keep: torch.Tensor, num_encoded: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the attention mask of encoded tokens, which are all kept, and of mask tokens, of which some are.
+
+    Args:
+        keep: bool (N, M).
+        num_encoded: Tokens before the mask tokens.
+
+    Returns:
+        (N, 1, 1, num_encoded + M): 0 for tokens to attend to, else -inf. Rows are aligned in memory.
+    """
+    total = num_encoded + keep.shape[1]
+    padded = F.pad(keep[:, None, None, :], (num_encoded, -total % ROW_ALIGNMENT), value=True)
+    return torch.where(padded, 0.0, float("-inf")).to(dtype)[..., :total]
 
 
 class Decoder(nn.Module):
@@ -59,10 +75,7 @@ class Decoder(nn.Module):
         pos_embed = self.pos_embed[0].to(tokens.dtype)  # the engine casts parameters, not buffers
         positions = torch.cat([pos_embed[:1].expand(len(tokens), 1, -1), pos_embed[1:][visible_ids]], dim=1)
         tokens = tokens + positions
-        attn_mask = None
-        if keep is not None:
-            keep_encoded = keep.new_ones(len(keep), encoded.shape[1])
-            attn_mask = torch.cat([keep_encoded, keep], dim=1)[:, None, None, :]
+        attn_mask = None if keep is None else additive_mask(keep, encoded.shape[1], tokens.dtype)
         mask_inputs = (self.mask_token[0] + pos_embed[1:], mask_ids)
         for index, block in enumerate(self.blocks):
             num_queries = mask_ids.shape[1] if index == len(self.blocks) - 1 else None

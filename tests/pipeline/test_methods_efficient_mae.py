@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.losses import patchify
 from pipeline.masking import as_mask, gather_tokens
 from pipeline.methods.efficient_mae import interval_index
+from pipeline.models.block import ROW_ALIGNMENT
 from pipeline.recipe import load_recipe
 
 GRID, PATCHES, VISIBLE = 10, 100, 15
@@ -88,6 +89,21 @@ def test_gradients_equal_really_dropping_patches():
     error = (prediction - method.make_targets(patches, kept_ids)).square().mean(dim=2)[0]
     ((d**-0.6 * error).sum() / (d**-0.6).sum()).backward()
     assert all(torch.allclose(packed[name], p.grad, atol=1e-5) for name, p in method.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_decoder_blocks_share_one_aligned_mask(dtype):
+    method = small("beta=4", "prediction_ratio=null").to(dtype)
+    masks = []
+    for block in method.decoder.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[1]))
+    out = method(*random_batch(method, 2))
+    (mask,) = {id(mask): mask for mask in masks}.values()
+    assert len(masks) == 2 and mask.dtype == dtype and mask.shape == (2, 1, 1, 1 + PATCHES)
+    assert all(stride % ROW_ALIGNMENT == 0 for stride in mask.stride()[:3]) and mask.stride(3) == 1
+    kept = (mask[:, 0, 0, 1 + VISIBLE :] == 0).sum(dim=1)
+    assert kept.float().mean() == out.metrics["decoded_patches"]
+    assert mask[:, :, :, : 1 + VISIBLE].eq(0).all() and mask.flatten().unique().tolist() == [-torch.inf, 0]
 
 
 def test_default_prediction_ratio_is_table_8s_150_of_196():

@@ -13,7 +13,14 @@ from pipeline.errors import UserError
 from pipeline.export import official_state_dict, timm_state_dict
 from pipeline.losses import patchify
 from pipeline.masking import draw_windows, tile_windows
-from pipeline.models.relative_position import NUM_BUCKETS, RelativeAttention, bucket_ids, piecewise_index
+from pipeline.models.block import ROW_ALIGNMENT
+from pipeline.models.relative_position import (
+    NUM_BUCKETS,
+    ContextualProduct,
+    RelativeAttention,
+    bucket_ids,
+    piecewise_index,
+)
 
 
 def small_lomar(*more: str):
@@ -61,6 +68,23 @@ def test_buckets_are_row_times_column_plus_a_class_token_bucket():
             row = piecewise_index(query // 7 - key // 7) + 3
             column = piecewise_index(query % 7 - key % 7) + 3
             assert ids[1 + query, 1 + key] == row * 7 + column
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 7), st.sampled_from([1, 5, 64]), st.integers(0, 10**6))
+def test_bias_by_a_product_equals_an_index(window, head_dim, seed):
+    torch.manual_seed(seed)
+    product, tokens = ContextualProduct(head_dim, window), 1 + window**2
+    table = product.lookup_table_weight
+    torch.nn.init.normal_(table)
+    query, gradient = torch.randn(2, 3, tokens, head_dim), torch.randn(2, 3, tokens, tokens)
+    bias = product(query)
+    expected = torch.einsum("nhid,dij->nhij", query, table[0][:, bucket_ids(window)])
+    assert torch.equal(bias, expected)
+    assert bias.stride(3) == 1 and all(stride % ROW_ALIGNMENT == 0 for stride in bias.stride()[:3])
+    (found,) = torch.autograd.grad(bias, table, gradient)
+    (wanted,) = torch.autograd.grad(expected.double(), table, gradient.double())
+    assert (found - wanted).abs().max() <= 4e-7 * wanted.abs().max() * max(1, tokens / 10)
 
 
 @settings(max_examples=25)
