@@ -43,6 +43,12 @@ def run_command(command: Callable[[], None]) -> int:
     except Diverged as error:
         _print(f"stopped: {error}", rank_0_only=True)
         return 4
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        what = str(error).partition(". ")[0]
+        _print(f"error: {what}; end other programs on this GPU, or use a smaller model or image size")
+        return 2
     except KeyboardInterrupt:
         _print("interrupted; the same command resumes from the last checkpoint")
         return 130

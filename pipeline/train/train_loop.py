@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
+
 from pipeline.distributed.hardware import device_name
 from pipeline.distributed.launch import DistInfo
 from pipeline.errors import AllRanksError
@@ -68,27 +70,31 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
         """Train until the last step, a stop request, or a failed evaluation. Every rank calls it.
 
         Raises:
-            UserError: If the user has to fix something. Nothing was written, or everything is saved.
+            UserError: If the user has to fix something. Nothing was written, or everything is saved, except that a GPU
+                out of memory loses the steps since the last checkpoint.
             StoppedEarly: After a signal or a transient failure, with everything saved.
             Diverged: If the guard stops the run.
         """
         with RunSession(self.run, self.recipe.engine.timeout_minutes, self.connect) as self.session:
-            self.prepare()
-            self.session.acquire_run_dir(self.recipe)
-            self.resume()
-            while self.should_continue():
-                if not self.train_step():
-                    break
-                if bad_span := self.check_divergence():
-                    self.rollback(bad_span)
-                    continue
-                if self.should_log():
-                    self.log_metrics()
-                if self.metrics_logger:
-                    self.metrics_logger.advance(self.state.step)
-                if self.should_save() and self.session.preemption.sync_write_errors():
-                    self.save_checkpoint()
-            self.finish()
+            try:
+                self.prepare()
+                self.session.acquire_run_dir(self.recipe)
+                self.resume()
+                while self.should_continue():
+                    if not self.train_step():
+                        break
+                    if bad_span := self.check_divergence():
+                        self.rollback(bad_span)
+                        continue
+                    if self.should_log():
+                        self.log_metrics()
+                    if self.metrics_logger:
+                        self.metrics_logger.advance(self.state.step)
+                    if self.should_save() and self.session.preemption.sync_write_errors():
+                        self.save_checkpoint()
+                self.finish()
+            except torch.OutOfMemoryError as error:  # the other ranks may be waiting for this one
+                raise AllRanksError(self.session.abort.announce(self.out_of_memory_message())) from error
 
     # ---- Defined by subclasses
 
@@ -163,6 +169,17 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
     def data_offset(self) -> int:
         """Stream positions that rollbacks skipped."""
         return 0
+
+    def out_of_memory_message(self) -> str:
+        """Describe the error that this rank's GPU is out of memory, with the fix."""
+        saved = f"saved at step {self.state.saved_step}" if self.state.saved_step else "nothing was saved yet"
+        return (
+            f"engine.micro_batch: {self.recipe.engine.micro_batch} images need more memory than the GPU of rank "
+            f"{self.session.dist_info.rank} has; {self.out_of_memory_fix()}; {saved}"
+        )
+
+    def out_of_memory_fix(self) -> str:
+        return "reduce it"
 
     def should_evaluate(self) -> bool:
         return False
@@ -269,6 +286,7 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
     def finish(self) -> None:
         """Save and close. Raises the error that ended the run, if there is one. Collective."""
         preemption = self.session.preemption
+        preemption.discard_ahead()
         # Final checkpoint after an early stop or a failed evaluation, unless a write failed or training diverged.
         if (
             self.state.step > self.state.saved_step

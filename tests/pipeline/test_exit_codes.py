@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pipeline.commands.exit_codes import run_command
 from pipeline.errors import AllRanksError, Diverged, StoppedEarly, StorageTimeout, UserError
@@ -21,6 +22,7 @@ PRINT = CODE.format("print('x' * {})")
         (UserError("x: bad"), 2, True),
         (StorageTimeout("x: bad"), 2, True),
         (OSError(errno.ENOSPC, "full", "x: bad"), 2, True),
+        (torch.OutOfMemoryError("x: bad. Tried to allocate 2 GiB. See documentation."), 2, True),
         (AllRanksError("x: bad"), 2, False),
         (Diverged("x: bad"), 4, False),
         (StoppedEarly("x: bad"), 75, False),
