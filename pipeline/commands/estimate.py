@@ -30,8 +30,9 @@ def add_to(commands) -> None:
     command.add_argument(
         "--data", action="append", default=[], metavar="DIR", help="shard set (default: ImageNet's size)"
     )
-    link, storage = "Gbit/s of a node's link (default: 400)", "GB/s of the file system (default: 2)"
-    command.add_argument("--link", type=float, default=400, metavar="GBIT", help=link)
+    link = "Gbit/s of a node's network adapters together (default: those of NVIDIA's system with this GPU)"
+    storage = "GB/s of the file system (default: 2)"
+    command.add_argument("--link", type=float, metavar="GBIT", help=link)
     command.add_argument("--storage", type=float, default=2, metavar="GB", help=storage)
     add_json_argument(command)
 
@@ -81,10 +82,15 @@ def _bench_loader(args: argparse.Namespace) -> None:
 
     from pipeline.distributed.launch import init_dist_env
     from pipeline.estimate.bench_loader import bench_loader, format_bench
+    from pipeline.estimate.plan import resolve_recipe
     from pipeline.recipe import load_recipe
+    from pipeline.recipe.sections import is_auto
+    from pipeline.train.micro_batch import CPU_MICRO_BATCH
 
-    recipe = load_recipe(args.recipe, args.overrides)
-    dist_info = init_dist_env()
+    recipe, dist_info = load_recipe(args.recipe, args.overrides), init_dist_env()
+    if is_auto(recipe.engine.micro_batch) and dist_info.device.type == "cpu":
+        recipe = recipe.with_micro_batch(CPU_MICRO_BATCH)
+    recipe = resolve_recipe(recipe, 1, args.gpu)
     threads = args.threads or [2**n for n in range(dist_info.num_cpus.bit_length())]
     result = bench_loader(
         recipe.resolve_sources(args.data), recipe, dist_info.device, threads, args.seconds, args.gpu, args.mfu

@@ -9,13 +9,17 @@ from pipeline.methods import build_method
 from pipeline.recipe import Recipe
 
 
-@lru_cache
 def forward_flops(recipe: Recipe, batch: int = 1) -> float:
     """Count the floating-point operations per image of a forward pass, a multiply-add counted as two.
 
     PyTorch's FLOP counter counts matrix products and attention, on the meta device. Work that is done once
     per forward pass is divided among its `batch` images.
     """
+    return _forward_flops(recipe.with_micro_batch(1), batch)  # recipes that differ in it share a result
+
+
+@lru_cache
+def _forward_flops(recipe: Recipe, batch: int) -> float:
     with torch.device("meta"), torch.no_grad():
         method = build_method(recipe)
         images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from pipeline.recipe.loading import load
-from pipeline.recipe.sections import Section, eval_resize_size, mutable
+from pipeline.recipe.sections import Section, eval_resize_size, is_auto, mutable
 from pipeline.recipe.training import TrainingRecipe
 
 
@@ -60,14 +60,18 @@ class FinetuneRecipe(TrainingRecipe):
 
     def _validate(self) -> None:
         super()._validate()
-        size, resize, crops = self.data.image_size, self.evaluation.resize, self.data.crops_per_image
+        size, resize = self.data.image_size, self.evaluation.resize
         if resize and resize < size:
             raise ValueError(f"evaluation.resize: {resize} px is smaller than data.image_size, {size}")
-        if self.uses_mixup and self.engine.micro_batch % (2 * crops):
+        if not is_auto(self.engine.micro_batch) and self.engine.micro_batch % self.micro_batch_unit:
             raise ValueError(
-                f"engine.micro_batch: {self.engine.micro_batch} is not a multiple of {2 * crops}; mixup and "
-                "cutmix mix pairs of neighboring images"
+                f"engine.micro_batch: {self.engine.micro_batch} is not a multiple of {self.micro_batch_unit}; mixup "
+                "and cutmix mix pairs of neighboring images"
             )
+
+    @property
+    def micro_batch_unit(self) -> int:
+        return self.data.crops_per_image * (2 if self.uses_mixup else 1)
 
     @property
     def uses_mixup(self) -> bool:

@@ -5,9 +5,17 @@ other.
 """
 
 import math
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 MIN_SOURCE_SHARE = 1e-6  # smallest weight of a source, of the sum: a block of the mixture draws every source
 FIRST_DELAY_S, MAX_DELAY_S = 0.5, 30.0  # backoff before the first retry, and its limit
@@ -30,6 +38,22 @@ class Section(BaseModel):
 def mutable(default: Any, **constraints: Any) -> Any:
     """Declare a key that may change when a run is resumed: it affects how a run executes, not its result."""
     return Field(default, json_schema_extra={"mutable": True}, **constraints)
+
+
+AUTO = "auto"
+
+
+def _validate_unless_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    return value if value == AUTO else validate(value)
+
+
+IntOrAuto = Annotated[int, Field(ge=1), WrapValidator(_validate_unless_auto), PlainSerializer(lambda value: value)]
+"""A positive integer, or "auto", which is replaced by one before anything but `is_auto` reads it."""
+
+
+def is_auto(value: int) -> bool:
+    """Return whether a key of type `IntOrAuto` is still to be chosen."""
+    return value == AUTO  # pyright: ignore[reportUnnecessaryComparison]
 
 
 class VitSize(NamedTuple):
@@ -210,12 +234,15 @@ class EngineSection(Section):
     """optimizer: keep and update fp32 weights and moments on the CPU; requires ZeRO 2 or 3."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of the forward and backward pass; the optimizer always updates fp32 weights."""
-    micro_batch: int = mutable(64, ge=1)
-    """Images per rank and forward pass. The number of gradient accumulation steps follows from it."""
+    micro_batch: IntOrAuto = mutable(64)
+    """Images per rank and forward pass. The number of gradient accumulation steps follows from it. auto: the largest
+    divisor of a rank's share of the global batch that fits into its GPU and still gains speed (docs/engine.md)."""
     activation_checkpointing: bool = mutable(False)
     """Recompute each transformer block's activations in the backward pass: less memory, more time."""
     compile: bool = mutable(False)
-    """Apply torch.compile to the method's forward."""
+    """Apply torch.compile to the transformer blocks."""
+    deterministic: bool = mutable(False)
+    """Use deterministic algorithms only, which are slower: the same GPUs give the same losses, bit for bit."""
     timeout_minutes: float = mutable(10.0, gt=0.0)
     """Minutes without progress after which a rank exits, and the run with it; six times as long for
     checkpoints and rollbacks. Must exceed the time that a read may take (data.timeout_s, data.retries)."""

@@ -24,16 +24,20 @@ from pipeline.distributed.collectives import (
 )
 from pipeline.distributed.launch import DistInfo
 from pipeline.errors import UserError
+from pipeline.estimate.activation_memory import count_activation_bytes
+from pipeline.estimate.memory import micro_batch_limits
 from pipeline.evals.accuracy import Accuracy, count_topk_correct, topk_accuracies
 from pipeline.evals.datasets import check_labeled_sets, verify_checksums
 from pipeline.evals.frozen_encoder import module_digest
 from pipeline.io.atomic import read_json, write_json
+from pipeline.methods.flops import training_flops
 from pipeline.models.trainable_module import TrainableModule
 from pipeline.recipe.finetune import FinetuneRecipe
 from pipeline.recipe.sections import VIT_SIZES
 from pipeline.tasks.classifier import Classifier
 from pipeline.tasks.run_metadata import InitialWeights, load_or_create
 from pipeline.train import checkpoint
+from pipeline.train.micro_batch import MicroBatchLimits
 from pipeline.train.run_directory import RunDirectory
 from pipeline.train.task import Task
 from pipeline.train.trainer import Trainer
@@ -58,6 +62,7 @@ class Finetuning(Task[FinetuneRecipe]):
 
     def __init__(self, recipe: FinetuneRecipe, val: str) -> None:
         self.recipe, self._val_path = recipe, val
+        self._is_built = False
 
     @property
     def description(self) -> str:
@@ -80,11 +85,20 @@ class Finetuning(Task[FinetuneRecipe]):
             class_names=reader.manifest.class_names,
         )
         self._classifier = Classifier(encoder.vit, self._num_classes, self.recipe)
+        self._is_built = True
         self._flops = _forward_flops(self._classifier, self.recipe.data.image_size)
         return self._classifier
 
     def forward_flops(self) -> int:
         return self._flops
+
+    def micro_batch_limits(self, reader: ShardReader, world_size: int, available_gib: float) -> MicroBatchLimits:
+        if not self._is_built:
+            self.build(reader)
+        flops = training_flops(self._flops) + self._flops * self.recipe.engine.activation_checkpointing
+        parameters = sum(p.numel() for p in self._classifier.parameters())
+        image_bytes = _activation_bytes(self._classifier, self.recipe)
+        return micro_batch_limits(self.recipe, parameters, image_bytes, flops, world_size, available_gib)
 
     def setup(self, run: RunDirectory, reader: ShardReader, module: TrainableModule, dist_info: DistInfo) -> None:
         self._run, self._dist_info = run, dist_info
@@ -189,12 +203,30 @@ def _evaluated_set(run: RunDirectory) -> str | None:
 
 
 def _forward_flops(classifier: Classifier, size: int) -> int:
-    """Count floating-point operations per image on the meta device, without copying the parameters."""
-    shapes = {id(p): nn.Parameter(p.to("meta")) for p in classifier.parameters()}
+    """Count floating-point operations per image on the meta device."""
     images = torch.empty(1, 3, size, size, device="meta")
     with FlopCounterMode(display=False) as counter:
-        copy.deepcopy(classifier, shapes).to("meta").predict_logits(images)
+        _copy_to_meta(classifier).predict_logits(images)
     return counter.get_total_flops()
+
+
+def _activation_bytes(classifier: Classifier, recipe: FinetuneRecipe) -> int:
+    """Count the bytes that autograd saves per image. Augmentation has no gradient."""
+    module, size = _copy_to_meta(classifier), recipe.data.image_size
+    module.vit.set_grad_checkpointing(False)
+    if recipe.engine.precision != "fp32":
+        module = module.to(torch.bfloat16)
+    blocks = list(module.vit.blocks)
+    checkpointing = recipe.engine.activation_checkpointing
+    return count_activation_bytes(
+        module, blocks, lambda batch: module.compute_logits(torch.empty(batch, 3, size, size)), checkpointing
+    )
+
+
+def _copy_to_meta(classifier: Classifier) -> Classifier:
+    """Return a copy on the meta device, without copying the parameters' values."""
+    shapes = {id(p): nn.Parameter(p.to("meta")) for p in classifier.parameters()}
+    return copy.deepcopy(classifier, shapes).to("meta")
 
 
 def _check_encoder(encoder: ImageEncoder, recipe: FinetuneRecipe) -> None:

@@ -80,15 +80,19 @@ class Classifier(TrainableModule):
                 images, targets = mixup.mixup_cutmix(images, targets, mixup_noise, *alphas, self.crops)
         for drop_path, uniform in zip(self.drop_paths, drop_noise.unbind(1), strict=True):
             drop_path.draw(uniform)
-        loss = -(targets * self._logits(images).log_softmax(dim=1)).sum(dim=1).mean()
+        loss = -(targets * self.compute_logits(images).log_softmax(dim=1)).sum(dim=1).mean()
         return ClassifierOutput(loss, {})
+
+    def compute_logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Classify augmented images (B, 3, H, W); returns float32 logits (B, C)."""
+        return self.vit(images.to(self.vit.patch_embed.proj.weight.dtype)).float()
 
     @torch.no_grad()
     def predict_logits(self, images: torch.Tensor) -> torch.Tensor:
         """Classify images (B, 3, H, W) without augmentation; returns float32 logits (B, C)."""
         for drop_path in self.drop_paths:
             drop_path.keep = None
-        return self._logits(images)
+        return self.compute_logits(images)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Return timm's groups of layer-wise learning rates, as in MAE's code.
@@ -97,9 +101,6 @@ class Classifier(TrainableModule):
         """
         no_decay = self.vit.no_weight_decay()
         return param_groups_layer_decay(self.vit, weight_decay, no_decay, layer_decay=self.options.layer_decay)
-
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        return self.vit(images.to(self.vit.patch_embed.proj.weight.dtype)).float()
 
     def _augment(self, images: torch.Tensor, augment_noise: torch.Tensor, erasing_noise: torch.Tensor) -> torch.Tensor:
         options = self.options

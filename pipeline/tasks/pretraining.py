@@ -10,6 +10,7 @@ from pipeline.data.reader import ShardReader
 from pipeline.distributed.collectives import raise_on_all_ranks
 from pipeline.distributed.launch import DistInfo
 from pipeline.errors import AllRanksError
+from pipeline.estimate.plan import pretraining_limits
 from pipeline.evals.online_knn import OnlineKnn, check_knn_data
 from pipeline.io.atomic import atomic_path
 from pipeline.methods import Method, build_method
@@ -19,6 +20,7 @@ from pipeline.pictures.images import load_first_images
 from pipeline.pictures.reconstruction import plot_reconstruction
 from pipeline.recipe import Recipe
 from pipeline.train import checkpoint
+from pipeline.train.micro_batch import MicroBatchLimits
 from pipeline.train.run_directory import RunDirectory
 from pipeline.train.task import Task
 from pipeline.train.trainer import Trainer
@@ -62,6 +64,9 @@ class Pretraining(Task[Recipe]):
 
     def forward_flops(self) -> float:
         return forward_flops(self.recipe, self.recipe.engine.micro_batch)
+
+    def micro_batch_limits(self, reader: ShardReader, world_size: int, available_gib: float) -> MicroBatchLimits:
+        return pretraining_limits(self.recipe, world_size, available_gib)
 
     def setup(self, run: RunDirectory, reader: ShardReader, module: TrainableModule, dist_info: DistInfo) -> None:
         assert isinstance(module, Method)

@@ -29,13 +29,14 @@ from pipeline.distributed.collectives import (
     raise_on_all_ranks,
     storage_error,
 )
-from pipeline.distributed.hardware import device_name
+from pipeline.distributed.hardware import device_name, total_memory_gib
 from pipeline.distributed.launch import DistInfo, init_dist_env, node_name
 from pipeline.errors import AllRanksError, DeviceError, StoppedEarly, StorageTimeout, UserError
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train import engine
 from pipeline.train.checkpoint import checkpoint_steps
 from pipeline.train.engine_config import engine_config
+from pipeline.train.micro_batch import MicroBatchLimits, resolve_micro_batch
 from pipeline.train.run_directory import RunDirectory, package_versions
 from pipeline.train.sharded_state import checkpoint_bytes
 from pipeline.train.task import Task
@@ -115,7 +116,7 @@ def run_checks(
     findings = Findings(node_name(), device_name(dist_info.device), package_versions(), {}, [])
     with _collect_errors(findings.errors):
         task = make_task()
-        recipe = task.recipe
+        recipe = task.recipe = _resolve_micro_batch(task, data, run, dist_info)
         checks = {
             "batch": lambda: _check_batch(recipe, dist_info, deepspeed_config),
             "precision": lambda: engine.check_precision(recipe) or recipe.engine.precision,
@@ -175,6 +176,17 @@ def _check_batch(recipe: TrainingRecipe, dist_info: DistInfo, deepspeed_config: 
     steps = recipe.gradient_accumulation_steps(dist_info.world_size)
     engine_config(recipe, dist_info.world_size, deepspeed_config)
     return f"{recipe.data.global_batch} = {dist_info.world_size} ranks x {steps} x {recipe.engine.micro_batch}"
+
+
+def _resolve_micro_batch(task: Task, data: Sequence[str], run: RunDirectory, dist_info: DistInfo) -> TrainingRecipe:
+    """Choose engine.micro_batch if it is auto, for this rank's GPU."""
+    recipe, world_size = task.recipe, dist_info.world_size
+
+    def get_limits(memory_gib: float) -> MicroBatchLimits:
+        reader = ShardReader(recipe.resolve_sources(data), recipe.data)
+        return task.micro_batch_limits(reader, world_size, memory_gib)
+
+    return resolve_micro_batch(recipe, run, world_size, total_memory_gib(dist_info.device), get_limits)
 
 
 def _check_data(recipe: TrainingRecipe, data: Sequence[str]) -> str:

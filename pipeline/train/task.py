@@ -10,8 +10,10 @@ from typing import Generic, TypeVar
 
 from pipeline.data.reader import ShardReader
 from pipeline.distributed.launch import DistInfo
+from pipeline.errors import UserError
 from pipeline.models.trainable_module import TrainableModule
 from pipeline.recipe.training import TrainingRecipe
+from pipeline.train.micro_batch import MicroBatchLimits
 from pipeline.train.run_directory import RunDirectory
 
 RecipeT = TypeVar("RecipeT", bound=TrainingRecipe)
@@ -44,6 +46,14 @@ class Task(ABC, Generic[RecipeT]):
     @abstractmethod
     def forward_flops(self) -> float:
         """Return the FLOPs of one image's forward pass in a micro batch."""
+
+    def micro_batch_limits(self, reader: ShardReader, world_size: int, available_gib: float) -> MicroBatchLimits:
+        """Return the limits of `engine.micro_batch: auto`. A task that does not define them needs a number.
+
+        Args:
+            available_gib: Memory of each GPU.
+        """
+        raise UserError("engine.micro_batch: auto is not supported by this task; give a number of images")
 
     def setup(self, run: RunDirectory, reader: ShardReader, module: TrainableModule, dist_info: DistInfo) -> None:
         """Prepare evaluation and images, when the run directory is locked and the module on its device."""

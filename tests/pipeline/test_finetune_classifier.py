@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.data.reader import ShardReader
 from pipeline.errors import AllRanksError, UserError
+from pipeline.estimate.memory import OVERHEAD_GIB, RESERVE_GIB, loader_bytes
 from pipeline.recipe import load_recipe
 from pipeline.recipe.finetune import FinetuneRecipe, load_finetune_recipe
 from pipeline.tasks.classification import Finetuning
@@ -104,6 +105,36 @@ def test_activation_checkpointing_changes_nothing():
         model(*batch(model)).loss.backward()
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_automatic_micro_batch_counts_what_autograd_saves(labelled_sets, checkpointing):
+    options = recipe(f"engine.activation_checkpointing={checkpointing}", "engine.micro_batch=auto")
+    train, val = labelled_sets
+    task, reader = Finetuning(options, str(val)), ShardReader(train, options.data)
+    limits = task.micro_batch_limits(reader, 1, 40.0)
+    model = task.build(reader)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def saved_bytes(count: int) -> int:
+        storages = {}
+
+        def save(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            model.compute_logits(torch.rand(count, 3, 32, 32))
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+    if checkpointing == "false":
+        states = 16 * sum(p.numel() for p in model.parameters())
+        image_bytes = saved_bytes(9) - saved_bytes(8) + loader_bytes(options.data)
+        available = (40 - OVERHEAD_GIB - RESERVE_GIB) * 2**30 - states
+        assert limits.fitting == approx(available / image_bytes, rel=0.03)
+    else:  # recomputed activations do not count
+        plain = Finetuning(recipe("engine.micro_batch=auto"), str(val)).micro_batch_limits(reader, 1, 40.0)
+        assert limits.fitting > plain.fitting and limits.useful < plain.useful
 
 
 @pytest.mark.parametrize(

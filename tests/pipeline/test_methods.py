@@ -3,10 +3,12 @@
 import pytest
 import torch
 from tiny_methods import random_batch, tiny_method
+from torch._dynamo.testing import CompileCounter
 
 from pipeline.masking import gather_tokens
 from pipeline.methods import Method, MethodOutput, build_method, register_method
 from pipeline.recipe import load_recipe
+from pipeline.train import engine
 
 VARIANTS = {  # options of the method's own section, or of the section that they name
     "mae": "",
@@ -51,6 +53,29 @@ def test_forward_is_one_static_graph_compiled_once(variant):
             out = compiled(images, noise)
             out.loss.backward()
             assert torch.allclose(out.loss, method(images, noise).loss, atol=1e-6)
+
+
+@pytest.mark.parametrize(("variant", "graphs"), [("emae", 4), ("lomar", 1)])
+def test_blocks_share_graphs_and_pictures_compile_none(variant, graphs):
+    """The encoder's blocks have one graph; the decoder's first, middle and last ones one each."""
+    torch._dynamo.reset()
+    recipe = load_recipe("demo_emae", ["engine.compile=true"])
+    method = small(variant, "model.depth=3", "model.decoder_depth=4")
+    expected = method(*random_batch(method)).loss
+    counter = CompileCounter()
+    engine.compile_blocks(method, counter)
+    for seed in range(2):
+        images, noise = random_batch(method, seed=5 + seed)
+        loss = method(images, noise).loss
+        loss.backward()
+        if not seed:
+            assert torch.allclose(loss, expected, atol=1e-6)
+    assert counter.frame_count == graphs
+    with engine.without_compilation(recipe):
+        method.reconstruct(*random_batch(method, 1))
+        method.forward_features(images[:2])
+    method(*random_batch(method)).loss.backward()
+    assert counter.frame_count == graphs
 
 
 @every_variant

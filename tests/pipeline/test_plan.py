@@ -12,6 +12,7 @@ from pipeline.__main__ import main
 from pipeline.distributed.hardware import GPUS
 from pipeline.errors import UserError
 from pipeline.estimate.activation_memory import activation_bytes
+from pipeline.estimate.memory import OVERHEAD_GIB
 from pipeline.estimate.plan import format_plan, plan
 from pipeline.methods import build_method
 from pipeline.methods.flops import forward_flops
@@ -68,7 +69,7 @@ def test_parameters_are_those_of_the_method():
 
 
 def test_time_is_flops_over_speed():
-    recipe = load_recipe("vitl16_mae")
+    recipe = load_recipe("vitl16_mae", ["engine.micro_batch=64"])
     result = plan(recipe, gpus=4, nodes=2, gpu="a100", mfu=0.5)
     step = 3 * forward_flops(recipe, 64)
     assert result.step_gflops == pytest.approx(step / 1e9)
@@ -127,8 +128,9 @@ def test_activations_are_what_autograd_saves(name):
 
 
 def test_activation_checkpointing_costs_a_forward_pass():
-    plain = plan(load_recipe("vitl16_mae"))
-    checkpointed = plan(load_recipe("vitl16_mae", ["engine.activation_checkpointing=true"]))
+    recipe = load_recipe("vitl16_mae", ["engine.micro_batch=64"])
+    checkpointing = recipe.engine.model_copy(update={"activation_checkpointing": True})
+    plain, checkpointed = plan(recipe), plan(recipe.model_copy(update={"engine": checkpointing}))
     assert checkpointed.memory[0].activations < 0.2 * plain.memory[0].activations
     assert checkpointed.step_gflops == pytest.approx(4 / 3 * plain.step_gflops)
     assert checkpointed.images_per_s == pytest.approx(0.75 * plain.images_per_s)
@@ -136,11 +138,19 @@ def test_activation_checkpointing_costs_a_forward_pass():
 
 @pytest.mark.parametrize(("nodes", "micro_batch"), [(32, 16), (64, 8)])
 def test_the_micro_batch_is_limited_to_the_gpus_share(nodes, micro_batch):
-    result = plan(load_recipe("vitb16_emae"), gpus=8, nodes=nodes)
+    result = plan(load_recipe("vitb16_emae", ["engine.micro_batch=16"]), gpus=8, nodes=nodes)
     assert (result.micro_batch, result.accumulation) == (micro_batch, 1)
     assert (f"--set engine.micro_batch={micro_batch}" in format_plan(result)) == (micro_batch < 16)
     overridden = load_recipe("vitb16_emae", [f"engine.micro_batch={micro_batch}"])
     assert plan(overridden, gpus=8, nodes=nodes).memory == result.memory
+
+
+def test_memory_counts_what_the_loader_holds_on_the_gpu():
+    few, many = (plan(load_recipe("vitb16_mae", [f"engine.micro_batch={n}"])).memory[1] for n in (64, 512))
+    pixels = 3 * 224**2 * 4 / 2**30
+    assert many.loader - few.loader > 448 * 4 * pixels  # three batches ahead and the present one
+    for memory in (few, many):
+        assert memory.total == pytest.approx(OVERHEAD_GIB + memory.states + memory.activations + memory.loader)
 
 
 def test_every_documented_plan_command_succeeds(capsys):

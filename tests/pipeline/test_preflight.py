@@ -85,7 +85,7 @@ def test_storage_timeout_is_retried_only_with_checkpoints(shards, run):
         server.fail("manifest.json", "stall")
         stalled, invalid = (
             run_checks(lambda more=more: make_task(*overrides, *more), [server.url], run, None, SINGLE_PROCESS)
-            for more in ([], ["data.global_batch=7"])
+            for more in ([], ["data.global_batch=7", "engine.micro_batch=2"])
         )
     assert all(isinstance(error, StorageTimeout) for error in stalled.errors)
     assert f"{server.url}/manifest.json: " in str(combine_errors([stalled], has_checkpoints=True))

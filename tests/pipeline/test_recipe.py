@@ -116,7 +116,7 @@ def test_mutable_keys_are_those_that_affect_only_execution():
     common = {
         "data": "sources read_threads read_ahead_mb timeout_s retries cache_dir cache_gb decode_threads "
         "prefetch roi_decode hw_decoder_load max_undecodable trace",
-        "engine": "micro_batch activation_checkpointing compile zero_stage offload timeout_minutes",
+        "engine": "micro_batch activation_checkpointing compile deterministic zero_stage offload timeout_minutes",
         "guard": "window spike_z max_consecutive_skips max_rollbacks",
         "train": "steps epochs log_every checkpoint_every keep_checkpoints keep_every wandb profile_steps",
     }

@@ -81,7 +81,7 @@ def test_the_mask_ratios_are_the_papers():
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8, 16])
 def test_the_batch_divides_among_the_usual_numbers_of_gpus(gpus):
     for name in NAMES:
-        assert load_recipe(name).gradient_accumulation_steps(gpus) >= 1
+        assert load_recipe(name).images_per_rank(gpus) >= 1
 
 
 @pytest.mark.parametrize(("size", "model"), [("vitl", "vitl16"), ("vith", "vith14")])
@@ -96,9 +96,9 @@ def test_the_batch_divides_among_the_tasks_of_slurm_scripts(size, model):
 
     for method in METHODS:
         recipe = load_recipe(f"{model}_{method}")
-        assert recipe.gradient_accumulation_steps(world_size(f"pretrain_{size}")) >= 1
+        assert recipe.images_per_rank(world_size(f"pretrain_{size}")) >= 1
     recipe = load_finetune_recipe(f"finetune_{model}", "W")
-    assert recipe.gradient_accumulation_steps(world_size(f"finetune_{size}")) >= 1
+    assert recipe.images_per_rank(world_size(f"finetune_{size}")) >= 1
 
 
 @pytest.mark.parametrize(
