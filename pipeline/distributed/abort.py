@@ -33,7 +33,7 @@ class AbortChannel:
 
     def __init__(self, dist_info: DistInfo):
         self._dist_info = dist_info
-        self._store = dist.PrefixStore("abort", _get_default_store())
+        self._store = dist.PrefixStore("abort", _get_default_store())  # pyright: ignore[reportPrivateImportUsage]
         self._closed = threading.Event()
         if dist_info.world_size > 1:
             threading.Thread(target=self._watch, daemon=True).start()

@@ -107,7 +107,7 @@ def enable_determinism() -> None:
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by the first matrix product on a GPU
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging, and slow
+    torch._C._set_deterministic_fill_uninitialized_memory(False)  # for debugging, and slow
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)

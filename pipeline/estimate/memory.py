@@ -1,10 +1,11 @@
 """Memory that training needs per GPU: states and activations are counted, the rest is assumed.
 
-The assumptions (`OVERHEAD_GIB`, `loader_bytes`) have not been measured on a GPU.
+The assumptions (`OVERHEAD_GIB`, `decoder_memory`) have not been measured on a GPU.
 """
 
 from dataclasses import dataclass
 
+from pipeline.data.decode_options import decoder_memory
 from pipeline.recipe.sections import DataSection
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train.micro_batch import MicroBatchLimits
@@ -18,10 +19,8 @@ RESERVE_GIB = 4.0
 MAX_TFLOP = 80.0
 """TFLOP of a micro batch's forward and backward pass beyond which it is assumed to gain no speed: 0.16 s on an H100 at
 50 % of its peak, ten times what its kernels take to launch (2,500 for a ViT-L, at 5 to 8 microseconds)."""
-DECODED_BYTES = 500 * 375 * 3
-"""A decoded ImageNet photograph of the usual size."""
-GPU_PREFETCH = 3
-"""Batches that the loader decodes ahead on a GPU."""
+LOADER_THREADS = 16
+"""Assumed decoding threads of a rank, if data.decode_threads is null."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Memory:
     activations: float
     """Saved for the backward pass of a micro batch."""
     loader: float
-    """Decoded and augmented images."""
+    """Decoded and augmented images, and the decoder's buffers."""
     total: float
     largest_micro_batch: int
     """0 if not even one image fits."""
@@ -61,19 +60,20 @@ def estimate_memory(
         image_bytes: Bytes of an image's activations.
         available_gib: The GPU's memory.
     """
-    states = state_bytes(recipe, parameters, world_size, zero_stage, offload) / GIB
-    per_image = image_bytes + loader_bytes(recipe.data)
-    free = available_gib - OVERHEAD_GIB - states
-    activations, loader = micro_batch * image_bytes / GIB, micro_batch * loader_bytes(recipe.data) / GIB
+    states = state_bytes(recipe, parameters, world_size, zero_stage, offload)
+    fixed, crops = loader_bytes(recipe.data, 0), recipe.data.crops_per_image
+    per_image = image_bytes + (loader_bytes(recipe.data, crops) - fixed) / crops
+    free = (available_gib - OVERHEAD_GIB) * GIB - states - fixed
+    activations, loader = micro_batch * image_bytes, loader_bytes(recipe.data, micro_batch)
     _, gradients, optimizer = (parameters * size for size in bytes_per_parameter(recipe))
     return Memory(
         zero_stage=zero_stage,
         offload="optimizer" if offload else "none",
-        states=states,
-        activations=activations,
-        loader=loader,
-        total=states + activations + loader + OVERHEAD_GIB,
-        largest_micro_batch=max(0, int(free * GIB // per_image)),
+        states=states / GIB,
+        activations=activations / GIB,
+        loader=loader / GIB,
+        total=(states + activations + loader) / GIB + OVERHEAD_GIB,
+        largest_micro_batch=max(0, int(free // per_image)),
         host=(optimizer + gradients) / world_size / GIB if offload else 0.0,
     )
 
@@ -104,14 +104,10 @@ def bytes_per_parameter(recipe: TrainingRecipe) -> tuple[int, int, int]:
     return (4, 4, 8 + ema) if recipe.engine.precision == "fp32" else (2, 4, 12 + ema)
 
 
-def loader_bytes(data: DataSection) -> int:
-    """Return the bytes on the GPU per image of a micro batch: decoded images and pixels of all batches in flight.
-
-    Besides the batches that are decoded ahead, one is loaded and one is being trained.
-    """
-    ahead = data.prefetch or GPU_PREFETCH
-    pixels = 4 * 3 * data.image_size**2
-    return (ahead + 2) * pixels + ahead * DECODED_BYTES // data.crops_per_image
+def loader_bytes(data: DataSection, micro_batch: int) -> int:
+    """Return the loader's memory on the GPU: the decoder's, and the pixels of the micro batch that is loaded ahead."""
+    ahead = 4 * 3 * data.image_size**2 * micro_batch
+    return decoder_memory(data, micro_batch, data.decode_threads or LOADER_THREADS).device + ahead
 
 
 def micro_batch_limits(

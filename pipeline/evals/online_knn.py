@@ -40,7 +40,7 @@ class OnlineKnn:
         place = dist_info.device, dist_info.rank, dist_info.world_size
         threads, resize = recipe.data.decode_threads or dist_info.num_cpus, eval_resize_size(size)
         options = recipe.engine.micro_batch, *place, threads, resize, recipe.evals.knn_samples
-        self.loader = EvalLoader(reader, recipe.data, *options)
+        self.loader = EvalLoader(reader, recipe.data, *options, deterministic=recipe.engine.deterministic)
         self.dummy_batch = torch.zeros(1, 3, size, size, device=dist_info.device)
 
     def __call__(self, heartbeat: Callable[[], None]) -> dict[str, float]:

@@ -117,6 +117,7 @@ class Finetuning(Task[FinetuneRecipe]):
             dist_info.world_size,
             self.recipe.data.decode_threads or dist_info.num_cpus,
             self.recipe.eval_resize,
+            deterministic=self.recipe.engine.deterministic,
         )
 
     def _check_initial_weights(self) -> InitialWeights:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+foreach: Any = torch  # whose foreach operations are not declared public
 CHUNK_ELEMENTS = 2**23
 """Gradient elements that are converted to fp32 at a time: 32 MiB, which fit into the cache of a large GPU."""
 
@@ -50,10 +51,10 @@ def add_gradients(optimizer: Any, clear_lp_grads: bool = False) -> None:
     for indexes in _split([len(total) for total in sums], len(buffer)):
         chunk = [gradients[index] for index in indexes]
         converted = list(buffer[: sum(map(len, chunk))].split([len(gradient) for gradient in chunk]))
-        torch._foreach_copy_(converted, chunk)
-        torch._foreach_add_([sums[index] for index in indexes], converted)
+        foreach._foreach_copy_(converted, chunk)
+        foreach._foreach_add_([sums[index] for index in indexes], converted)
     if clear_lp_grads:
-        torch._foreach_zero_(gradients)
+        foreach._foreach_zero_(gradients)
 
 
 def global_norm(input_tensors: Iterable[torch.Tensor], mpu: None = None, norm_type: int = 2) -> torch.Tensor:
@@ -64,7 +65,7 @@ def global_norm(input_tensors: Iterable[torch.Tensor], mpu: None = None, norm_ty
         mpu, norm_type: DeepSpeed's values, which cannot be changed here.
     """
     assert mpu is None and norm_type == 2
-    norm = torch.stack(torch._foreach_norm(list(input_tensors))).pow(2.0).sum().pow(0.5)
+    norm = torch.stack(foreach._foreach_norm(list(input_tensors))).pow(2.0).sum().pow(0.5)
     return torch.where(norm.isfinite(), norm, -1.0)
 
 

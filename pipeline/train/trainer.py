@@ -144,6 +144,7 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
             self.guard.offset,
             self.undecodable,
             self.task.labeled,
+            recipe.engine.deterministic,
         )
 
     def on_train_start(self) -> None:
