@@ -20,7 +20,7 @@ import torch.multiprocessing
 from pipeline.train import preemption
 from pipeline.train.preemption import PreemptionHandler
 
-STEPS = 100
+STEPS = 50
 
 
 class DelayedWork:

@@ -12,6 +12,7 @@ import argparse
 from types import SimpleNamespace
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.methods import build_method
@@ -74,10 +75,11 @@ def main() -> None:
             autoep_folding_tp_group=None,
         )
         optimizer._update_hp_grad = lambda *inputs, o=optimizer: optimizer_class._update_hp_grad(o, *inputs)
-        all_sums = [total for group in sums for total in group]
         before, after = count(optimizer_class.update_hp_grads, optimizer), count(add_gradients, optimizer)
         row = f"{name:<24}{before.operations:>12}{after.operations:>10}{after.kernels:>18}"
-        before, after = count(deepspeed_norm, all_sums), count(global_norm, all_sums)
+        with FakeTensorMode():  # DeepSpeed copies each norm to its own device, which the meta device cannot
+            all_sums = [torch.empty(total.numel(), device="cpu") for group in sums for total in group]
+            before, after = count(deepspeed_norm, all_sums), count(global_norm, all_sums)
         print(f"{row}{before.operations:>12}{after.operations:>10}{after.kernels:>18}", flush=True)
 
 

@@ -13,6 +13,7 @@ TIMING_COLUMNS = {
     "data_wait",
     "mfu",
     "memory",
+    "memory_used",
     "rank_time",
     "slowest_time",
     "slowest_rank",
