@@ -4,6 +4,7 @@
 # make test-fast       the unit tests that need no root, Slurm, launcher or network
 # make soak            the tests that are too long for `make test`
 # make bench           the benchmarks that run on this machine; nothing else should run meanwhile
+# make gpu-check       verify the GPU path on this machine (docs/gpu.md)
 # make lint            ruff, pyright and shellcheck
 # make clean           delete the outputs of the demo and of builds
 
@@ -19,7 +20,7 @@ CUDA ?= cuda13
 DATA ?=
 OUT ?= out/demo
 
-.PHONY: setup demo test test-fast soak bench lint clean
+.PHONY: setup demo test test-fast soak bench gpu-check lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -66,6 +67,9 @@ bench: setup
 	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/plan_epoch.py
 	$(BIN)/python benchmarks/methods_cifar.py
+
+gpu-check: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pipeline gpu-check $(if $(DATA),--data "$(DATA)")
 
 lint: setup
 	$(BIN)/ruff check .

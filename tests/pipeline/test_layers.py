@@ -16,7 +16,7 @@ LAYERS = (  # low to high: a module imports from its own package and from lower 
     ("methods", "data"),
     ("train",),
     ("weights", "estimate"),
-    ("evals", "pictures"),
+    ("evals", "pictures", "gpu_check"),
     ("tasks", "report"),
     ("export",),
     ("commands",),
