@@ -45,7 +45,7 @@ test: setup
 
 # Left out: tests that need root, a launcher or a server, that start many interpreters, or that take long.
 SLOW_FILES := pipeline/test_bench_loader pipeline/test_cache pipeline/test_crop_law pipeline/test_export_classifier \
-	pipeline/test_export_command pipeline/test_host_memory pipeline/test_launcher_gone \
+	pipeline/test_export_command pipeline/test_gpu_check pipeline/test_host_memory pipeline/test_launcher_gone \
 	pipeline/test_network_estimate pipeline/test_plan pipeline/test_preflight pipeline/test_report \
 	pipeline/test_storage pipeline/test_undecodable \
 	data_prep/test_disk_full data_prep/test_interruption data_prep/test_tasks data_prep/test_verify

@@ -55,6 +55,7 @@ def gpu_check(
     findings: dict[str, dict[str, Any]] = {}
     outputs: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, _Progress(len(checks)) as progress:
+        progress.start("sample images")
         context = _make_context(device, data, gpus or (len(machine["gpus"]) if device == "cuda" else CPU_RANKS), folder)
         for check in checks:
             rows = {name: finding["rows"] for name, finding in findings.items()}
