@@ -9,6 +9,7 @@ import torch
 from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.distributed.collectives import destroy_process_group
+from pipeline.distributed.hardware import used_memory_gib
 from pipeline.distributed.launch import init_dist_env
 from pipeline.estimate.engine_step import EngineStep
 from pipeline.estimate.plan import plan
@@ -31,7 +32,8 @@ def check_memory(context: Context, read: MemoryReading | None = None) -> Finding
     """
     dist_info = init_dist_env()
     engine.init_distributed(10.0, with_watchdog=False)
-    read = read or (_device_reading(dist_info.device) if context.on_gpu else _host_reading())
+    if read is None:
+        read = (lambda: used_memory_gib(dist_info.device) or 0.0) if context.on_gpu else _host_reading()
     batches = (64, 128) if context.on_gpu else (4, 8)
     rows = []
     for batch in batches:
@@ -69,16 +71,6 @@ def judge_memory(rows: Sequence[dict[str, Any]], what: str) -> Finding:
         judge(max(ratios) <= 1 + TOLERANCE),
         list(rows),
     )
-
-
-def _device_reading(device: torch.device) -> MemoryReading:
-    """Return a reading of everything on the device: context, torch, DALI, NCCL, and other processes."""
-
-    def read() -> float:
-        free, total = torch.cuda.mem_get_info(device)
-        return (total - free) / 2**30
-
-    return read
 
 
 def _host_reading() -> MemoryReading:

@@ -74,6 +74,7 @@ def _pretrain(context: Context, directory: Path, ranks: int, kill_at: int | None
         "data.global_batch": 16 * max(1, context.gpus),
         "engine.micro_batch": 8,
         "engine.precision": "fp32",
+        "engine.deterministic": "true",
         "optim.warmup_steps": 0,
     }
     overrides = [*(() if context.on_gpu else REDUCED), *(f"{key}={value}" for key, value in settings.items())]
