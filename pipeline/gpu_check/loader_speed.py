@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.data.loader import Loader
@@ -76,5 +75,5 @@ def _gpu_share(loader: Loader, device: torch.device) -> float:
     """Profile the loader: CUPTI also records the kernels and copies that DALI starts in this process."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         elapsed = time_steps(loader.next, device, warmup=0, min_steps=10).seconds
-    events = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
+    events = [event for event in profiled.key_averages() if event.device_type.name == "CUDA"]
     return sum(event.self_device_time_total for event in events) / 1e6 / elapsed

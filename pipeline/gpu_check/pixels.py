@@ -231,7 +231,7 @@ class _KeepBusy:
 
     def __call__(self) -> None:
         for _ in range(4):
-            self._matrix @ self._matrix.T
+            torch.mm(self._matrix, self._matrix.T)
 
     def wait(self) -> None:
         if self._device.type == "cuda":

@@ -20,7 +20,9 @@ from pipeline.train.engine_config import ADAM_EPS, engine_config
 from pipeline.train.guard import Guard
 from pipeline.train.sharded_state import iter_flat_partitions
 
-RANK_BATCH, LR = 4, 1e-4
+RANK_BATCH = 4
+LR, SKIP_LR = 1e-3, 1e-4
+"""Learning rates: large enough to show a wrong update, and small enough that no good step looks like a spike."""
 BAD_LOSSES = {"NaN loss": float("nan"), "loss spike": 100.0}
 """What multiplies the loss. DeepSpeed itself skips NaNs at some stages, spikes never."""
 
@@ -139,7 +141,7 @@ def _skip_problem(recipe: Recipe, dist_info: DistInfo, should_skip: ShouldSkip) 
     guard = Guard(recipe.guard, recipe.engine.precision, dist_info.device)
 
     def train(step: int, factor: float) -> None:
-        engine.set_learning_rate(model, LR)
+        engine.set_learning_rate(model, SKIP_LR)
         loss = model(*_local_batch(model, recipe, step, dist_info)).loss * factor
         model.backward(loss)
         guard.observe_loss(loss)
