@@ -79,7 +79,7 @@ def mask_ratio(recipe: Recipe) -> float:
     name = recipe.method.name
     if name == "emae":
         return mask_ratio_for(recipe.num_visible, recipe.num_patches)
-    return {"mae": recipe.method.mae, "efficient_mae": recipe.method.efficient_mae}[name].mask_ratio
+    return getattr(recipe.method, name).mask_ratio
 
 
 def mask_ratio_for(num_visible: int, num_patches: int) -> float:

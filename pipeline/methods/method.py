@@ -58,6 +58,8 @@ class Method(TrainableModule):
     patch_size: int
     """P, in pixels."""
     normalize_targets: bool
+    num_target_images: int = 0
+    """Images that `fit_targets` needs; 0 if targets do not depend on the data set."""
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
         """Compute the loss of a batch.
@@ -67,6 +69,9 @@ class Method(TrainableModule):
             noise: float32 (B, noise_size), uniform in [0, 1).
         """
         raise NotImplementedError
+
+    def fit_targets(self, images: torch.Tensor) -> None:
+        """Receive the first `num_target_images` images of the shard set, at every start of a run."""
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """Encode unmasked images (B, 3, H, W) -> (B, 1 + L, D), class token first."""

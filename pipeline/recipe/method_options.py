@@ -1,10 +1,9 @@
 """The recipe's `method` section: one class per paper.
 
-Invariant: the defaults are the paper's settings, and options that no paper has are off. The exception is
-Efficient MAE's `prediction_ratio`, which keeps shapes static.
+Invariant: the defaults are the paper's settings; the papers' ablations and options that no paper has are off.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,6 +18,14 @@ class MaeOptions(Section):
 
     mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0)
     """Share of an image's patches to mask."""
+    mask_sampling: Literal["random", "block", "grid"] = "random"
+    """Table 1 (f): random patches; BEiT's random blocks; or one visible patch in each 2 x 2, which requires
+    mask_ratio 0.75 and an even number of patches along a side."""
+    mask_tokens_in_encoder: bool = False
+    """Table 1 (c): the encoder also processes a mask token for every masked patch."""
+    pca_targets: int | None = Field(default=None, ge=1)
+    """Table 1 (d): predict this many (the paper: 96) principal components of a patch's pixels, fitted to the first
+    images of the shard set; null: predict pixels. Requires normalize_targets false."""
 
 
 class EmaeOptions(Section):
@@ -31,6 +38,9 @@ class EmaeOptions(Section):
     """Weight of the self-consistency loss."""
     consistency_kind: Literal["l1", "l2", "smooth_l1"] = "l1"
     """Distance between the predictions of two parts."""
+    consistency_mean: Literal["overlap", "all"] = "overlap"
+    """Average the distance over the patches masked in both parts, or divide its sum over them by the number of all
+    patches, which is smaller by the factor (num_parts - 2) / num_parts."""
     decode_share: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of each part's positions that the other parts decode; all of them decode the same positions."""
     difficulty_flatten: bool = False
@@ -48,9 +58,10 @@ class EfficientMaeOptions(Section):
     beta: float | None = Field(default=26.0, gt=0.0)
     """Decoder masking: P2Dist in pixels above which patches are not predicted (Table 8); null: no limit. With
     the scheduler `schedule`, the final threshold."""
-    prediction_ratio: float | None = Field(default=0.765, gt=0.0, lt=1.0)
-    """Decoder slots, for the easiest masked patches, as a share of all patches; null: one per masked patch.
-    Not in the paper; 0.765 is Table 8's number of patches at 26 px, 150 of 196."""
+    prediction_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["auto"] | None = "auto"
+    """Decoder slots, for the easiest masked patches. auto: the mean number of patches that beta keeps, over random
+    masks with a fixed seed, rounded down (Table 8); a number: this share of all patches; null: one slot per masked
+    patch."""
     k: int = Field(default=8, ge=1)
     """Nearest boundary points in Algorithm 1."""
     exact_distance: bool = False
@@ -70,6 +81,12 @@ class LomarOptions(Section):
     """Side of a window, in patches."""
     mask_ratio: float = Field(default=0.8, gt=0.0, lt=1.0)
     """Share of a window's patches to mask."""
+    windows: Literal["per_image", "as_released"] = "per_image"
+    """per_image: every image has its own windows (Figure 2). as_released: the images of a micro batch share
+    num_windows windows and are paired with them as by the released code, so the loss depends on the micro batch."""
+    decoder: bool = False
+    """Figure 4: encode only the visible patches of a window, with absolute positions, and predict the others with
+    MAE's decoder."""
     difficulty_flatten: bool = False
     """Not in the paper: apply Efficient MAE's loss inside the windows, with the options gamma, k,
     exact_distance and metric of method.efficient_mae."""

@@ -46,6 +46,8 @@ class Recipe(TrainingRecipe):
     def _validate_mask(self) -> None:
         name, method = self.method.name, self.method
         efficient, lomar = method.efficient_mae, method.lomar
+        if name == "mae":
+            self._validate_mae()
         if name == "lomar" and lomar.window_size > self.grid:
             raise ValueError(
                 f"method.lomar.window_size: {lomar.window_size} patches do not fit into an image of "
@@ -65,6 +67,18 @@ class Recipe(TrainingRecipe):
             )
         if name == "efficient_mae" or (flattens and name == "emae"):
             self._validate_threshold()
+
+    def _validate_mae(self) -> None:
+        mae, num_pixels = self.method.mae, 3 * self.model.patch_size**2
+        if mae.mask_sampling == "grid" and (mae.mask_ratio != 0.75 or self.grid % 2):
+            raise ValueError(
+                f"method.mae.mask_sampling: grid requires method.mae.mask_ratio 0.75, not {mae.mask_ratio:g}, and an "
+                f"even number of patches along a side, not {self.grid}"
+            )
+        if mae.pca_targets and self.method.normalize_targets:
+            raise ValueError("method.mae.pca_targets: requires method.normalize_targets false")
+        if mae.pca_targets and mae.pca_targets > num_pixels:
+            raise ValueError(f"method.mae.pca_targets: {mae.pca_targets} exceeds a patch's {num_pixels} values")
 
     def _validate_threshold(self) -> None:
         efficient, patch = self.method.efficient_mae, self.model.patch_size
@@ -115,8 +129,22 @@ class Recipe(TrainingRecipe):
     @property
     def num_predicted(self) -> int:
         """Decoder slots per image, for Efficient MAE and for EMAE with difficulty_flatten."""
-        masked, share = self.num_patches - self.num_visible, self.method.efficient_mae.prediction_ratio
-        return masked if share is None else max(1, min(masked, round(share * self.num_patches)))
+        masked, ratio = self.num_patches - self.num_visible, self.method.efficient_mae.prediction_ratio
+        if ratio is None:
+            return masked
+        slots = int(self.mean_kept_patches) if ratio == "auto" else round(ratio * self.num_patches)
+        return max(1, min(masked, slots))
+
+    @property
+    def mean_kept_patches(self) -> float:
+        """Masked patches per image that Efficient MAE's decoder masking keeps, on average over random masks."""
+        from pipeline.recipe import mask_statistics  # imports torch, which takes seconds
+
+        options = self.method.efficient_mae
+        difficulties = mask_statistics.sample_difficulties(
+            self.grid, self.num_visible, self.model.patch_size, options.metric, options.exact_distance, options.k
+        )
+        return mask_statistics.mean_kept_patches(difficulties, options.beta)
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -68,6 +68,8 @@ class Pretraining(Task[Recipe]):
         self._method, self._is_writer = module, dist_info.rank == 0
         images = raise_on_all_ranks(lambda: load_first_images(reader, NUM_IMAGES, self.recipe.data))
         self._images = images.to(dist_info.device)
+        if count := module.num_target_images:
+            module.fit_targets(raise_on_all_ranks(lambda: load_first_images(reader, count, self.recipe.data)))
         self._pictures = run.reconstructions
         self._pictures.mkdir(exist_ok=True)
         self._knn = OnlineKnn(self.recipe, reader, module, dist_info) if self.recipe.evals.knn_every else None

@@ -90,9 +90,22 @@ def test_gradients_equal_really_dropping_patches():
     assert all(torch.allclose(packed[name], p.grad, atol=1e-5) for name, p in method.named_parameters())
 
 
-def test_default_prediction_ratio_is_table_8s_150_of_196():
-    for name, count in (("vitb16", 150), ("vitl16", 150), ("vith14", 196)):
-        assert load_recipe(f"{name}_efficient_mae").num_predicted == count
+@pytest.mark.parametrize(
+    ("name", "options", "slots"),
+    [
+        ("vitb16", (), 150),  # Table 8
+        ("vitl16", ("beta=13",), 114),
+        ("vitl16", ("beta=null",), 167),
+        ("vitl16", ("metric=neighbors_3x3", "beta=null"), 114),  # Table 5
+        ("vitl16", ("mask_ratio=0.9",), 136),
+        ("vitl16", ("mask_ratio=0.95",), 92),
+        ("vitl16", ("prediction_ratio=0.5",), 98),
+        ("vith14", (), 203),
+    ],
+)
+def test_decoder_slots_are_the_mean_count_within_beta(name, options, slots):
+    recipe = load_recipe(f"{name}_efficient_mae", [OPTION + option for option in options])
+    assert abs(recipe.num_predicted - slots) <= (0 if "prediction_ratio=0.5" in options else 1)
 
 
 @pytest.mark.parametrize("metric", ["neighbors_3x3", "inverse_distance_5x5", "nearest_patch"])
