@@ -17,7 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pipeline.data.augment import color_jitter
 from pipeline.data.dali import Decoder, Inputs, training_pipeline_def
+from pipeline.data.fixed_size_crop import center_boxes, draw_fixed_size_boxes
 from pipeline.data.philox import Purpose, uniform
 from pipeline.data.pixels import jpeg_size
 from pipeline.data.prefetch_thread import PrefetchThread
@@ -26,7 +28,7 @@ from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
 from pipeline.data.sampler import SampleLocation, rank_positions
 from pipeline.data.undecodable import UndecodableSamples
-from pipeline.recipe.sections import DataSection
+from pipeline.recipe.sections import DataSection, eval_crop_pct
 from pipeline.recipe.training import TrainingRecipe
 
 CROP_SHIFT = 40
@@ -150,8 +152,13 @@ class BatchBuilder:
         data, seed = self.recipe.data, self.recipe.seed
         (n, k), epochs = items.shape, np.repeat(epoch, items.shape[1])
         sizes = np.repeat(sizes, k, axis=0)
-        boxes = draw_crop_boxes(seed, epochs, items.ravel(), sizes, data.crop_scale, data.crop_ratio)
-        flips = draw_flips(seed, epochs, items.ravel()) & data.flip
+        if data.augmentation == "none":
+            boxes = center_boxes(sizes, eval_crop_pct(data.image_size))
+        elif data.augmentation == "fixed_size":
+            boxes = draw_fixed_size_boxes(seed, epochs, items.ravel(), sizes, eval_crop_pct(data.image_size))
+        else:
+            boxes = draw_crop_boxes(seed, epochs, items.ravel(), sizes, data.crop_scale, data.crop_ratio)
+        flips = draw_flips(seed, epochs, items.ravel()) & (data.flip and data.augmentation != "none")
         return boxes.reshape(n, k, 4), flips.reshape(n, k)
 
 
@@ -223,7 +230,10 @@ class Loader:
         if spec.labels is not None:
             labels = torch.from_numpy(np.repeat(spec.labels, k)).to(self.device, non_blocking=True)
         replaced = k * int((spec.indexes != spec.locations.index_in_shard).sum())
-        return Batch(images.view(-1, *images.shape[-3:]), noise, labels, locations, replaced)
+        images = images.view(-1, *images.shape[-3:])
+        if self.recipe.data.augmentation == "color_jitter":
+            images = self._jitter_colors(images, locations)
+        return Batch(images, noise, labels, locations, replaced)
 
     def keys(self, locations: SampleLocation) -> list[str]:
         """Return the keys of samples in their shard sets."""
@@ -235,6 +245,16 @@ class Loader:
         self._read_ahead.close()
         self._decoder.close()
         self._build_thread.close()
+
+    def _jitter_colors(self, images: torch.Tensor, locations: SampleLocation) -> torch.Tensor:
+        """Jitter the colors of normalized images (B, 3, H, W) of B crops."""
+        data = self.recipe.data
+        crops = np.arange(len(images)) % data.crops_per_image
+        items = locations.sample_id + (crops << CROP_SHIFT)
+        noise = uniform(self.recipe.seed, Purpose.COLOR, locations.epoch, items, color_jitter.NOISE_DIM)
+        mean, std = images.new_tensor([data.mean, data.std])[:, :, None, None]
+        jittered = color_jitter.jitter_colors(images * std + mean, torch.from_numpy(noise).to(images.device))
+        return (jittered - mean) / std
 
     def _locate_batches(self) -> Iterator[SampleLocation]:
         """Yield the images of this rank's micro batches, endlessly."""

@@ -133,6 +133,10 @@ class DataSection(Section):
     """Side of the model's input image, in pixels."""
     global_batch: int = Field(default=4096, ge=1, le=2**20)
     """Images per optimizer step, over all ranks and gradient accumulation steps."""
+    augmentation: Literal["random_size", "fixed_size", "none", "color_jitter"] = "random_size"
+    """MAE's Table 1 (e): random resized crops; squares of a fixed size at a random position; evaluation's center
+    crop, never flipped; or random resized crops with color jitter. Crops of a fixed size ignore crop_scale and
+    crop_ratio."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of a random resized crop's area, as a share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
