@@ -22,6 +22,8 @@ class ClassifierSection(Section):
     """Encoder size that these settings are for; weights of another size are an error. null: any size."""
     layer_decay: float = Field(default=0.75, gt=0.0, le=1.0)
     """Ratio of a block's learning rate to the next block's."""
+    trained_blocks: int | None = Field(default=None, ge=0)
+    """Train only this many last blocks, the final norm and the head (MAE's Figure 9); null: everything."""
     drop_path: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Stochastic depth: drop rate of the last block, decreasing linearly to 0 at the first."""
     label_smoothing: float = Field(default=0.1, ge=0.0, lt=1.0)

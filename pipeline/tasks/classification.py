@@ -205,6 +205,11 @@ def _check_encoder(encoder: ImageEncoder, recipe: FinetuneRecipe) -> None:
             f"--weights {recipe.weights}: width {encoder.width} and {len(encoder.vit.blocks)} blocks are not "
             f"classifier.encoder's, {model}; use another recipe, or --set classifier.encoder=null"
         )
+    trained_blocks, num_blocks = recipe.classifier.trained_blocks, len(encoder.vit.blocks)
+    if trained_blocks is not None and trained_blocks > num_blocks:
+        raise UserError(
+            f"classifier.trained_blocks: {trained_blocks} exceeds the {num_blocks} blocks of --weights {recipe.weights}"
+        )
     for name in ("mean", "std"):
         trained, given = list(getattr(encoder, name)), list(getattr(recipe.data, name))
         if trained != given:

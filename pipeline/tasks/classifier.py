@@ -6,6 +6,7 @@ Invariant: loss and stochastic depth depend on the images, labels and noise of a
 `data.augment.mixup`); no random generator is used.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,25 @@ class Classifier(TrainableModule):
         The head has the schedule's rate, each block `layer_decay` times that of the next one.
         """
         no_decay = self.vit.no_weight_decay()
-        return param_groups_layer_decay(self.vit, weight_decay, no_decay, layer_decay=self.options.layer_decay)
+        groups = param_groups_layer_decay(self.vit, weight_decay, no_decay, layer_decay=self.options.layer_decay)
+        frozen = {id(parameter) for parameter in self._frozen_parameters()}
+        for group in groups:  # a group has parameters of one block
+            if id(group["params"][0]) in frozen:
+                group["lr_scale"] = 0.0
+        return groups
+
+    def _frozen_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that `trained_blocks` excludes: embeddings and the first blocks.
+
+        Their learning rate is 0. Without gradients they would be no part of the optimizer, and of the checkpoints.
+        """
+        if self.options.trained_blocks is None:
+            return
+        num_frozen = len(self.vit.blocks) - self.options.trained_blocks
+        prefixes = "cls_token", "pos_embed", "patch_embed.", *(f"blocks.{index}." for index in range(num_frozen))
+        for name, parameter in self.vit.named_parameters():
+            if name.startswith(prefixes):
+                yield parameter
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         return self.vit(images.to(self.vit.patch_embed.proj.weight.dtype)).float()

@@ -89,6 +89,29 @@ def test_learning_rates_are_those_of_maes_code():
         assert decay[id(parameter)] == (0.0 if no_decay else 0.05), name
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+def test_partial_fine_tuning_changes_only_the_last_blocks(blocks):
+    model = classifier(f"classifier.trained_blocks={blocks}", *PLAIN)
+    before = {name: p.detach().clone() for name, p in model.vit.named_parameters()}
+    whole = {name: rate for name, rate in learning_rates(classifier(*PLAIN)).items()}
+    rates = learning_rates(model)
+    groups = model.parameter_groups(0.05)
+    optimizer = torch.optim.AdamW([{**group, "lr": 0.1 * group["lr_scale"]} for group in groups], fused=True)
+    for _ in range(2):
+        model(*batch(model)).loss.backward()
+        optimizer.step()
+    for name, parameter in model.vit.named_parameters():
+        block = int(name.split(".")[1]) if name.startswith("blocks") else None
+        is_trained = block >= 3 - blocks if block is not None else name.startswith(("fc_norm", "head"))
+        assert torch.equal(parameter, before[name]) != is_trained, name
+        assert rates[name] == (whole[name] if is_trained else 0.0), name
+
+
+def learning_rates(model: Classifier) -> dict[str, float]:
+    scale = {id(p): group["lr_scale"] for group in model.parameter_groups(0.05) for p in group["params"]}
+    return {name: scale[id(parameter)] for name, parameter in model.vit.named_parameters()}
+
+
 def test_drop_path_rate_grows_with_depth_and_keeps_the_mean():
     model = classifier("classifier.drop_path=0.4")
     assert [drop_path.rate for drop_path in model.drop_paths] == approx([0, 0, 0.2, 0.2, 0.4, 0.4])
@@ -125,6 +148,7 @@ def test_invalid_recipe_is_rejected(overrides, key):
     ("settings", "text"),
     [
         (["classifier.encoder=vit_base"], "width 128 and 4 blocks are not classifier.encoder's, vit_base"),
+        (["classifier.trained_blocks=5"], "classifier.trained_blocks: 5 exceeds the 4 blocks of --weights"),
         (["data.mean=[0.5, 0.5, 0.5]"], "data.mean: "),
         (["data.image_size=36"], "image size 36 px is not a multiple of the patch size, 8 px"),
     ],
