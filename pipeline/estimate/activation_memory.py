@@ -1,31 +1,31 @@
 """Memory that a training step's backward pass needs, counted on torch's meta device."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pipeline.methods import build_method
-from pipeline.methods.method import Method
+from pipeline.methods import Method, build_method
 from pipeline.recipe import Recipe
 
 
 @lru_cache
-def activation_bytes(recipe: Recipe) -> int:
+def activation_bytes(recipe: Recipe, build: Callable[[Recipe], Method] = build_method) -> int:
     """Return the bytes that autograd saves per image of a micro batch, in the recipe's precision.
 
     With activation checkpointing: the inputs of all blocks, everything outside the blocks, and the inside of
-    the largest block.
+    the largest block. `build` builds the method.
     """
-    one, two = (_saved_bytes(recipe, batch) for batch in (1, 2))
+    one, two = (_saved_bytes(recipe, batch, build) for batch in (1, 2))
     return two - one
 
 
-def _saved_bytes(recipe: Recipe, batch: int) -> int:
+def _saved_bytes(recipe: Recipe, batch: int, build: Callable[[Recipe], Method]) -> int:
     engine = recipe.engine.model_copy(update={"activation_checkpointing": False})
     with torch.device("meta"):
-        method = build_method(recipe.model_copy(update={"engine": engine}))
+        method = build(recipe.model_copy(update={"engine": engine}))
         if recipe.engine.precision != "fp32":
             method = method.to(torch.bfloat16)
         images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size)

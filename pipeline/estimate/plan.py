@@ -22,6 +22,15 @@ OVERHEAD_GIB = 3.0
 """Assumed memory per GPU for the CUDA context, NCCL, DeepSpeed's communication buckets and the loader's
 batches."""
 GIB = 2**30
+PUBLISHED_MINUTES = {
+    ("mae", "vit_base"): 7.5,
+    ("mae", "vit_large"): 12.1,
+    ("mae", "vit_huge"): 21.1,
+    ("efficient_mae", "vit_base"): 6.0,
+    ("efficient_mae", "vit_large"): 8.9,
+    ("efficient_mae", "vit_huge"): 14.9,
+}
+"""Minutes per ImageNet epoch at 224 px on 4 A100: Efficient MAE, Table 3."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,16 @@ class Plan:
     micro_batch: int
     """The recipe's, limited to a GPU's share of the global batch."""
     recipe_micro_batch: int
+    masked_patches: int
+    """Per image; with EMAE per part."""
+    decoder_slots: int | None
+    """Efficient MAE: masked patches that the decoder predicts."""
+    mean_kept_patches: float | None
+    """Efficient MAE: masked patches that the threshold keeps, on average over random masks."""
+    published_minutes: float | None
+    """Per epoch on 4 A100, for this method and model."""
+    published_mfu: float | None
+    """Share of the A100's peak FLOP/s that these minutes imply."""
     accumulation: int
     """Gradient accumulation steps."""
     global_batch: int
@@ -125,6 +144,10 @@ def plan(
     hours = steps * recipe.data.global_batch / images_per_s / 3600
     shards = shards or -(-samples // SAMPLES_PER_SHARD)
     width, depth, heads = recipe.model.size
+    masks_decoder = recipe.method.name == "efficient_mae" or (
+        recipe.method.name == "emae" and recipe.method.emae.difficulty_flatten
+    )
+    minutes, published_mfu = _published_speed(recipe, step_flops)
     return Plan(
         method=recipe.method.name,
         encoder=f"{recipe.model.name} (width {width}, depth {depth}, heads {heads}, patch {recipe.model.patch_size})",
@@ -138,6 +161,11 @@ def plan(
         precision=recipe.engine.precision,
         micro_batch=recipe.engine.micro_batch,
         recipe_micro_batch=recipe_micro_batch,
+        masked_patches=recipe.num_patches - recipe.num_visible,
+        decoder_slots=recipe.num_predicted if masks_decoder else None,
+        mean_kept_patches=recipe.mean_kept_patches if masks_decoder else None,
+        published_minutes=minutes,
+        published_mfu=published_mfu,
         accumulation=recipe.gradient_accumulation_steps(world_size),
         global_batch=recipe.data.global_batch,
         memory=_estimate_memory(recipe, parameters, world_size, GPUS[gpu].memory_gb * 1e9 / GIB),
@@ -164,6 +192,14 @@ def peak_flops(recipe: Recipe, gpu: str) -> float:
     return 1e12 * (GPUS[gpu].bits32 if recipe.engine.precision == "fp32" else GPUS[gpu].bits16)
 
 
+def _published_speed(recipe: Recipe, step_flops: float) -> tuple[float | None, float | None]:
+    """Return the published minutes per epoch of this method and model, and the MFU that they imply."""
+    minutes = PUBLISHED_MINUTES.get((recipe.method.name, recipe.model.name))
+    if minutes is None or recipe.data.image_size != 224:
+        return None, None
+    return minutes, IMAGENET_SAMPLES * step_flops / (60 * minutes * 4 * 1e12 * GPUS["a100"].bits16)
+
+
 def _limit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:
     """Reduce the micro batch to a GPU's share of the global batch, if that is smaller."""
     share, remainder = divmod(recipe.data.global_batch, world_size)
@@ -175,7 +211,7 @@ def _limit_micro_batch(recipe: Recipe, world_size: int) -> Recipe:
 def _estimate_memory(recipe: Recipe, parameters: int, world_size: int, available_gib: float) -> list[Memory]:
     """Estimate a GPU's memory by ZeRO stage: 1 shards the optimizer, 2 also gradients, 3 also weights."""
     per_image = activation_bytes(recipe)
-    weights, gradients, optimizer = (parameters * size for size in _state_bytes(recipe))
+    weights, gradients, optimizer = (parameters * size for size in state_bytes(recipe))
     # In bf16, ZeRO 1 keeps the last micro batch's gradients besides their sums (BF16_Optimizer's
     # clear_lp_grads=False).
     micro_gradients = 2 * parameters if recipe.engine.precision == "bf16" else 0
@@ -204,7 +240,7 @@ def _estimate_memory(recipe: Recipe, parameters: int, world_size: int, available
     return table
 
 
-def _state_bytes(recipe: Recipe) -> tuple[int, int, int]:
+def state_bytes(recipe: Recipe) -> tuple[int, int, int]:
     """Return the bytes per parameter of weights, gradients and optimizer state, with the EMA.
 
     In 16 bits the optimizer has its own fp32 weights, and gradients are summed in fp32 (engine_config.py).
@@ -223,14 +259,27 @@ def format_plan(plan: Plan) -> str:
             f"--set engine.micro_batch={plan.micro_batch}"
         )
     duration = f"{plan.hours:,.1f} hours" if plan.hours >= 1 else f"{60 * plan.hours:.1f} minutes"
+    slots, published = [], []
+    if plan.decoder_slots is not None:
+        slots = [
+            f"decoder slots   {plan.decoder_slots} of {plan.masked_patches} masked patches; the threshold keeps "
+            f"{plan.mean_kept_patches:.1f} on average"
+        ]
+    if plan.published_minutes is not None:
+        published = [
+            f"published       {plan.published_minutes:g} minutes per epoch on 4 a100 (Efficient MAE, Table 3): "
+            f"{plan.published_mfu:.0%} MFU"
+        ]
     lines = [
         f"{plan.method}, {plan.encoder}",
         f"parameters      {plan.parameters / 1e6:.1f} M, encoder {plan.encoder_parameters / 1e6:.1f} M",
         f"one image       {plan.forward_gflops:.1f} GFLOP forward ({plan.forward_gflops / 2:.1f} G multiply-"
         f"adds), {plan.step_gflops:.1f} per training step",
+        *slots,
         f"batch           {batch}",
         f"speed           {plan.images_per_s:,.0f} images/s on {plan.gpus} {plan.gpu} in {plan.nodes} "
         f"node{'s' * (plan.nodes > 1)}, {plan.precision}, at {plan.mfu:.0%} MFU",
+        *published,
         f"schedule        {plan.steps:,} steps, {plan.samples:,} samples per epoch: {duration}, "
         f"{plan.gpu_hours:,.{0 if plan.gpu_hours >= 10 else 1}f} GPU-hours",
         f"data            {plan.shards:,} shards, {plan.shards_per_rank:.1f} per rank",
