@@ -34,6 +34,26 @@ def test_a_forward_pass_costs_at_most_table_3(name):
     assert 0.96 * TABLE_3[name] <= ours <= TABLE_3[name]
 
 
+def test_high_resolution_costs_are_the_references():
+    """41.6 (large batch) to 42.2 (one image) for MAE, 17.4 for LoMaR at every image size."""
+    mae = [forward_flops(load_recipe("vitb16_mae_448"), batch) / 2e9 for batch in (1024, 1)]
+    assert [round(gmacs, 1) for gmacs in mae] == [41.6, 42.2]
+    lomar = [forward_flops(load_recipe(name)) / 2e9 for name in ("vitb16_lomar", "vitb16_lomar_448")]
+    assert lomar[0] == lomar[1] and round(lomar[0], 1) == 17.4
+
+
+def test_plan_shows_decoder_slots_and_published_speed():
+    efficient = plan(load_recipe("vitl16_efficient_mae"))
+    assert (efficient.masked_patches, efficient.decoder_slots) == (167, 150)
+    assert efficient.mean_kept_patches == pytest.approx(150.2, abs=0.7)
+    assert re.search(r"decoder slots +150 of 167 masked patches", format_plan(efficient))
+    assert "published" in format_plan(efficient) and round(efficient.published_mfu, 2) == 0.16
+    mae = plan(load_recipe("vitl16_mae"))
+    assert (mae.published_minutes, round(mae.published_mfu, 2), mae.decoder_slots) == (12.1, 0.17, None)
+    for name in ("vitl16_lomar", "vitb16_mae_448"):
+        assert plan(load_recipe(name)).published_mfu is None
+
+
 def test_mae_costs_the_sum_of_its_layers():
     tokens, width, depth, decoder_tokens, narrow = 50, 768, 12, 197, 512
     encoder = depth * (12 * width**2 * tokens + 2 * tokens**2 * width) + 49 * 768 * width

@@ -20,6 +20,7 @@ MODELS = {
 SLURM = Path(__file__).parents[2] / "slurm"
 METHODS = ("mae", "emae", "efficient_mae", "lomar")
 NAMES = [f"{model}_{method}" for model in MODELS for method in METHODS]
+VARIANTS = ["vitb16_mae_448", "vitb16_lomar_448", "vitl16_efficient_mae_200"]
 every_recipe = pytest.mark.parametrize("name", NAMES)
 
 
@@ -48,10 +49,48 @@ def test_a_recipe_has_the_model_and_method_of_its_name(name):
 def test_the_optimizer_is_the_papers(name):
     optim = load_recipe(name).optim
     assert (optim.base_lr, optim.betas, optim.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
-    assert optim.warmup_epochs == (20 if name.endswith("lomar") else 40) and optim.clip_grad is None
+    warmup = 80 if name.endswith("lomar") else 5 if name == "vitl16_emae" else 40
+    assert optim.warmup_epochs == warmup and optim.clip_grad is None
 
 
-@every_recipe
+def test_lomar_warms_up_for_5_percent_of_the_epochs():
+    for name in [*NAMES, *VARIANTS]:
+        recipe = load_recipe(name)
+        if recipe.method.name == "lomar":
+            assert recipe.optim.warmup_epochs == 0.05 * recipe.train.epochs
+
+
+def test_emae_has_the_abstracts_share_of_maes_compute():
+    """13 % of MAE's time for ViT-L; 300 epochs for ViT-B."""
+    emae, mae = load_recipe("vitl16_emae"), load_recipe("vitl16_mae")
+    assert 4 * emae.train.epochs / mae.train.epochs == pytest.approx(0.13, abs=0.01)
+    assert load_recipe("vitb16_emae").train.epochs == 300
+
+
+def test_variants_differ_from_their_recipe_in_the_documented_keys():
+    for name, base, keys in (
+        ("vitb16_mae_448", "vitb16_mae", {"data.image_size", "engine.micro_batch"}),
+        ("vitb16_lomar_448", "vitb16_lomar", {"data.image_size"}),
+        ("vitl16_efficient_mae_200", "vitl16_efficient_mae", {"train.epochs"}),
+    ):
+        assert load_recipe(name).differences(load_recipe(base)).keys() == keys
+    assert load_recipe("vitl16_efficient_mae_200").train.epochs == 200  # Section 5.1
+    for name in ("finetune_vitb16_384", "finetune_vitl16_384", "finetune_vith14_448"):
+        recipe, base = (load_finetune_recipe(n, "W") for n in (name, name.rpartition("_")[0]))
+        assert recipe.differences(base).keys() == {"data.image_size", "engine.micro_batch"}
+        assert recipe.eval_resize == recipe.data.image_size == int(name.rpartition("_")[2])
+        text = header(name)
+        assert f"finetune {name} --weights RUN --data TRAIN --val VAL --run DIR" in text
+        assert "not found" in text and "hours on 8 H100" in text and "has not been trained to the end" in text
+
+
+@pytest.mark.parametrize(("name", "mean", "best"), [("vitb16", "83.57", "83.66"), ("vitl16", "85.87", "85.95")])
+def test_headers_quote_the_mean_of_seeds_and_the_best(name, mean, best):
+    for recipe in (f"{name}_mae", f"finetune_{name}"):
+        assert f"{mean} +- " in header(recipe) and f"{best} the best" in header(recipe)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
 def test_a_header_has_paper_time_accuracy_and_command(name):
     text = header(name)
     assert re.search(r"arXiv \d{4}\.\d{5}|WACV 2024", text)
@@ -61,7 +100,7 @@ def test_a_header_has_paper_time_accuracy_and_command(name):
     assert "has not been trained to the end" in text
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith(("_emae", "_lomar"))])
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name.endswith(("_emae", "_lomar"))), *VARIANTS[:2]])
 def test_unpublished_hours_are_those_of_plan(name):
     estimate = re.search(
         r"estimated by `pipeline plan`: ([\d.]+) hours on (\d+) H100 at an assumed MFU of (\d+) %", header(name)
