@@ -6,7 +6,7 @@ Heavy libraries are imported when a command runs, so that --help is fast.
 import argparse
 import sys
 
-from pipeline.commands import estimate, evaluate, export, train, visualize
+from pipeline.commands import estimate, evaluate, export, paper, train, visualize
 from pipeline.commands.exit_codes import run_command
 from pipeline.distributed.logging import setup_logging
 
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher puts this before the command; the environment has the same value.
     root.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (train, evaluate, visualize, export, estimate):
+    for group in (train, evaluate, visualize, export, estimate, paper):
         group.add_to(commands)
     return root
 

@@ -130,6 +130,15 @@ def mutable_keys(kind: type[BaseModel]) -> set[str]:
     return keys
 
 
+def recipe_keys(kind: type[BaseModel]) -> set[str]:
+    """Return the keys, as "a.b.c", of a kind of recipe."""
+    keys = set()
+    for name, field in kind.model_fields.items():
+        section = _section_in(field.annotation)
+        keys |= {f"{name}.{key}" for key in recipe_keys(section)} if section else {name}
+    return keys
+
+
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Parse "a.b=c" strings to keys "a.b" and values; a mapping c gives one key for each of its leaves.
 

@@ -172,7 +172,8 @@ def _launcher_depth() -> int:
     """Return how many ancestors of this process belong to the launcher and live as long as the run."""
     if "CROSS_SIZE" in os.environ:  # DeepSpeed: `deepspeed`, which starts launch.py on each node
         return 2
-    return 1 if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    # torchrun; `pipeline paper`, which starts commands one after another
+    return 1 if {"TORCHELASTIC_RUN_ID", "SHARDMAE_WATCH_PARENT"} & os.environ.keys() else 0
 
 
 def _ancestors(depth: int) -> list[int]:

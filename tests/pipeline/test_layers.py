@@ -18,7 +18,7 @@ LAYERS = (  # low to high: a module imports from its own package and from lower 
     ("weights", "estimate"),
     ("evals", "pictures"),
     ("tasks", "report"),
-    ("export",),
+    ("export", "papers"),
     ("commands",),
     ("__main__",),
 )
