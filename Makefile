@@ -60,6 +60,7 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(CUDA),bench]'
 	$(BIN)/python benchmarks/build.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step_448.py
 	$(BIN)/python benchmarks/difficulty.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/loader.py
