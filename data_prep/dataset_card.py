@@ -97,6 +97,9 @@ def _histogram(title: str, counts: Counter, edges: tuple[float, ...]) -> list[st
 def _class_table(manifest: Manifest, stats: Stats) -> list[str]:
     if not manifest.classes:
         return []
+    if not manifest.has_labels:
+        names = ", ".join(map(_escape_cell, manifest.classes[:_MAX_CLASSES]))
+        return [f"## Classes of {manifest.annotation.replace('_', ' ')}", "", names, ""]
     lines = ["## Classes", "", "| label | class | name | samples |", "| --- | --- | --- | --- |"]
     for label, name in enumerate(manifest.classes[:_MAX_CLASSES]):
         readable = manifest.class_names[label] if manifest.class_names else ""

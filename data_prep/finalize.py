@@ -15,7 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from data_prep import shard_set
 from data_prep.build_shard import BuildJob, read_record, storage_error
 from data_prep.dataset_card import write_card
 from data_prep.errors import UserError
-from data_prep.shard_set import Manifest
+from data_prep.shard_set import Annotation, Manifest
 from data_prep.stats import Stats
 
 _MAX_LISTED = 3  # missing shards, or rejected inputs, in a message
@@ -43,6 +43,8 @@ class BuildState:
     classes: list[str]
     class_names: list[str]
     rejected: list[dict[str, str]]  # quarantine entries of the inputs that are in no shard
+    annotation: Annotation = "label"
+    category_ids: list[int] = field(default_factory=list)
 
 
 def summarize(quarantine: list[dict[str, str]]) -> str:
@@ -56,7 +58,16 @@ def summarize(quarantine: list[dict[str, str]]) -> str:
 def make_build_state(job: BuildJob, identity: dict[str, Any]) -> BuildState:
     plan, classes = job.plan, job.source.classes
     names, readable = list(classes.names), list(classes.readable)
-    return BuildState(identity, plan.num_shards, plan.num_inputs, names, readable, plan.rejected)
+    return BuildState(
+        identity,
+        plan.num_shards,
+        plan.num_inputs,
+        names,
+        readable,
+        plan.rejected,
+        classes.annotation,
+        list(classes.category_ids),
+    )
 
 
 def _build_state_path(out: Path) -> Path:
@@ -125,6 +136,8 @@ def finalize_build(out: Path, build_state: BuildState) -> Manifest:
         classes=tuple(build_state.classes),
         class_names=tuple(build_state.class_names),
         shards=tuple(shards),
+        annotation=build_state.annotation,
+        category_ids=tuple(build_state.category_ids),
     )
     try:
         shard_set.check_shard_files(out, manifest)

@@ -1,6 +1,7 @@
 """Shard sets on disk: file names, manifest, indexes. The only module that knows the format.
 
-    imagenet-train-000000.tar   USTAR; per sample KEY.jpg, then KEY.cls (label) and KEY.json (metadata) if any
+    imagenet-train-000000.tar   USTAR; per sample KEY.jpg, then KEY.cls (label), KEY.json (metadata) and KEY.png
+                                (label map) if any
     imagenet-train-000000.idx   DALI's index: "v1.2 SAMPLES", then per sample "EXTENSION OFFSET SIZE NAME ..."
     manifest.json               source, options, classes; size and sha256 of every shard and index
     quarantine.jsonl            every input that is not in the shards, with the reason
@@ -18,7 +19,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
@@ -35,6 +36,8 @@ BUILD_DIRECTORY = ".build"
 _MANIFEST_LIMIT = 1 << 30  # bytes; a million shards need a quarter of it
 _Count = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Annotation = Literal["label", "instances", "label_map"]
+"""What `classes` are the classes of: images (KEY.cls), instances (in KEY.json), or pixels (KEY.png)."""
 # The pattern also prevents a manifest from naming files outside its directory.
 _ShardName = Annotated[str, Field(pattern=r"^[a-z0-9]+-[A-Za-z0-9_]+-[0-9]{6,9}$")]
 
@@ -68,9 +71,16 @@ class Manifest:
     inputs: _Count  # what the source listed: num_samples + quarantined
     quarantined: _Count
     repairs: Mapping[str, _Count]  # number of samples per kind of repair
-    classes: tuple[str, ...]  # KEY.cls holds a position in it; empty if the set has no labels
+    classes: tuple[str, ...]  # KEY.cls holds a position in it; empty if the set has no annotations
     class_names: tuple[str, ...]  # readable names of `classes`, position by position, or empty
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)] = field(repr=False)
+    annotation: Annotation = "label"
+    category_ids: tuple[_Count, ...] = ()  # COCO's id of each of `classes`, position by position, or empty
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether each sample has a KEY.cls."""
+        return bool(self.classes) and self.annotation == "label"
 
     @property
     def num_samples(self) -> int:

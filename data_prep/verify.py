@@ -109,7 +109,7 @@ def _repeated_keys(directory: Path, manifest: Manifest, keys: array) -> Iterator
 def _label_faults(tar: BinaryIO, manifest: Manifest, shard: Shard, files: list) -> Iterator[str]:
     labels = [(offset, size) for extension, offset, size, _ in files if extension == "cls"]
     name = files[0][3]
-    if bool(labels) != bool(manifest.classes):
+    if bool(labels) != manifest.has_labels:
         yield f"{shard.name}: {name} has {'a' if labels else 'no'} label, unlike {shard_set.MANIFEST}"
     for offset, size in labels:
         tar.seek(offset)

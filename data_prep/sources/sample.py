@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from data_prep.shard_set import Annotation
+
 KEY_LIMIT = 90
 """Characters; with the longest extension a name still fits USTAR's limit of 100."""
 KEY = re.compile(rf"(?!__)[A-Za-z0-9_-]{{1,{KEY_LIMIT}}}")
@@ -74,6 +76,8 @@ class Classes:
 
     names: tuple[str, ...] = ()
     readable: tuple[str, ...] = ()  # for people, position by position, or empty
+    annotation: Annotation = "label"
+    category_ids: tuple[int, ...] = ()  # COCO's ids, position by position, or empty
 
 
 @dataclass

@@ -55,8 +55,8 @@ class PipelineDef(NamedTuple):
     """DALI reads the first ones of the batch's inputs; `postprocess` reads all."""
     build_graph: Callable
     """Connects DALI operators: takes a DataNode for each DALI input, returns the output's DataNode."""
-    image_shape: tuple[int, ...] = ()
-    """Shape of an image's pixels after `postprocess`."""
+    image_shape: tuple[int, ...] | Callable[[Inputs], tuple[int, ...]] = ()
+    """Shape of an image's pixels after `postprocess`, or a function of the batch's inputs that returns it."""
     postprocess: Callable[[Inputs, int, torch.Tensor, torch.Tensor], None] | None = None
     """None on a GPU. On the CPU: (inputs, row, image that DALI decoded for this row, (h, w, 3) uint8, out)
     -> None; writes the row's pixels to `out`, float32 of `image_shape`."""
@@ -135,7 +135,8 @@ class Decoder(Generic[BatchT]):
                 batch, inputs, decoded = self._decode()
             except StopIteration:
                 return
-            images = torch.empty(len(decoded), *self._def.image_shape)
+            shape = self._def.image_shape
+            images = torch.empty(len(decoded), *(shape(inputs) if callable(shape) else shape))
 
             def postprocess_rows(first: int, inputs=inputs, decoded=decoded, images=images) -> None:
                 for row in range(first, len(decoded), self._threads):
@@ -262,6 +263,39 @@ def eval_pipeline_def(data: DataSection, on_gpu: bool) -> PipelineDef:
         normalize(resize(image, size)[y : y + side, x : x + side], data, out)
 
     return PipelineDef(3, decode_and_crop) if on_gpu else PipelineDef(1, decode, (3, side, side), postprocess)
+
+
+def placed_pipeline_def(data: DataSection, on_gpu: bool) -> PipelineDef:
+    """Decode whole images and place them on a canvas: flip, resize, crop, normalize, pad with zeros.
+
+    The filter is Pillow's bilinear one, as in detectron2.
+
+    Inputs: encoded images; whether to flip; (height, width) to resize to; (x, y) and (width, height) of the part of
+    the resized image that is on the canvas; (height, width) of the canvas, the same for all images of a batch.
+    Output: (n, 3, *canvas) float32.
+    """
+
+    def decode(encoded):
+        return fn.decoders.image(encoded, **_decoder_options(on_gpu))
+
+    def decode_and_place(encoded, flip, size, corner, extent, canvas):
+        image = fn.flip(decode(encoded), horizontal=flip)
+        size = fn.cast(size, dtype=DALIDataType.FLOAT)
+        image = fn.resize(image, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+        image = _normalize(fn.slice(image, corner, extent, axis_names="WH"), data)
+        return fn.pad(image, axis_names="HW", shape=canvas, fill_value=0.0)
+
+    def postprocess(inputs: Inputs, row: int, image: torch.Tensor, out: torch.Tensor) -> None:
+        flip, size, (x, y), (width, height) = (values[row].tolist() for values in inputs[1:5])
+        if flip:
+            image = image.flip(1)
+        image = resize(image, size, mode="bilinear")[y : y + height, x : x + width]
+        out.zero_()
+        normalize(image, data, out[:, :height, :width])
+
+    if on_gpu:
+        return PipelineDef(6, decode_and_place)
+    return PipelineDef(1, decode, lambda inputs: (3, *inputs[5][0].tolist()), postprocess)
 
 
 RESIZE_OPTIONS = {"interp_type": DALIInterpType.INTERP_CUBIC, "antialias": True}

@@ -12,14 +12,15 @@ import atexit
 import itertools
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pipeline.data.dali import Decoder, Inputs, training_pipeline_def
+from pipeline.data.dali import Decoder, Inputs, PipelineDef, training_pipeline_def
 from pipeline.data.philox import Purpose, uniform
 from pipeline.data.pixels import jpeg_size
+from pipeline.data.placement import Target
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.random_resized_crop import draw_crop_boxes, draw_flips
 from pipeline.data.read_ahead import ReadAhead
@@ -46,11 +47,14 @@ class Batch(NamedTuple):
     """(B,) the samples at these stream positions."""
     replaced: int
     """Number of images that are a substitute."""
+    targets: list[Target] | None = None
+    """(B,) what `DenseLoader` makes of the annotations; None for other loaders."""
 
     @property
-    def inputs(self) -> tuple[torch.Tensor, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         """The arguments of the method's forward."""
-        return (self.images, self.noise) if self.labels is None else (self.images, self.noise, self.labels)
+        annotations = (self.labels, self.targets)
+        return (self.images, self.noise, *(each for each in annotations if each is not None))
 
 
 class BatchSpec(NamedTuple):
@@ -100,12 +104,7 @@ class BatchBuilder:
     def build(self, locations: SampleLocation, encoded: list[np.ndarray]) -> BatchSpec:
         """Build a micro batch from samples and their encoded images."""
         n, k = len(encoded), self.recipe.data.crops_per_image
-        indexes, encoded, sizes = locations.index_in_shard.copy(), list(encoded), np.empty((n, 2), np.int64)
-        for row, shard in enumerate(locations.shard.tolist()):
-            index = int(indexes[row])
-            if (substitute := self.undecodable.substitute(shard, index)) != index:
-                index, encoded[row] = substitute, self.reader.read(shard, substitute)
-            indexes[row], encoded[row], sizes[row] = self._first_readable(shard, index, encoded[row])
+        indexes, encoded, sizes = self._substitute_unreadable(locations, encoded)
         items = locations.sample_id[:, None] + (np.arange(k) << CROP_SHIFT)
         noise = uniform(self.recipe.seed, Purpose.MASK, locations.epoch[:, None], items, self.noise_size)
         boxes, flips = self._draw_crops(locations.epoch, items, sizes)
@@ -126,6 +125,18 @@ class BatchBuilder:
         boxes[row], flips[row] = self._draw_crops(spec.locations.epoch[row, None], items[None], np.array([size]))
         labels = self._labels_of(spec.locations.shard, indexes)
         return spec._replace(indexes=indexes, encoded=encoded, boxes=boxes, flips=flips, labels=labels)
+
+    def _substitute_unreadable(
+        self, locations: SampleLocation, encoded: list[np.ndarray]
+    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """Return indexes in the shard, encoded images and sizes (n, 2) of the samples or their substitutes."""
+        indexes, encoded, sizes = locations.index_in_shard.copy(), list(encoded), np.empty((len(encoded), 2), np.int64)
+        for row, shard in enumerate(locations.shard.tolist()):
+            index = int(indexes[row])
+            if (substitute := self.undecodable.substitute(shard, index)) != index:
+                index, encoded[row] = substitute, self.reader.read(shard, substitute)
+            indexes[row], encoded[row], sizes[row] = self._first_readable(shard, index, encoded[row])
+        return indexes, encoded, sizes
 
     def _labels_of(self, shards: np.ndarray, indexes: np.ndarray) -> np.ndarray | None:
         if self._labels is None:
@@ -156,7 +167,7 @@ class BatchBuilder:
 
 
 class Loader:
-    """Loads this rank's micro batches, endlessly.
+    """Loads this rank's micro batches, endlessly. A subclass may change what is loaded for an image.
 
     Args:
         noise_size: random numbers for each image.
@@ -166,6 +177,9 @@ class Loader:
         undecodable: the run's undecodable samples; None starts without any.
         labeled: whether batches have labels; then all shard sets must have them.
     """
+
+    annotation: str | None = None
+    """Extension of the samples' files that are read besides the images."""
 
     def __init__(
         self,
@@ -190,12 +204,14 @@ class Loader:
         """Total seconds that `next` took."""
         data = recipe.data
         undecodable = undecodable or UndecodableSamples(reader, data.max_undecodable)
-        builder = BatchBuilder(reader, recipe, noise_size, undecodable, labeled)
-        self._read_ahead = ReadAhead(reader, self._locate_batches(), data.read_threads, data.read_ahead_mb * 10**6)
+        builder = self._make_builder(noise_size, undecodable, labeled)
+        self._read_ahead = ReadAhead(
+            reader, self._locate_batches(), data.read_threads, data.read_ahead_mb * 10**6, self.annotation
+        )
         depth = prefetch_depth(data, device)
         self._build_thread = PrefetchThread((builder.build(*read) for read in self._read_ahead), depth)
         self._decoder = Decoder(
-            training_pipeline_def(data, device.type == "cuda"),
+            self._pipeline_def(),
             self._build_thread,
             builder.replace,
             recipe.engine.micro_batch // data.crops_per_image,
@@ -216,6 +232,16 @@ class Loader:
             spec, images = self._decoder.next()
         finally:
             self.wait_s += time.perf_counter() - start
+        return self._make_batch(spec, images)
+
+    def _make_builder(self, noise_size: int, undecodable: UndecodableSamples, labeled: bool) -> BatchBuilder:
+        return BatchBuilder(self.reader, self.recipe, noise_size, undecodable, labeled)
+
+    def _pipeline_def(self) -> PipelineDef:
+        return training_pipeline_def(self.recipe.data, self.device.type == "cuda")
+
+    def _make_batch(self, spec: Any, images: torch.Tensor) -> Batch:
+        """Return the batch of a decoded `BatchSpec`."""
         noise = torch.from_numpy(spec.noise).to(self.device, non_blocking=True)
         k = self.recipe.data.crops_per_image
         locations = SampleLocation(*(np.repeat(field, k) for field in spec.locations))

@@ -36,10 +36,10 @@ def single_threaded() -> None:
     threadpool_limits(limits=1, user_api="openmp")
 
 
-def resize(image: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """Resize (h, w, 3) uint8 to (*size, 3) uint8."""
+def resize(image: torch.Tensor, size: list[int], mode: str = "bicubic") -> torch.Tensor:
+    """Resize (h, w, 3) uint8 to (*size, 3) uint8 by Pillow's "bicubic" or "bilinear" filter."""
     channels_last = image.contiguous().permute(2, 0, 1)[None]
-    return F.interpolate(channels_last, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    return F.interpolate(channels_last, size=size, mode=mode, antialias=True)[0].permute(1, 2, 0)
 
 
 def normalize(image: torch.Tensor, data: DataSection, out: torch.Tensor, flip: int = 0) -> None:

@@ -45,7 +45,7 @@ def open_labeled_sets(train: str | Path, val: str | Path, data: DataSection) -> 
 def check_labeled_sets(train: ShardReader, val: ShardReader) -> None:
     """Raise UserError if a set has no labels or one class only, or if classes differ or shards are shared."""
     for option, reader in (("--data", train), ("--val", val)):
-        if not reader.manifest.classes:
+        if not reader.manifest.has_labels:
             raise UserError(
                 f"{option} {reader.paths[0]}: its samples have no labels; build it from class folders or a "
                 "labeled source"

@@ -72,7 +72,7 @@ def check_knn_data(recipe: Recipe, reader: ShardReader) -> None:
     """Raise UserError if k-NN during training is enabled and the data has no labels or too few samples."""
     if recipe.evals.knn_every is None:
         return
-    if not reader.manifest.classes:
+    if not reader.manifest.has_labels:
         raise UserError(f"evals.knn_every: {reader.paths[0]} has no labels; set the key to null")
     samples = min(reader.num_samples, recipe.evals.knn_samples)
     if samples - int(QUERY_SHARE * samples) < K:

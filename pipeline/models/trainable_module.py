@@ -13,8 +13,8 @@ class TrainableModule(nn.Module):
     """Module that the trainer can train.
 
     Its forward takes images, float32 (B, 3, H, W); noise, float32 (B, noise_size) in [0, 1); and, for a
-    labeled task, labels, int64 (B,). It returns a named tuple with `loss`, a float32 scalar, and `metrics`, a
-    dictionary of detached 0-d tensors.
+    labeled task, labels, int64 (B,), or, for a task with a `transform`, the targets, a list of B dictionaries. It
+    returns a named tuple with `loss`, a float32 scalar, and `metrics`, a dictionary of detached 0-d tensors.
     """
 
     noise_size: int

@@ -61,7 +61,7 @@ def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[st
     Raises:
         UserError: If the recipe is invalid or of another kind.
     """
-    path = _find_recipe(name_or_path)
+    path = find_recipe(name_or_path)
     tree = read_yaml(path)
     for section in kind.FOREIGN_SECTIONS.keys() & tree.keys():
         raise UserError(
@@ -176,7 +176,8 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def _find_recipe(name_or_path: str | Path) -> Path:
+def find_recipe(name_or_path: str | Path) -> Path:
+    """Return the file of a recipe: the path itself, or a preset. Raises UserError if there is none."""
     path = Path(name_or_path)
     if path.is_file():
         return path

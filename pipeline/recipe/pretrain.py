@@ -21,7 +21,7 @@ class Recipe(TrainingRecipe):
     """Everything that determines a pre-training run; read by `load_recipe`."""
 
     COMMAND: ClassVar[str] = "pretrain"
-    FOREIGN_SECTIONS: ClassVar[dict[str, str]] = {"classifier": "finetune", "probe": "linprobe"}
+    FOREIGN_SECTIONS: ClassVar[dict[str, str]] = {"task": "finetune", "classifier": "finetune", "probe": "linprobe"}
 
     method: MethodSection
     model: ModelSection

@@ -220,7 +220,7 @@ class EngineSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW and its schedule: linear warm-up, then a cosine."""
+    """AdamW and its schedule: linear warm-up, then a decay."""
 
     base_lr: float = Field(default=1.5e-4, gt=0.0)
     """Learning rate for a global batch of 256; the peak learning rate is base_lr x global_batch / 256."""
@@ -234,6 +234,10 @@ class OptimSection(Section):
     """Epochs of linear warm-up; or give warmup_steps."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps of linear warm-up."""
+    decay: Literal["cosine", "linear", "steps"] = "cosine"
+    """After the warm-up: half a cosine or a straight line to min_lr, or a division by 10 at each of decay_steps."""
+    decay_steps: tuple[float, ...] = ()
+    """Shares of the run, in (0, 1), at which decay "steps" divides the learning rate by 10."""
     clip_grad: float | None = Field(default=None, gt=0.0)
     """Maximum L2 norm of the gradient; null: no clipping."""
 
@@ -242,6 +246,10 @@ class OptimSection(Section):
             raise ValueError("optim.warmup_steps, optim.warmup_epochs: give at most one of the two")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: {list(self.betas)} must lie in [0, 1)")
+        if bool(self.decay_steps) != (self.decay == "steps"):
+            raise ValueError("optim.decay, optim.decay_steps: give decay_steps with decay: steps, and only then")
+        if not all(0 < share < 1 for share in self.decay_steps):
+            raise ValueError(f"optim.decay_steps: {list(self.decay_steps)} must lie in (0, 1)")
 
 
 class GuardSection(Section):

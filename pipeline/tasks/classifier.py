@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pipeline.data.augment import mixup, rand_augment, random_erasing
 from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.models.trainable_module import TrainableModule
-from pipeline.recipe.finetune import FinetuneRecipe
+from pipeline.recipe.classification import ClassificationRecipe
 
 HEAD_STD = 2e-5
 
@@ -47,7 +47,7 @@ class DropPath(nn.Module):
 class Classifier(TrainableModule):
     """Wrap a ViT, which is changed in place: it gets a head, and its final norm moves behind the pooling."""
 
-    def __init__(self, vit: VisionTransformer, num_classes: int, recipe: FinetuneRecipe) -> None:
+    def __init__(self, vit: VisionTransformer, num_classes: int, recipe: ClassificationRecipe) -> None:
         super().__init__()
         self.options, self.num_classes, self.uses_mixup = recipe.classifier, num_classes, recipe.uses_mixup
         self.crops = recipe.data.crops_per_image

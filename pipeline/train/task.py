@@ -6,8 +6,11 @@ part. So every task resumes as docs/running.md says.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from pipeline.data.dense_loader import DenseLoader
+from pipeline.data.loader import Loader
+from pipeline.data.placement import DenseTransform
 from pipeline.data.reader import ShardReader
 from pipeline.distributed.launch import DistInfo
 from pipeline.models.trainable_module import TrainableModule
@@ -18,16 +21,31 @@ RecipeT = TypeVar("RecipeT", bound=TrainingRecipe)
 
 
 class Task(ABC, Generic[RecipeT]):
-    """A training task. Every rank calls every method, in this order: build, setup, then the others."""
+    """A training task. Every rank calls every method, in this order: select_samples, build, setup, then the others."""
 
     recipe: RecipeT
     labeled: bool = False
     """Whether the module takes labels."""
+    transform: DenseTransform | None = None
+    """If set, the module takes the targets that this makes of the annotations. Set by `build` at the latest."""
 
     @property
     @abstractmethod
     def description(self) -> str:
         """A few words on what is trained, for the log."""
+
+    def select_samples(self, reader: ShardReader) -> None:
+        """Restrict the reader to the samples to train on (`ShardReader.filter_samples`).
+
+        Raises:
+            UserError: If the data cannot be used, or no sample is left.
+        """
+
+    def make_loader(self, reader: ShardReader, *arguments: Any) -> Loader:
+        """Create the loader of the training data; the arguments are those of `Loader` up to `undecodable`."""
+        if self.transform:
+            return DenseLoader(reader, self.transform, *arguments)
+        return Loader(reader, *arguments, labeled=self.labeled)
 
     @abstractmethod
     def build(self, reader: ShardReader) -> TrainableModule:

@@ -72,6 +72,7 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
         check_installed(recipe)
         self.run.check(recipe)
         self.reader = ShardReader(recipe.resolve_sources(self.data), recipe.data)
+        self.task.select_samples(self.reader)
         self.num_samples, self.fingerprint = self.reader.num_samples, self.reader.fingerprint
         self.total_steps = recipe.total_steps(self.num_samples)
         self.warmup_steps = recipe.warmup_steps(self.num_samples)
@@ -99,7 +100,7 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
         self.session.on_rank_0(lambda: truncate_after(self.run, step))
         if recipe.data.trace:
             self.trace = raise_on_all_ranks(lambda: SampleTrace(self.run, dist_info.rank))
-        self.loader = Loader(
+        self.loader = self.task.make_loader(
             self.reader,
             recipe,
             self.module.noise_size,
@@ -110,7 +111,6 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
             recipe.data.decode_threads or dist_info.num_cpus,
             self.guard.offset,
             self.undecodable,
-            self.task.labeled,
         )
 
     def on_train_start(self) -> None:
@@ -134,8 +134,9 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
 
     def train_step(self) -> bool:
         step, preemption = self.state.step, self.session.preemption
+        peak, optim = self.recipe.peak_lr, self.recipe.optim
         self._lr = learning_rate(
-            step, self.total_steps, self.warmup_steps, self.recipe.peak_lr, self.recipe.optim.min_lr
+            step, self.total_steps, self.warmup_steps, peak, optim.min_lr, optim.decay, optim.decay_steps
         )
         engine.set_learning_rate(self.engine, self._lr)
         self.module.set_training_progress(step / self.total_steps)

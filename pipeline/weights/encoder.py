@@ -29,7 +29,7 @@ from pipeline.models.relative_position import RelativeAttention
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe.sections import VIT_SIZES, DataSection
 from pipeline.train.run_directory import RunDirectory
-from pipeline.weights.run import CLASSIFIER_REJECTED, load_run
+from pipeline.weights.run import FINETUNED_REJECTED, load_run
 from pipeline.weights.state_dicts import describe_mismatch
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def _from_state_dict(
 ) -> EncoderWeights:
     """Check a state dict with timm's keys; assume and log what is None."""
     if "fc_norm.weight" in state:
-        raise UserError(f"--weights {path}: {CLASSIFIER_REJECTED}")
+        raise UserError(f"--weights {path}: {FINETUNED_REJECTED}")
     for key, dimensions in {"patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3}.items():
         if key not in state or state[key].ndim != dimensions:
             problem = f"{key} has shape {tuple(state[key].shape)}" if key in state else f"{key} is missing"

@@ -11,9 +11,9 @@ from pipeline.distributed.launch import DistInfo
 from pipeline.methods import build_method
 from pipeline.models.trainable_module import TrainableModule
 from pipeline.recipe import load_recipe
-from pipeline.recipe.finetune import load_finetune_recipe
+from pipeline.recipe.tasks import load_finetune_recipe
 from pipeline.recipe.training import TrainingRecipe
-from pipeline.tasks.classification import Finetuning
+from pipeline.tasks.classification import ClassificationTask
 from pipeline.train import checkpoint, engine
 from pipeline.train.run_directory import RunDirectory
 
@@ -48,7 +48,7 @@ def small_classifier(
     source = folder.with_suffix(".yaml")
     source.write_text(load_recipe(recipe, [*SMALL, "method.lomar.window_size=3"]).to_yaml())
     settings = ["data.image_size=48", *overrides]
-    task = Finetuning(load_finetune_recipe("finetune_tiny", f"random:{source}", settings), str(sets[1]))
+    task = ClassificationTask(load_finetune_recipe("finetune_tiny", f"random:{source}", settings), str(sets[1]))
     reader = ShardReader(sets[0], task.recipe.data)
     torch.manual_seed(0)
     classifier = task.build(reader)

@@ -7,8 +7,8 @@ import pytest
 from data_prep.arguments import parse
 from pipeline.__main__ import build_parser
 from pipeline.recipe import load_recipe
-from pipeline.recipe.finetune import load_finetune_recipe
 from pipeline.recipe.linear_probe import load_probe_recipe
+from pipeline.recipe.tasks import load_finetune_recipe
 from tests.documentation import PAGES, ROOT, TUTORIAL, blocks, commands
 
 OWN_RECIPES = ("my.yaml",)

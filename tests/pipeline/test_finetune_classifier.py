@@ -13,8 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 from pipeline.data.reader import ShardReader
 from pipeline.errors import AllRanksError, UserError
 from pipeline.recipe import load_recipe
-from pipeline.recipe.finetune import FinetuneRecipe, load_finetune_recipe
-from pipeline.tasks.classification import Finetuning
+from pipeline.recipe.classification import ClassificationRecipe
+from pipeline.recipe.tasks import load_finetune_recipe
+from pipeline.tasks.classification import ClassificationTask
 from pipeline.tasks.classifier import Classifier
 from pipeline.train.run_directory import RunDirectory
 from pipeline.weights.encoder import load_encoder
@@ -24,7 +25,7 @@ ALL_ON = ["classifier.drop_path=0.4", "classifier.erasing=0.5", "classifier.rand
 PLAIN = ["classifier.mixup=0", "classifier.cutmix=0", "data.image_size=32"]
 
 
-def recipe(*overrides: str, weights: str = "random:demo_emae") -> FinetuneRecipe:
+def recipe(*overrides: str, weights: str = "random:demo_emae") -> ClassificationRecipe:
     return load_finetune_recipe("finetune_tiny", weights, ["data.image_size=32", *overrides])
 
 
@@ -148,7 +149,7 @@ def test_missing_weights_are_a_one_line_error(labelled_sets, tmp_path):
 
 
 def test_flops_are_counted_without_moving_parameters(labelled_sets):
-    task = Finetuning(recipe(), str(labelled_sets[1]))
+    task = ClassificationTask(recipe(), str(labelled_sets[1]))
     model = task.build(ShardReader(labelled_sets[0], recipe().data))
     width, depth, tokens = 128, 4, 17
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
@@ -182,7 +183,7 @@ def test_changed_weights_are_rejected_before_a_checkpoint(labelled_sets, tmp_pat
 
     def start(seed: int) -> str:
         source.write_text(load_recipe("demo_emae", [f"seed={seed}"]).to_yaml())
-        task = Finetuning(recipe(weights=f"random:{source}"), str(labelled_sets[1]))
+        task = ClassificationTask(recipe(weights=f"random:{source}"), str(labelled_sets[1]))
         reader = ShardReader(labelled_sets[0], task.recipe.data)
         task.setup(RunDirectory(run), reader, task.build(reader), SINGLE_PROCESS)
         return (run / "weights.json").read_text()
@@ -206,8 +207,8 @@ def test_run_keeps_its_classes_and_validation_set(labelled_sets, tmp_path):
         tree["classes"][0] = "another"
         manifest.write_text(json.dumps(tree))
 
-    def start(train: Path, val: Path) -> Finetuning:
-        task = Finetuning(recipe(), str(val))
+    def start(train: Path, val: Path) -> ClassificationTask:
+        task = ClassificationTask(recipe(), str(val))
         reader = ShardReader(train, task.recipe.data)
         task.setup(RunDirectory(run), reader, task.build(reader), SINGLE_PROCESS)
         return task
@@ -229,7 +230,7 @@ def test_damaged_validation_set_is_found_at_the_start(labelled_sets, tmp_path):
     train, val = labelled_sets[0], shutil.copytree(labelled_sets[1], tmp_path / "val")
     shard = next(val.rglob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    task = Finetuning(recipe(), str(val))
+    task = ClassificationTask(recipe(), str(val))
     reader = ShardReader(train, task.recipe.data)
     model = task.build(reader)
     with pytest.raises(UserError, match=shard.name):
@@ -237,13 +238,13 @@ def test_damaged_validation_set_is_found_at_the_start(labelled_sets, tmp_path):
 
 
 def test_failed_write_of_the_accuracy_is_raised_on_all_ranks(labelled_sets, tmp_path):
-    task = Finetuning(recipe(), str(labelled_sets[1]))
+    task = ClassificationTask(recipe(), str(labelled_sets[1]))
     reader = ShardReader(labelled_sets[0], task.recipe.data)
     task.setup(RunDirectory(tmp_path), reader, task.build(reader), SINGLE_PROCESS)
-    (tmp_path / "accuracy.json.new").mkdir()
-    with pytest.raises(AllRanksError, match=r"accuracy\.json\.new"):
+    (tmp_path / "results.json.new").mkdir()
+    with pytest.raises(AllRanksError, match=r"results\.json\.new"):
         task.evaluate(1, lambda: None)
 
 
-def build(recipe: FinetuneRecipe, train, val) -> Classifier:
-    return Finetuning(recipe, str(val)).build(ShardReader(train, recipe.data))
+def build(recipe: ClassificationRecipe, train, val) -> Classifier:
+    return ClassificationTask(recipe, str(val)).build(ShardReader(train, recipe.data))

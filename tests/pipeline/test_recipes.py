@@ -9,8 +9,8 @@ import torch
 from pipeline.estimate.plan import plan
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
-from pipeline.recipe.finetune import load_finetune_recipe
 from pipeline.recipe.loading import PRESETS_DIR, list_presets
+from pipeline.recipe.tasks import load_finetune_recipe
 
 MODELS = {
     "vitb16": ("vit_base", 16, (768, 12, 12)),
