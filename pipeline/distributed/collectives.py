@@ -94,6 +94,15 @@ def all_gather_object(value: T) -> list[T]:
     return outputs
 
 
+def gather_object(value: T) -> list[T] | None:
+    """Return every rank's value, in rank order, on rank 0; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    outputs: list | None = None if dist.get_rank() else [None] * dist.get_world_size()
+    dist.gather_object(value, outputs)
+    return outputs
+
+
 def all_gather_uneven(rows: torch.Tensor) -> torch.Tensor:
     """Concatenate the rows (n, ...) of every rank, in rank order; n may differ between ranks."""
     if not dist.is_initialized():

@@ -42,14 +42,18 @@ def open_labeled_sets(train: str | Path, val: str | Path, data: DataSection) -> 
     return sets
 
 
+def check_labeled(option: str, reader: ShardReader) -> None:
+    """Raise UserError if a set has no labels."""
+    if not reader.manifest.has_labels:
+        raise UserError(
+            f"{option} {reader.paths[0]}: its samples have no labels; build it from class folders or a labeled source"
+        )
+
+
 def check_labeled_sets(train: ShardReader, val: ShardReader) -> None:
     """Raise UserError if a set has no labels or one class only, or if classes differ or shards are shared."""
     for option, reader in (("--data", train), ("--val", val)):
-        if not reader.manifest.has_labels:
-            raise UserError(
-                f"{option} {reader.paths[0]}: its samples have no labels; build it from class folders or a "
-                "labeled source"
-            )
+        check_labeled(option, reader)
     data_option, val_option = f"--data {train.paths[0]}", f"--val {val.paths[0]}"
     classes, val_classes = train.manifest.classes, val.manifest.classes
     if len(classes) == 1:
@@ -59,9 +63,14 @@ def check_labeled_sets(train: ShardReader, val: ShardReader) -> None:
             f"{val_option}: its classes differ from those of {data_option}: "
             f"{_describe_difference(classes, val_classes)}"
         )
+    check_disjoint(train, val)
+
+
+def check_disjoint(train: ShardReader, val: ShardReader) -> None:
+    """Raise UserError if two sets have a shard in common."""
     checksums = [{shard.sha256 for shard in reader.manifest.shards} for reader in (train, val)]
     if checksums[0] & checksums[1]:
-        raise UserError(f"{val_option}: shares shards with {data_option}; evaluate on other images")
+        raise UserError(f"--val {val.paths[0]}: shares shards with --data {train.paths[0]}; evaluate on other images")
 
 
 def verify_checksums(dist_info: DistInfo, **sets: ShardReader) -> None:

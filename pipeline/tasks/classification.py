@@ -13,7 +13,7 @@ from pipeline.data.reader import ShardReader
 from pipeline.distributed.collectives import all_gather_object, iterate_in_lockstep
 from pipeline.distributed.launch import DistInfo
 from pipeline.evals.accuracy import TOP_K, count_topk_correct, topk_accuracies
-from pipeline.evals.datasets import check_labeled_sets
+from pipeline.evals.datasets import check_labeled, check_labeled_sets
 from pipeline.pictures.canvas import Column, render_grid
 from pipeline.pictures.images import to_batch, to_pixels
 from pipeline.recipe.classification import ClassificationRecipe
@@ -31,7 +31,10 @@ class ClassificationTask(FinetuneTask[ClassificationRecipe]):
     def expected_encoder(self) -> tuple[str, str | None]:
         return "classifier.encoder", self.recipe.classifier.encoder
 
-    def check_data(self, train: ShardReader, val: ShardReader) -> None:
+    def check_annotated(self, option: str, reader: ShardReader) -> None:
+        check_labeled(option, reader)
+
+    def check_sets(self, train: ShardReader, val: ShardReader) -> None:
         check_labeled_sets(train, val)
 
     def load_encoder(self, weights: str) -> ImageEncoder:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from pipeline.data.augment import mixup, rand_augment, random_erasing
 from pipeline.models.block import LAYER_NORM_EPS
+from pipeline.models.drop_path import DropPath
 from pipeline.models.trainable_module import TrainableModule
 from pipeline.recipe.classification import ClassificationRecipe
 
@@ -26,22 +27,6 @@ class ClassifierOutput(NamedTuple):
     loss: torch.Tensor
     """float32 scalar: mean cross entropy with mixed, smoothed targets."""
     metrics: dict[str, torch.Tensor]
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016) of one residual branch, decided by given random numbers."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-        self.keep: torch.Tensor | None = None
-
-    def draw(self, uniform: torch.Tensor) -> None:
-        """Choose which of B images the next forward drops, from numbers (B,) in [0, 1)."""
-        self.keep = ((uniform >= self.rate) / (1 - self.rate))[:, None, None]
-
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        return branch if self.keep is None else branch * self.keep.to(branch.dtype)
 
 
 class Classifier(TrainableModule):

@@ -82,8 +82,12 @@ class FinetuneTask(Task[RecipeT]):
         """Return the recipe key that names the encoder size that the settings are for, and its value."""
 
     @abstractmethod
-    def check_data(self, train: ShardReader, val: ShardReader) -> None:
-        """Raise UserError if a set lacks the task's annotations, or if the two do not fit together."""
+    def check_annotated(self, option: str, reader: ShardReader) -> None:
+        """Raise UserError, naming the option, if a set lacks the task's annotations."""
+
+    @abstractmethod
+    def check_sets(self, train: ShardReader, val: ShardReader) -> None:
+        """Raise UserError if two annotated sets do not fit together."""
 
     @abstractmethod
     def load_encoder(self, weights: str) -> ImageEncoder:
@@ -125,7 +129,9 @@ class FinetuneTask(Task[RecipeT]):
 
     def build(self, reader: ShardReader) -> TrainableModule:
         self._train, self.val = reader, self._open_val()
-        self.check_data(reader, self.val)
+        for option, annotated in (("--data", reader), ("--val", self.val)):
+            self.check_annotated(option, annotated)
+        self.check_sets(reader, self.val)
         assert self.recipe.weights is not None
         encoder = self.load_encoder(self.recipe.weights)
         self._check_encoder(encoder)
@@ -190,7 +196,7 @@ class FinetuneTask(Task[RecipeT]):
         self.classes, self.class_names = trained.initial.classes, trained.initial.class_names
         if self._val_path is not None:
             self.val = self._open_val()
-            self.check_data(self.val, self.val)
+            self.check_annotated("--val", self.val)
             manifest = self.val.manifest
             if (manifest.classes, manifest.category_ids) != (self.classes, trained.initial.category_ids):
                 raise UserError(f"--val {self._val_path}: its classes are not those of {run}; give another set")
