@@ -36,9 +36,11 @@ HTTP = ["aiohttp>=3.9"]  # shard sets at http(s):// URLs; for s3:// install s3fs
 WANDB = ["wandb>=0.17"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2", "transformers>=5"]
+DENSE = ["faster-coco-eval>=1.6"]  # detection: masks and average precision
 BENCH = ["lightly>=1.6", "transformers>=5"]
 DEV = [
     "hypothesis>=6.100",
+    "pycocotools>=2.0.7",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.0,<9.2",  # pytest-xdist 3.8 does not keep groups together under 9.2
     "pytest-xdist>=3.5",
@@ -65,7 +67,8 @@ setup(
         "demo": DEMO,
         "wandb": WANDB,
         "export": EXPORT,
-        "dev": DEV + DEMO + EXPORT + HTTP + WANDB,
+        "dense": DENSE,
+        "dev": DEV + DEMO + DENSE + EXPORT + HTTP + WANDB,
         "bench": BENCH,
     },
     entry_points={"console_scripts": ["shardmae=pipeline.__main__:main", "shardmae-data=data_prep.__main__:main"]},

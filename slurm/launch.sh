@@ -12,7 +12,7 @@ RETRIES=${RETRIES:-3}
 SRUN_OPTIONS=()
 INSIDE=()
 SHARDS="a shard set that python -m data_prep made"
-LABELED="a labeled shard set"
+LABELED="an annotated shard set"
 ENCODER="a run directory, an exported .safetensors or the official MAE's .pth"
 RUN_DIRECTORY="the run directory, on storage that all nodes see"
 

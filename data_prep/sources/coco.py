@@ -2,9 +2,10 @@
 
 Invariant: an image without annotations is a sample like any other; its json has empty lists.
 
-The json of a sample: file_name, coco_url, license ({name, url}), width, height (as annotated), captions
-(texts), instances ([{bbox: [x, y, width, height] in pixels, category, category_id, area, iscrowd,
-segmentation}]).
+The json of a sample: image_id, file_name, coco_url, license ({name, url}), width, height (as annotated), captions
+(texts), instances ([{id, bbox: [x, y, width, height] in pixels, category, category_id, area, iscrowd, segmentation:
+polygons or RLE}]), all as published. If there are instances, the classes of the set are the categories, in the order
+of their ids.
 """
 
 import json
@@ -16,11 +17,11 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.sources.containers import iter_entries
-from data_prep.sources.sample import Details, Sample, Source, make_key
+from data_prep.sources.sample import Classes, Details, Sample, Source, make_key
 
 _PUBLISHED = {"train2017": 118_287, "val2017": 5_000, "test2017": 40_670, "unlabeled2017": 123_403}
 _IMAGE_FIELDS = ("file_name", "coco_url", "width", "height")
-_INSTANCE_FIELDS = ("bbox", "category_id", "area", "iscrowd", "segmentation")
+_INSTANCE_FIELDS = ("id", "bbox", "category_id", "area", "iscrowd", "segmentation")
 
 
 class CocoSource(Source):
@@ -40,7 +41,8 @@ class CocoSource(Source):
         self._annotated = any(table is not None for table in tables)
         layout = "zip" if self._container.endswith(".zip") else "folder"
         layout += " with annotations" if self._annotated else " without annotations"
-        super().__init__("coco", layout, str(root), expected=_PUBLISHED.get(name))
+        classes = _read_classes(tables[0], root)
+        super().__init__("coco", layout, str(root), classes, expected=_PUBLISHED.get(name))
         self._details = _group_by_image(tables, root)
 
     def samples(self) -> Iterator[Sample]:
@@ -84,6 +86,18 @@ def _read_annotations(root: Path, name: str) -> dict[str, Any] | None:
     return None
 
 
+def _read_classes(table: dict[str, Any] | None, root: Path) -> Classes:
+    """Return the categories of the instances. Raises UserError if they are damaged or have an id twice."""
+    try:
+        pairs = sorted((int(entry["id"]), str(entry["name"])) for entry in (table or {}).get("categories", ()))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"SRC {root}: not COCO's annotation format (at categories: {error})") from error
+    ids, names = tuple(number for number, _ in pairs), tuple(name for _, name in pairs)
+    if len(set(ids)) < len(ids):
+        raise UserError(f"SRC {root}: two categories have the same id; repair the annotations")
+    return Classes(names, annotation="instances", category_ids=ids) if names else Classes()
+
+
 def _group_by_image(tables: list[dict[str, Any] | None], root: Path) -> dict[str, bytes]:
     """Return key -> json of the sample. Parsed, COCO's polygons would take ten times the memory."""
     images: dict[int, dict[str, Any]] = {}
@@ -95,7 +109,8 @@ def _group_by_image(tables: list[dict[str, Any] | None], root: Path) -> dict[str
             categories = {entry["id"]: entry["name"] for entry in table.get("categories", ())}
             for entry in table["images"]:
                 image = {name: entry[name] for name in _IMAGE_FIELDS if name in entry}
-                image |= {"license": licenses.get(entry.get("license")), "captions": [], "instances": []}
+                image |= {"image_id": entry["id"], "license": licenses.get(entry.get("license"))}
+                image |= {"captions": [], "instances": []}
                 images.setdefault(entry["id"], image)
             for entry in table.get("annotations", ()):
                 if "caption" in entry:

@@ -117,3 +117,22 @@ def test_fine_tuning_has_the_settings_of_maes_code(model, rate, epochs, decay, d
     text = header(f"finetune_{model}")
     assert f"finetune finetune_{model} --weights RUN --data TRAIN --val VAL --run DIR" in text
     assert "hours on" in text and "has not been trained to the end" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "decay", "drop", "steps"),
+    [("vitb16", 0.7, 0.1, 184_375), ("vitl16", 0.8, 0.4, 184_375), ("vith14", 0.9, 0.5, 138_281)],
+)
+def test_detection_has_the_settings_of_vitdet(model, decay, drop, steps):
+    recipe = load_finetune_recipe(f"detect_{model}", "W")
+    assert (recipe.peak_lr, recipe.optim.betas, recipe.optim.weight_decay) == (1e-4, (0.9, 0.999), 0.1)
+    assert (recipe.optim.warmup_steps, recipe.optim.decay, recipe.train.steps) == (250, "steps", steps)
+    assert recipe.optim.decay_steps == pytest.approx((8 / 9, 26 / 27), abs=1e-6)
+    options = recipe.detector
+    assert (options.layer_decay, options.drop_path, options.encoder) == (decay, drop, MODELS[model][0])
+    assert (options.patch_size, options.window_size, options.scale) == (16, 14, (0.1, 2.0))
+    assert (options.width, options.head_convs, options.fc_width, options.samples_per_image) == (256, 4, 1024, 512)
+    assert (recipe.data.image_size, recipe.data.global_batch) == (1024, 64)
+    text = header(f"detect_{model}")
+    assert f"finetune detect_{model} --weights RUN --data COCO_TRAIN --val COCO_VAL --run DIR" in text
+    assert "arXiv 2203.16527" in text and "has not been trained to the end" in text
