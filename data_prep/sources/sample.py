@@ -18,9 +18,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data_prep.shard_set import Annotation
+if TYPE_CHECKING:  # imports pydantic
+    from data_prep.shard_set import Annotation
 
 KEY_LIMIT = 90
 """Characters; with the longest extension a name still fits USTAR's limit of 100."""
@@ -76,7 +77,7 @@ class Classes:
 
     names: tuple[str, ...] = ()
     readable: tuple[str, ...] = ()  # for people, position by position, or empty
-    annotation: Annotation = "label"
+    annotation: "Annotation" = "label"
     category_ids: tuple[int, ...] = ()  # COCO's ids, position by position, or empty
 
 

@@ -140,7 +140,7 @@ class DenseBatchBuilder(BatchBuilder):
         placed = self.annotator.apply(location, np.array([index]), [self.annotator.read(shard, index)], [size])
         indexes = spec.indexes.copy()
         indexes[row] = index
-        lists = [list(values) for values in (spec.encoded, spec.placements, spec.targets)]
-        for values, (value,) in zip(lists, ([image], *placed), strict=True):
-            values[row] = value
-        return DenseBatchSpec(spec.locations, indexes, *lists, spec.noise)
+        encoded, placements, targets = list(spec.encoded), list(spec.placements), list(spec.targets)
+        (placements[row],), (targets[row],) = placed
+        encoded[row] = image
+        return DenseBatchSpec(spec.locations, indexes, encoded, placements, targets, spec.noise)

@@ -15,9 +15,11 @@ from pipeline.data.placement import Placement
 from pipeline.errors import UserError
 
 try:
-    from faster_coco_eval.core import mask as coco_mask
+    from faster_coco_eval.core import mask
 except ImportError as error:
     raise UserError("detection needs faster-coco-eval; pip install 'shardmae[dense]'") from error
+
+coco_mask: Any = mask  # its functions are typed too loosely or too strictly
 
 
 class Instance(NamedTuple):

@@ -59,8 +59,10 @@ class Placement(NamedTuple):
 class DenseTransform(Protocol):
     """Reads the annotation of a sample and draws its placement. A pure function of its arguments; thread-safe."""
 
-    extension: str
-    """Of the sample's file with the annotation: "json" or "png"."""
+    @property
+    def extension(self) -> str:
+        """Extension of the sample's file with the annotation: "json" or "png"."""
+        ...
 
     def __call__(
         self, annotation: np.ndarray, image_size: tuple[int, int], epoch: int, sample_id: int

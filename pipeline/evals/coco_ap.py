@@ -12,7 +12,7 @@ from pipeline.data.instances import Annotation, Instance
 
 NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
 """The first of COCOeval's figures, in its order."""
-KINDS = {"box": "bbox", "mask": "segm"}
+KINDS: dict[str, Any] = {"box": "bbox", "mask": "segm"}
 
 
 def ground_truth(annotations: Sequence[Annotation], classes: Sequence[str], category_ids: Sequence[int]) -> dict:

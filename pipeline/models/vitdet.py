@@ -40,14 +40,15 @@ def build_vitdet(
         embed_dim=width,
         depth=depth,
         num_heads=heads,
-        norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+        norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),  # pyright: ignore[reportArgumentType]
         use_rel_pos=True,
         window_size=window_size,
         global_attn_indexes=global_blocks(depth),
         num_classes=0,
         neck_chans=0,
     )
-    vit.neck, vit.head = nn.Identity(), nn.Identity()  # ViTDet has no norm after the last block
+    vit.neck = nn.Identity()  # ViTDet has no norm after the last block
+    vit.head = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]
     for number, block in enumerate(vit.blocks):
         rate = drop_path * number / max(depth - 1, 1)
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)

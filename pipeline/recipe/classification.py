@@ -44,7 +44,9 @@ class ClassificationRecipe(FinetuneRecipe):
     TASK: ClassVar[TaskName] = "classification"
 
     classifier: ClassifierSection = ClassifierSection()
-    evaluation: ClassifierEvaluationSection = ClassifierEvaluationSection()
+    evaluation: ClassifierEvaluationSection = (  # pyright: ignore[reportIncompatibleVariableOverride] (frozen)
+        ClassifierEvaluationSection()
+    )
 
     def _validate(self) -> None:
         super()._validate()

@@ -24,7 +24,7 @@ from pipeline.weights.encoder import ImageEncoder, load_encoder
 
 
 class ClassificationTask(FinetuneTask[ClassificationRecipe]):
-    module: Classifier
+    module: Classifier  # pyright: ignore[reportIncompatibleVariableOverride]
     labeled = True
 
     @property

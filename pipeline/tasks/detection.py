@@ -50,7 +50,7 @@ MASK_THRESHOLD = 0.5
 
 
 class DetectionTask(FinetuneTask[DetectionRecipe]):
-    module: Detector
+    module: Detector  # pyright: ignore[reportIncompatibleVariableOverride]
     saves_predictions = True
 
     @property
@@ -149,7 +149,7 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
 
     def _detect_batch(self, batch: DenseEvalBatch) -> list[dict]:
         """Return the detections of a batch in COCO's results format."""
-        sizes = [placement.extent[::-1] for placement in batch.placements]
+        sizes = [(height, width) for width, height in (placement.extent for placement in batch.placements)]
         rows, category_ids = [], self.val.manifest.category_ids
         for found, placement, target in zip(
             self.module.detect(batch.images, sizes), batch.placements, batch.targets, strict=True

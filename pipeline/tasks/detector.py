@@ -57,7 +57,7 @@ class Detector(TrainableModule):
         """Return the loss; the targets are those of `MaskRCNN.compute_losses`."""
         for drop_path, uniform in zip(self._drop_paths, noise[:, NUM_KEYS:].unbind(1), strict=True):
             drop_path.draw(uniform)
-        losses = self.heads.compute_losses(self._features(images), images, targets, noise[:, :NUM_KEYS])
+        losses = self.heads.compute_losses(self.compute_features(images), images, targets, noise[:, :NUM_KEYS])
         loss = torch.stack(list(losses.values())).sum()
         return DetectorOutput(loss, {name: value.detach() for name, value in losses.items()})
 
@@ -66,7 +66,7 @@ class Detector(TrainableModule):
         """Return the detections of each image; see `MaskRCNN.detect`."""
         for drop_path in self._drop_paths:
             drop_path.keep = None
-        return self.heads.detect(self._features(images), images, sizes)
+        return self.heads.detect(self.compute_features(images), images, sizes)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return a group for each layer of the ViT, with its learning rate, and one for the rest.
@@ -89,9 +89,10 @@ class Detector(TrainableModule):
             for (layer, is_decayed), parameters in groups.items()
         ]
 
-    def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def compute_features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Map images (B, 3, S, S) to the maps of the feature pyramid."""
         # Calls modules, not their methods: with ZeRO-3, a call gathers the module's parameters.
-        return self.pyramid(self.vit(images.to(self.vit.patch_embed.proj.weight.dtype)))
+        return self.pyramid(self.vit(images.to(next(self.parameters()).dtype)))
 
 
 def _layer_of(name: str, depth: int) -> int:
@@ -120,18 +121,24 @@ def detector_from_encoder(encoder: ImageEncoder, num_classes: int, recipe: Detec
 
 
 def training_forward_flops(detector: Detector, recipe: DetectionRecipe) -> int:
-    """Count the FLOPs of one image's forward pass in training, of a detector on the meta device.
+    """Count the FLOPs of one image's forward pass in training, of a detector on the meta device."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run_networks(detector, recipe, batch=1)
+    return counter.get_total_flops()
+
+
+def run_networks(detector: Detector, recipe: DetectionRecipe, batch: int) -> None:
+    """Run the parts with weights of a detector on the meta device, on as many proposals as in training.
 
     A quarter of the sampled proposals are positive, the most that there can be, and have masks.
     """
-    size, options = recipe.data.image_size, recipe.detector
-    heads: Any = detector.heads
-    pooled = (torch.empty(n, options.width, s, s, device="meta") for n, s in (
-        (options.samples_per_image, BOX_SIZE), (options.samples_per_image // 4, MASK_SIZE)))  # fmt: skip
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        maps = detector._features(torch.empty(1, 3, size, size, device="meta"))
+    size, options, heads = recipe.data.image_size, recipe.detector, detector.heads
+    roi_heads: Any = heads.roi_heads
+    sampled = batch * options.samples_per_image
+    with torch.device("meta"):
+        maps = detector.compute_features(torch.empty(batch, 3, size, size))
+        boxes = maps[0].new_empty(sampled, options.width, BOX_SIZE, BOX_SIZE)
+        masks = maps[0].new_empty(sampled // 4, options.width, MASK_SIZE, MASK_SIZE)
         heads.rpn.head(maps)
-        boxes, masks = pooled
-        heads.roi_heads.box_predictor(heads.roi_heads.box_head(boxes))
-        heads.roi_heads.mask_predictor(heads.roi_heads.mask_head(masks))
-    return counter.get_total_flops()
+        roi_heads.box_predictor(roi_heads.box_head(boxes))
+        roi_heads.mask_predictor(roi_heads.mask_head(masks))

@@ -39,7 +39,7 @@ def test_warning_if_the_peak_is_never_reached(total, warmup):
 def test_steps_are_detectron2s():
     total, peak = 184_375, 1e-4  # milestones and factors of ViTDet's configuration
     for step, expected in ((125, peak / 2), (250, peak), (163_888, peak), (163_889, peak / 10), (177_546, peak / 100)):
-        rate = learning_rate(step, total, 250, peak, 0.0, "steps", (0.888889, 0.962963))
+        rate = learning_rate(step, total, 250, peak, 0.0, "steps", (0.888889, 0.96296))
         assert rate == approx(expected), step
 
 
