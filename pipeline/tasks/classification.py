@@ -41,19 +41,16 @@ class ClassificationTask(FinetuneTask[ClassificationRecipe]):
         return load_encoder(weights, self.recipe.data.image_size)
 
     def make_module(self, encoder: ImageEncoder) -> Classifier:
-        return Classifier(encoder.vit, len(self.classes), self.recipe)
+        classifier = Classifier(encoder.vit, len(self.classes), self.recipe)
+        self._flops = _forward_flops(classifier, self.recipe.data.image_size)  # before the engine changes the module
+        return classifier
 
     def load_trained(self, run: Path, ema: bool) -> Trained:
         loaded = load_classifier(run, ema)
         return Trained(loaded.classifier, loaded.step, loaded.initial)
 
     def forward_flops(self) -> int:
-        size = self.recipe.data.image_size
-        classifier = meta_copy(self.module)
-        assert isinstance(classifier, Classifier)
-        with FlopCounterMode(display=False) as counter:
-            classifier.predict_logits(torch.empty(1, 3, size, size, device="meta"))
-        return counter.get_total_flops()
+        return self._flops
 
     def prepare_evaluation(self, dist_info: DistInfo) -> None:
         self._device = dist_info.device
@@ -96,3 +93,12 @@ class ClassificationTask(FinetuneTask[ClassificationRecipe]):
         names = self.class_names or self.classes
         lines = [f"{names[i]} {share:.0%}" for share, i in zip(best.values, best.indices.tolist(), strict=True)]
         return render_grid([Column("", [np.asarray(to_pixels(images, data)[0])])], "; ".join(lines))
+
+
+def _forward_flops(classifier: Classifier, size: int) -> int:
+    """Count floating-point operations per image."""
+    copied = meta_copy(classifier)
+    assert isinstance(copied, Classifier)
+    with FlopCounterMode(display=False) as counter:
+        copied.predict_logits(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops()

@@ -90,7 +90,11 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         return self.module
 
     def make_module(self, encoder: ImageEncoder) -> Detector:
-        return detector_from_encoder(encoder, len(self.classes), self.recipe)
+        detector = detector_from_encoder(encoder, len(self.classes), self.recipe)
+        copied = meta_copy(detector)
+        assert isinstance(copied, Detector)
+        self._flops = training_forward_flops(copied, self.recipe)  # before the engine changes the module
+        return detector
 
     def load_trained(self, run: Path, ema: bool) -> Trained:
         initial = load_initial_weights(RunDirectory(run))
@@ -102,9 +106,7 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         return Trained(detector, step, initial)
 
     def forward_flops(self) -> int:
-        detector = meta_copy(self.module)
-        assert isinstance(detector, Detector)
-        return training_forward_flops(detector, self.recipe)
+        return self._flops
 
     def prepare_evaluation(self, dist_info: DistInfo) -> None:
         self._device = dist_info.device
