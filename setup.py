@@ -36,7 +36,7 @@ HTTP = ["aiohttp>=3.9"]  # shard sets at http(s):// URLs; for s3:// install s3fs
 WANDB = ["wandb>=0.17"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2", "transformers>=5"]
-DENSE = ["faster-coco-eval>=1.6"]  # detection: masks and average precision
+DENSE = ["faster-coco-eval>=1.8"]  # detection: masks and average precision
 BENCH = ["lightly>=1.6", "transformers>=5"]
 DEV = [
     "hypothesis>=6.100",
