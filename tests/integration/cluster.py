@@ -39,6 +39,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 SlurmdTimeout={slurmd_timeout}
+MessageTimeout=100
 KillWait=20
 GresTypes=gpu
 NodeName=n1 NodeHostname=localhost NodeAddr={addresses[1]} Port={ports[1]} CPUs=96 Gres=gpu:8 State=UNKNOWN
@@ -124,11 +125,11 @@ class Cluster:
         files = {"key-file": key, "pid-file": directory / "munged.pid", "log-file": directory / "munged.log"}
         files |= {"socket": directory / "munge.sock", "seed-file": directory / "munge.seed"}
         self._daemon("munged", "--foreground", "--force", *(f"--{k}={v}" for k, v in files.items()))
-        _until((directory / "munge.sock").exists, 20, self._logs)
+        _until((directory / "munge.sock").exists, 20, self.logs)
         self._daemon("slurmctld", "-D")
         self.start_node("n1")
         self.start_node("n2")
-        _until(lambda: self.states() == {"n1": "idle", "n2": "idle"}, 60, self._logs)
+        _until(lambda: self.states() == {"n1": "idle", "n2": "idle"}, 60, self.logs)
 
     def start_node(self, name: str) -> None:
         self._daemon("slurmd", "-D", "-N", name, label=name, host=name)
@@ -185,7 +186,7 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not self.has_ended(job):
             fields = self.job(job)
-            assert time.monotonic() < deadline, (fields, output and output.read_text()[-4000:], self._logs())
+            assert time.monotonic() < deadline, (fields, output and output.read_text()[-4000:], self.logs())
             self.start_if_requeued(fields)
             time.sleep(0.3)
         return self.job(job)
@@ -202,11 +203,16 @@ class Cluster:
         """Wait until no job is left."""
         deadline = time.monotonic() + seconds
         while listed := self.run("squeue", "-h").strip():
-            assert time.monotonic() < deadline, (listed, self._logs())
+            assert time.monotonic() < deadline, (listed, self.logs())
             time.sleep(0.3)
 
     def start_if_requeued(self, fields: dict[str, str]) -> None:
-        """Start a requeued job, a few seconds after it was requeued: before that its nodes may reject it."""
+        """Start a requeued job, a few seconds after it was requeued: before that its nodes may reject it.
+
+        Slurm holds a job whose node did not answer the launch in time, which happens on a busy machine.
+        """
+        if fields["Reason"] == "launch_failed_requeued_held":
+            self.run("scontrol", "release", fields["JobId"], check=False)
         if fields["JobState"] == "PENDING" and fields["Reason"] == "BeginTime":
             key = fields["JobId"], fields["Restarts"]
             if time.monotonic() - self._requeued_at.setdefault(key, time.monotonic()) > 4:
@@ -232,7 +238,8 @@ class Cluster:
                 [*on_host, *with_tests, path, *arguments], env=self.environment, stdout=output, stderr=subprocess.STDOUT
             )
 
-    def _logs(self) -> str:
+    def logs(self) -> str:
+        """Return the ends of the daemons' logs."""
         logs = sorted([*self.directory.glob("*.log"), *self.directory.glob("*.out")])
         return "\n".join(f"== {log.name}\n{log.read_text()[-1500:]}" for log in logs)
 

@@ -63,6 +63,10 @@ class Job:
     def log(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
 
+    def describe(self) -> str:
+        """Return what explains a failure: Slurm's fields of the job, its log, and the logs of the cluster."""
+        return f"{self.cluster.job(self.id)}\n== job\n{self.log()[-4000:]}\n{self.cluster.logs()}"
+
     def losses(self) -> list[tuple[int, float]]:
         path = self.run / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -74,9 +78,9 @@ def wait_until(condition, seconds: float, job: Job) -> None:
     """Wait for a condition, and start the job at once if it is requeued. Fails if the job ends before that."""
     deadline, checked = time.monotonic() + seconds, 0.0
     while not condition():
-        assert time.monotonic() < deadline, job.log()[-4000:]
+        assert time.monotonic() < deadline, job.describe()
         if time.monotonic() - checked > 1:
-            assert not job.cluster.has_ended(job.id), job.log()[-4000:]
+            assert not job.cluster.has_ended(job.id), job.describe()
             job.cluster.start_if_requeued(job.cluster.job(job.id))
             checked = time.monotonic()
         time.sleep(0.01)
