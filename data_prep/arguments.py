@@ -47,7 +47,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         _add_build_arguments(add_command(name, source.help, source.example), source)
     finalize = add_command("finalize", "complete a set whose shards were built by array tasks", "finalize shards/")
     verify = add_command("verify", "verify a shard set", "verify shards/ --deep")
-    verify.add_argument("--deep", action="store_true", help="also decode every image with DALI")
+    verify.add_argument("--deep", action="store_true", help="also decode every image with DALI, and check label maps")
     info = add_command("info", "show the card of a shard set", "info shards/ --json")
     info.add_argument("--json", action="store_true", help="print the figures as JSON")
     for command in (finalize, verify, info):

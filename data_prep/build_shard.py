@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep import images
 from data_prep.errors import UserError
+from data_prep.label_map import check_label_map
 from data_prep.pixels import ImageError
 from data_prep.shard_file import ShardWriter
 from data_prep.shard_plan import ShardPlan
@@ -93,6 +94,12 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
                 try:
                     data = reader.read(sample.location)
                     image = images.prepare(data, job.policy, details.rotation)
+                    labels = [sample.label] if sample.label >= 0 else []
+                    label_map = b""
+                    if details.label_map is not None:
+                        label_map = reader.read(details.label_map)
+                        values = check_label_map(label_map, image.width, image.height, len(job.source.classes.names))
+                        labels = (values - 1).tolist()
                 except ImageError as error:
                     quarantine.append(sample.location.quarantine_entry(error.reason, str(error)))
                     stats.quarantine[error.reason] += 1
@@ -104,9 +111,11 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
                 if details.metadata is not None:
                     metadata = json.dumps(details.metadata, separators=(",", ":"), sort_keys=True)
                     files.append(("json", metadata.encode()))
+                if label_map:
+                    files.append(("png", label_map))
                 writer.add(sample.key, files)
-                stats.add(image, sample.label)
-                count_input(len(data), len(image.data), int(bool(image.repairs)), 0)
+                stats.add(image, labels)
+                count_input(len(data) + len(label_map), len(image.data) + len(label_map), int(bool(image.repairs)), 0)
             digest, index = writer.finish()
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # start writing to disk
         shard = None

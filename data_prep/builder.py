@@ -99,12 +99,16 @@ def plan_build(source: Source, out: Path, settings: Settings) -> tuple[BuildJob,
     Raises:
         UserError: If the source cannot be read or all its inputs are rejected.
     """
+    if settings.policy.resize is not None and source.classes.annotation == "label_map":
+        raise UserError("--resize: label maps are stored unchanged, and their images have to keep their size; omit it")
     plan = ShardPlan(source.samples(), settings.seed, settings.shard_size)
     if not plan.num_shards:
         raise UserError(f"no usable image in SRC: {finalize.summarize(plan.rejected)}")
     job = BuildJob(plan, source, settings.policy, out, settings.split)
     options = {**asdict(settings.policy), "shard_samples": settings.shard_size.samples}
     options |= {"shard_bytes": settings.shard_size.bytes, "layout": source.layout}
+    if source.annotations_digest:
+        options["annotations"] = source.annotations_digest
     identity = {"source": source.kind, "split": settings.split, "seed": settings.seed}
     identity |= {"options": options, "plan_sha256": plan.sha256}
     classes = f", {len(source.classes.names):,} classes" if source.classes.names else ""

@@ -97,7 +97,7 @@ def _histogram(title: str, counts: Counter, edges: tuple[float, ...]) -> list[st
 def _class_table(manifest: Manifest, stats: Stats) -> list[str]:
     if not manifest.classes:
         return []
-    if not manifest.has_labels:
+    if not manifest.has_labels and not stats.labels:
         names = ", ".join(map(_escape_cell, manifest.classes[:_MAX_CLASSES]))
         return [f"## Classes of {manifest.annotation.replace('_', ' ')}", "", names, ""]
     lines = ["## Classes", "", "| label | class | name | samples |", "| --- | --- | --- | --- |"]

@@ -15,6 +15,9 @@ from typing import BinaryIO
 import numpy as np
 
 from data_prep import shard_set
+from data_prep.jpeg import parse_jpeg
+from data_prep.label_map import check_label_map
+from data_prep.pixels import ImageError
 from data_prep.shard_file import read_members
 from data_prep.shard_set import Manifest, Shard, ShardSetError
 from data_prep.sources.sample import KEY
@@ -25,7 +28,7 @@ def find_faults(directory: Path, deep: bool = False) -> Iterator[str]:
 
     Args:
         directory: The shard set.
-        deep: Whether to decode every image with DALI, too.
+        deep: Whether to decode every image with DALI, too, and to check every label map against its image.
 
     Raises:
         ShardSetError: If the manifest cannot be used at all.
@@ -40,6 +43,8 @@ def find_faults(directory: Path, deep: bool = False) -> Iterator[str]:
 
         for shard in manifest.shards:
             yield from find_undecodable(directory, shard)
+            if manifest.annotation == "label_map":
+                yield from _label_map_faults(directory, manifest, shard)
     yield from _quarantine_faults(directory, manifest)
     yield from _unlisted_files(directory, manifest)
 
@@ -116,6 +121,28 @@ def _label_faults(tar: BinaryIO, manifest: Manifest, shard: Shard, files: list) 
         text = tar.read(min(size, 20))
         if not text.isdigit() or int(text) >= len(manifest.classes):
             yield f"{shard.name}: label {text!r} of {name} is none of {len(manifest.classes):,} classes"
+
+
+def _label_map_faults(directory: Path, manifest: Manifest, shard: Shard) -> Iterator[str]:
+    """Find label maps that do not belong to their image or classes. Yields nothing for an unreadable shard."""
+    try:
+        images, maps = (shard_set.read_index(directory, shard, extension) for extension in ("jpg", "png"))
+        tar = open(shard_set.tar_path(directory, shard), "rb")  # noqa: SIM115 (closed below)
+    except (ShardSetError, OSError):  # _shard_faults() reports them
+        return
+    with tar:
+        for i, key in enumerate(images.keys):
+            image, label_map = (_read_at(tar, index.offsets[i], index.sizes[i]) for index in (images, maps))
+            try:
+                info = parse_jpeg(image)
+                check_label_map(label_map, info.width, info.height, len(manifest.classes))
+            except ImageError as error:
+                yield f"{shard.name}: {key}: {error}"
+
+
+def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
 
 
 def _quarantine_faults(directory: Path, manifest: Manifest) -> Iterator[str]:

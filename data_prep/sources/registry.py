@@ -70,4 +70,19 @@ SOURCES = {
         help="build COCO from its zips or folders, with instances and captions",
         example="coco ~/coco shards/ --split train",
     ),
+    "ade20k": SourceType(
+        factory="data_prep.sources.ade20k:Ade20kSource",
+        help="build ADE20K, or a data set in its layout, with label maps",
+        example="ade20k ~/ADEChallengeData2016.zip shards/ --split training",
+        splits=("training", "validation"),
+        orientation="apply",
+        options={
+            "--classes": {
+                "type": Path,
+                "metavar": "FILE",
+                "help": "class names in the order of their numbers, one per line or a table (default: "
+                "objectInfo150.txt or classes.txt of SRC)",
+            }
+        },
+    ),
 }

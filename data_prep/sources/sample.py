@@ -69,6 +69,7 @@ class Details:
 
     metadata: Mapping[str, Any] | None = None  # content of KEY.json; None for no such file
     rotation: int = 0  # degrees counter-clockwise, a multiple of 90, by which to turn the pixels
+    label_map: Location | None = None  # of KEY.png, which is checked against the image and `Classes.names`
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Source(ABC):
     root: str  # path below which containers are found
     classes: Classes = field(default_factory=Classes)
     expected: int | None = None  # number of images of the data set as published, if known
+    annotations_digest: str = ""  # of the inputs besides images that the set depends on; part of the build's identity
 
     @abstractmethod
     def samples(self) -> Iterator[Sample]:
