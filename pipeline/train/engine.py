@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
+from safetensors import safe_open
 from torch import nn
 
 from pipeline.errors import Diverged, StoppedEarly, UserError
@@ -227,7 +228,7 @@ def consolidate_fp32_weights(engine: Engine, model_ema: ModelEma | None, path: P
     files = {WEIGHTS: sharded_state.WEIGHT} | ({WEIGHTS_EMA: sharded_state.EMA} if model_ema else {})
     for file, kind in files.items():
         tensors = {name: saved.read_all(name, kind).view(shape) for name, shape in shapes.items()}
-        save_tensors(tensors, path / file)
+        save_tensors(tensors | _persistent_buffers(engine.module), path / file)
 
 
 def load(engine: Engine, model_ema: ModelEma | None, checkpoint: Path) -> None:
@@ -235,6 +236,16 @@ def load(engine: Engine, model_ema: ModelEma | None, checkpoint: Path) -> None:
     scalars = json.loads((checkpoint / ENGINE_STATE).read_text())
     parts = [checkpoint / _rank_file(writer) for writer in range(scalars["writers"])]
     sharded_state.load(engine, parts, scalars, model_ema.tensors if model_ema else [])
+    if buffers := _persistent_buffers(engine.module):
+        with safe_open(checkpoint / WEIGHTS, framework="pt") as saved:
+            for name, buffer in buffers.items():
+                buffer.copy_(saved.get_tensor(name))
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state that is not trained, such as running statistics; equal on all ranks."""
+    trained = {name for name, _ in module.named_parameters()}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in trained}
 
 
 def _warn_connecting() -> None:

@@ -153,6 +153,7 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
         self.state.step += 1
         self._end_profile()
         skipped = self.guard.record_step(self.state.step, grad_norm)
+        self.module.update_buffers(skipped)
         if self.model_ema:
             self.model_ema.update(skipped)
         # Metrics are averaged over ranks; undecodable samples are summed.
@@ -220,7 +221,7 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
             self.eval_error = error
             return {}
         if metrics:
-            values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not isinstance(value, dict))
             logger.info(f"step {self.state.step}: {values}")
         return metrics
 
