@@ -35,6 +35,7 @@ PRELOAD = [
     "pipeline.tasks.pretraining",
     "pipeline.tasks.classification",
     "pipeline.tasks.detection",
+    "pipeline.tasks.segmentation",
     "pipeline.tasks.registry",
     "pipeline.train.preflight",
     "pipeline.estimate.plan",

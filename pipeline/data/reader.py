@@ -245,6 +245,12 @@ class ShardReader:
         """Return the key of a sample in its shard set."""
         return self._index(shard, "jpg").keys[index]
 
+    def key_of(self, sample_id: int) -> str:
+        """Return the key of the sample at a position in [0, num_samples), in the order of the shards."""
+        ends = np.cumsum(self.shard_sizes)
+        shard = int(np.searchsorted(ends, sample_id, side="right"))
+        return self.key(shard, int(sample_id - ends[shard] + self.shard_sizes[shard]))
+
     def shard_path(self, shard: int) -> str:
         """Return the file or URL of a shard, for messages."""
         shard_set, entry = self._shards[shard]

@@ -54,16 +54,20 @@ def check_labeled_sets(train: ShardReader, val: ShardReader) -> None:
     """Raise UserError if a set has no labels or one class only, or if classes differ or shards are shared."""
     for option, reader in (("--data", train), ("--val", val)):
         check_labeled(option, reader)
-    data_option, val_option = f"--data {train.paths[0]}", f"--val {val.paths[0]}"
+    if len(classes := train.manifest.classes) == 1:
+        raise UserError(f"--data {train.paths[0]}: all samples have one class, {classes[0]!r}; give at least two")
+    check_same_classes(train, val)
+    check_disjoint(train, val)
+
+
+def check_same_classes(train: ShardReader, val: ShardReader) -> None:
+    """Raise UserError if the classes of two sets or their order differ."""
     classes, val_classes = train.manifest.classes, val.manifest.classes
-    if len(classes) == 1:
-        raise UserError(f"{data_option}: all samples have one class, {classes[0]!r}; give at least two")
     if val_classes != classes:
         raise UserError(
-            f"{val_option}: its classes differ from those of {data_option}: "
+            f"--val {val.paths[0]}: its classes differ from those of --data {train.paths[0]}: "
             f"{_describe_difference(classes, val_classes)}"
         )
-    check_disjoint(train, val)
 
 
 def check_disjoint(train: ShardReader, val: ShardReader) -> None:

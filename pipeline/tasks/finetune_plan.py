@@ -1,12 +1,15 @@
-"""Cost of a fine-tuning recipe without running it: `plan` for detection.
+"""Cost of a fine-tuning recipe without running it: `plan` for detection and segmentation.
 
 Parameters, FLOPs and activations are counted on torch's meta device, except those of losses, matching and NMS, which
 depend on the images. Time is a model, as in `estimate.plan`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.distributed.hardware import GPUS
 from pipeline.errors import UserError
@@ -16,12 +19,16 @@ from pipeline.methods.flops import training_flops
 from pipeline.recipe.detection import DetectionRecipe
 from pipeline.recipe.finetune import FinetuneRecipe
 from pipeline.recipe.sections import VIT_SIZES
-from pipeline.tasks.detector import build_detector, run_networks, training_forward_flops
+from pipeline.recipe.segmentation import SegmentationRecipe
+from pipeline.tasks.detector import Detector, build_detector, run_networks, training_forward_flops
+from pipeline.tasks.segmenter import Segmenter, count_forward_flops
 from pipeline.train.sharded_state import checkpoint_bytes
 
 COCO_SAMPLES = 117_266
 """Images of COCO's train2017 with instances."""
 COCO_CLASSES = 80
+ADE20K_SAMPLES, ADE20K_CLASSES = 20_210, 150
+"""Training images and classes of ADE20K."""
 
 
 @dataclass(frozen=True)
@@ -67,42 +74,54 @@ class FinetunePlan:
     checkpoint_gib: float
 
 
+class _Model(NamedTuple):
+    """What is planned, on the meta device."""
+
+    module: Detector | Segmenter
+    forward_flops: float
+    run: Callable[[int], object]
+    """Runs the forward pass of training on a number of images."""
+
+
 def plan_finetune(
-    recipe: FinetuneRecipe, *, gpus: int, nodes: int, gpu: str, mfu: float, samples: int = COCO_SAMPLES
+    recipe: FinetuneRecipe, *, gpus: int, nodes: int, gpu: str, mfu: float, samples: int | None = None
 ) -> FinetunePlan:
-    """Estimate the cost of a detection recipe; the arguments are those of `estimate.plan.plan`.
+    """Estimate the cost of a recipe for detection or segmentation; the arguments are those of `estimate.plan.plan`.
+
+    Args:
+        samples: None: those of COCO or ADE20K.
 
     Raises:
         UserError: If the recipe is for another task or for any encoder, or the GPU is unknown.
     """
-    if not isinstance(recipe, DetectionRecipe):
-        raise UserError(f"plan: does not support {recipe.TASK}; give a recipe of pretrain or detection")
-    if recipe.detector.encoder is None:
-        raise UserError("plan: the recipe is for any encoder; --set detector.encoder=vit_base, for example")
+    if isinstance(recipe, DetectionRecipe):
+        key, encoder = "detector.encoder", recipe.detector.encoder
+        samples = samples or COCO_SAMPLES
+    elif isinstance(recipe, SegmentationRecipe):
+        key, encoder = "segmenter.encoder", recipe.segmenter.encoder
+        samples = samples or ADE20K_SAMPLES
+    else:
+        raise UserError(f"plan: does not support {recipe.TASK}; give a recipe of pretrain, detection or segmentation")
+    if encoder is None:
+        raise UserError(f"plan: the recipe is for any encoder; --set {key}=vit_base, for example")
     if gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: unknown; known are {', '.join(GPUS)}")
-    world_size, size, engine = gpus * nodes, VIT_SIZES[recipe.detector.encoder], recipe.engine
-    with torch.device("meta"):
-        detector = build_detector(*size, COCO_CLASSES, recipe)
-    forward = training_forward_flops(detector, recipe)
-    parameters = sum(p.numel() for p in detector.parameters())
-    detector.vit.set_grad_checkpointing(False)
+    world_size, size, engine = gpus * nodes, VIT_SIZES[encoder], recipe.engine
+    model = _detector(recipe, encoder) if isinstance(recipe, DetectionRecipe) else _segmenter(recipe, encoder)
+    module, forward = model.module, model.forward_flops
+    parameters = sum(p.numel() for p in module.parameters())
+    module.vit.set_grad_checkpointing(False)
     if engine.precision != "fp32":
-        detector = detector.to(torch.bfloat16)
-    activations = count_activation_bytes(
-        detector,
-        list(detector.vit.blocks),
-        lambda batch: run_networks(detector, recipe, batch),
-        engine.activation_checkpointing,
-    )
+        module.to(torch.bfloat16)
+    activations = count_activation_bytes(module, list(module.vit.blocks), model.run, engine.activation_checkpointing)
     step = training_flops(forward) + forward * engine.activation_checkpointing
     peak = 1e12 * (GPUS[gpu].bits32 if engine.precision == "fp32" else GPUS[gpu].bits16)
     images_per_s, steps = world_size * mfu * peak / step, recipe.total_steps(samples)
     return FinetunePlan(
         task=recipe.TASK,
-        encoder=f"{recipe.detector.encoder} (width {size.width}, depth {size.depth}, heads {size.heads})",
+        encoder=f"{encoder} (width {size.width}, depth {size.depth}, heads {size.heads})",
         parameters=parameters,
-        encoder_parameters=sum(p.numel() for p in detector.vit.parameters()),
+        encoder_parameters=sum(p.numel() for p in module.vit.parameters()),
         image_size=recipe.data.image_size,
         forward_gflops=forward / 1e9,
         step_gflops=step / 1e9,
@@ -124,6 +143,28 @@ def plan_finetune(
     )
 
 
+def _detector(recipe: DetectionRecipe, encoder: str) -> _Model:
+    with torch.device("meta"):
+        detector = build_detector(*VIT_SIZES[encoder], COCO_CLASSES, recipe)
+    flops = training_forward_flops(detector, recipe)
+    return _Model(detector, flops, lambda batch: run_networks(detector, recipe, batch))
+
+
+def _segmenter(recipe: SegmentationRecipe, encoder: str) -> _Model:
+    size, side = VIT_SIZES[encoder], recipe.data.image_size
+    with torch.device("meta"):
+        vit = VisionTransformer(
+            img_size=side, embed_dim=size.width, depth=size.depth, num_heads=size.heads, num_classes=0
+        )
+        segmenter = Segmenter(vit, ADE20K_CLASSES, recipe)
+
+    def run(batch: int) -> None:
+        target = {"labels": torch.empty(side, side, dtype=torch.uint8), "extent": torch.empty(2, dtype=torch.long)}
+        segmenter(torch.empty(batch, 3, side, side), torch.empty(batch, segmenter.noise_size), [target] * batch)
+
+    return _Model(segmenter, count_forward_flops(segmenter, side), run)
+
+
 def format_finetune_plan(plan: FinetunePlan) -> str:
     """Format a plan as text."""
     lines = [
@@ -141,9 +182,10 @@ def format_finetune_plan(plan: FinetunePlan) -> str:
         f"{'':16}{memory.zero_stage:<6}{memory.states:>8.1f}G{memory.total:>8.1f}G{memory.largest_micro_batch:>22}"
         for memory in plan.memory
     ]
+    of_detection = "losses, matching and NMS, and the masks of the targets"
     lines.append(
         f"total: with micro batches of {plan.micro_batch} and {OVERHEAD_GIB:.0f} GiB of assumed overhead. Not counted: "
-        "losses, matching and NMS, and the masks of the targets."
+        f"{of_detection if plan.task == 'detection' else 'FLOPs of the loss'}."
     )
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
 from pipeline.recipe.loading import PRESETS_DIR, list_presets
 from pipeline.recipe.tasks import load_finetune_recipe
+from pipeline.tasks.finetune_plan import plan_finetune
 
 MODELS = {
     "vitb16": ("vit_base", 16, (768, 12, 12)),
@@ -136,3 +137,23 @@ def test_detection_has_the_settings_of_vitdet(model, decay, drop, steps):
     text = header(f"detect_{model}")
     assert f"finetune detect_{model} --weights RUN --data COCO_TRAIN --val COCO_VAL --run DIR" in text
     assert "arXiv 2203.16527" in text and "has not been trained to the end" in text
+
+
+@pytest.mark.parametrize(("model", "decay", "drop"), [("vitb16", 0.65, 0.1), ("vitl16", 0.75, 0.2)])
+def test_segmentation_has_the_settings_of_the_reproduction(model, decay, drop):
+    recipe = load_finetune_recipe(f"segment_{model}", "W")
+    assert (recipe.data.image_size, recipe.data.global_batch, recipe.train.steps) == (512, 16, 160_000)
+    optim, options = recipe.optim, recipe.segmenter
+    assert (optim.betas, optim.weight_decay, optim.warmup_steps) == ((0.9, 0.999), 0.05, 1500)
+    assert recipe.peak_lr == pytest.approx(1e-4) and (optim.decay, optim.min_lr) == ("linear", 0.0)
+    assert (options.layer_decay, options.drop_path, options.encoder) == (decay, drop, MODELS[model][0])
+    assert (options.scale, options.cat_max_ratio, options.auxiliary_weight) == ((0.5, 2.0), 0.75, 0.4)
+    assert (options.dropout, options.auxiliary_channels, options.relative_positions) == (0.1, 256, True)
+    assert options.photometric and recipe.data.flip and recipe.window_stride == 341
+    assert recipe.gradient_accumulation_steps(8) == 1, "batch normalization over the whole batch"
+    text = header(f"segment_{model}")
+    assert f"finetune segment_{model} --weights RUN --data TRAIN --val VAL --run DIR" in text
+    assert "has not been trained to the end" in text
+    hours = re.search(r"estimated by `pipeline plan`: ([\d.]+) hours on 8 H100 at an assumed MFU of 40 %", text)
+    planned = plan_finetune(recipe, gpus=8, nodes=1, gpu="h100", mfu=0.4)
+    assert hours and planned.hours == pytest.approx(float(hours[1]), abs=0.06)
