@@ -122,4 +122,4 @@ def nearest_indexes(stored: int, resized: int) -> np.ndarray:
 def has_variety(labels: np.ndarray, cat_max_ratio: float) -> bool:
     """Return whether a crop has several classes, none of which covers cat_max_ratio of its labeled pixels."""
     counts = np.bincount(labels.ravel(), minlength=IGNORED + 1)[:IGNORED]
-    return np.count_nonzero(counts) > 1 and bool(counts.max() < cat_max_ratio * counts.sum())
+    return bool(np.count_nonzero(counts) > 1 and counts.max() < cat_max_ratio * counts.sum())

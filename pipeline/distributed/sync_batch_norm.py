@@ -37,7 +37,6 @@ class SyncBatchNorm2d(nn.Module):
             return self._normalize(images)
         return _affine(images, self.running_mean, (self.running_var + self.eps).rsqrt(), self.weight, self.bias)
 
-    @torch.compiler.disable
     def _normalize(self, images: torch.Tensor) -> torch.Tensor:
         normalized, statistics = _Normalize.apply(images, self.weight, self.bias, self.eps)
         self._pending.append(statistics)

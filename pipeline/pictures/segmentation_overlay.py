@@ -41,7 +41,9 @@ def render_segmentation(image: Image.Image, classes: np.ndarray, names: Sequence
     width, height = factor * image.width, factor * image.height
     counts = np.bincount(classes.ravel(), minlength=len(names))
     shown_classes = [number for number in np.argsort(-counts, kind="stable").tolist() if counts[number]]
-    entries = [(names[i], counts[i] / classes.size, tuple(colors[i].tolist())) for i in shown_classes]
+    entries: list[tuple[str, float, tuple[int, ...]]] = [
+        (names[i], int(counts[i]) / classes.size, tuple(colors[i].tolist())) for i in shown_classes
+    ]
 
     style = text_style(2 * width, width)
     columns = max(1, (2 * width + GAP) // (LEGEND_COLUMN * style.size // 14))

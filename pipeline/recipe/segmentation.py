@@ -54,6 +54,8 @@ class SegmentationRecipe(DenseRecipe):
         size, stride = self.data.image_size, self.segmenter.window_stride
         if stride and stride > size:
             raise ValueError(f"segmenter.window_stride: {stride} leaves gaps between windows of {size} px; reduce it")
+        if self.engine.compile:
+            raise ValueError("engine.compile: not supported by batch normalization over ranks; set it to false")
 
     @property
     def window_stride(self) -> int:

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class SegmentationTask(FinetuneTask[SegmentationRecipe]):
-    module: Segmenter
+    module: Segmenter  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, recipe: SegmentationRecipe, val: str | None) -> None:
         super().__init__(recipe, val)

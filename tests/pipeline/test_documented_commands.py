@@ -35,6 +35,8 @@ def test_a_documented_command_is_valid(page, program, arguments):
         load_finetune_recipe(args.recipe, weights, args.overrides)
     elif arguments[0] == "linprobe":
         load_probe_recipe({"probe": {"weights": args.weights}}, args.overrides)
+    elif arguments[0] == "plan" and args.recipe.startswith(("detect_", "segment_")):
+        load_finetune_recipe(args.recipe, "W", args.overrides)
     elif "recipe" in args and args.recipe not in OWN_RECIPES:
         load_recipe(args.recipe, args.overrides)
 

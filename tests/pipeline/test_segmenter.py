@@ -128,6 +128,7 @@ def test_weights_of_lomar_are_an_error(tmp_path):
         ("data.crops_per_image=2", "data.crops_per_image"),
         ("segmenter.widow_stride=3", "widow_stride"),
         ("optim.decay=poly", "optim.decay"),
+        ("engine.compile=true", "engine.compile"),
     ],
 )
 def test_impossible_recipes_are_errors_that_name_the_key(override, key):
