@@ -40,7 +40,7 @@ def render_segmentation(image: Image.Image, classes: np.ndarray, names: Sequence
     factor = max(1, -(-MIN_WIDTH // image.width))
     width, height = factor * image.width, factor * image.height
     counts = np.bincount(classes.ravel(), minlength=len(names))
-    shown_classes = [number for number in np.argsort(-counts, kind="stable").tolist() if counts[number]]
+    shown_classes: list[int] = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
     entries: list[tuple[str, float, tuple[int, ...]]] = [
         (names[i], int(counts[i]) / classes.size, tuple(colors[i].tolist())) for i in shown_classes
     ]
