@@ -4,6 +4,7 @@
 # make test-fast       the unit tests that need no root, Slurm, launcher or network
 # make soak            the tests that are too long for `make test`
 # make bench           the benchmarks that run on this machine; nothing else should run meanwhile
+# make gpu-check       verify the GPU path on this machine (docs/gpu.md)
 # make lint            ruff, pyright and shellcheck
 # make clean           delete the outputs of the demo and of builds
 
@@ -19,7 +20,7 @@ CUDA ?= cuda13
 DATA ?=
 OUT ?= out/demo
 
-.PHONY: setup demo test test-fast soak bench lint clean
+.PHONY: setup demo test test-fast soak bench gpu-check lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -44,7 +45,7 @@ test: setup
 
 # Left out: tests that need root, a launcher or a server, that start many interpreters, or that take long.
 SLOW_FILES := pipeline/test_bench_loader pipeline/test_cache pipeline/test_crop_law pipeline/test_export_classifier \
-	pipeline/test_export_command pipeline/test_host_memory pipeline/test_launcher_gone \
+	pipeline/test_export_command pipeline/test_gpu_check pipeline/test_host_memory pipeline/test_launcher_gone \
 	pipeline/test_network_estimate pipeline/test_plan pipeline/test_preflight pipeline/test_report \
 	pipeline/test_storage pipeline/test_undecodable \
 	data_prep/test_disk_full data_prep/test_interruption data_prep/test_tasks data_prep/test_verify
@@ -60,12 +61,16 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(CUDA),bench]'
 	$(BIN)/python benchmarks/build.py
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step_448.py
 	$(BIN)/python benchmarks/difficulty.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/plan_epoch.py
 	$(BIN)/python benchmarks/methods_cifar.py
+
+gpu-check: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pipeline gpu-check $(if $(DATA),--data "$(DATA)")
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 PACKAGE_DIR = {"pipeline.ds_configs": "ds_configs"}
 
 CORE = [
+    "braceexpand>=0.1.7",
     "deepspeed>=0.19,<0.20",  # pipeline/train/sharded_state.py reads private attributes of its optimizers
     "filelock>=4.2",
     "fsspec>=2024.2",
@@ -33,12 +34,16 @@ CORE = [
 DALI_CUDA13 = ["nvidia-dali-cuda130>=2.0"]
 DALI_CUDA12 = ["nvidia-dali-cuda120>=1.50"]
 HTTP = ["aiohttp>=3.9"]  # shard sets at http(s):// URLs; for s3:// install s3fs, for gs:// gcsfs
+PARQUET = ["pyarrow>=15"]
 WANDB = ["wandb>=0.17"]
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.4"]
 EXPORT = ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.2", "transformers>=5"]
+DENSE = ["faster-coco-eval>=1.8"]  # detection: masks and average precision
 BENCH = ["lightly>=1.6", "transformers>=5"]
 DEV = [
+    "datasets>=2.19",
     "hypothesis>=6.100",
+    "pycocotools>=2.0.7",
     "pyright[nodejs]>=1.1.400",
     "pytest>=8.0,<9.2",  # pytest-xdist 3.8 does not keep groups together under 9.2
     "pytest-xdist>=3.5",
@@ -64,8 +69,10 @@ setup(
         "http": HTTP,
         "demo": DEMO,
         "wandb": WANDB,
+        "parquet": PARQUET,
         "export": EXPORT,
-        "dev": DEV + DEMO + EXPORT + HTTP + WANDB,
+        "dense": DENSE,
+        "dev": DEV + DEMO + DENSE + EXPORT + HTTP + PARQUET + WANDB,
         "bench": BENCH,
     },
     entry_points={"console_scripts": ["shardmae=pipeline.__main__:main", "shardmae-data=data_prep.__main__:main"]},

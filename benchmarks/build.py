@@ -1,7 +1,8 @@
-"""Compare the shard builder with tar, webdataset's ShardWriter, libjpeg-turbo and Pillow on the same files.
+"""Compare the shard builder and `adopt` with tar, webdataset, wds2idx, libjpeg-turbo and Pillow on the same files.
 
     python benchmarks/build.py                   (IMAGENET_SAMPLE_DIR: a folder of JPEG photographs)
     python benchmarks/build.py --rounds 5 --copies 16 --directory /scratch
+    python benchmarks/build.py --only adopt
     python benchmarks/build.py --only plan
 
 In each round every contestant runs once, in turn, so that other load on the machine slows down all of them;
@@ -40,10 +41,10 @@ def main() -> None:
         "--copies", type=int, default=16, help="copies of each photograph; decoding uses a quarter of them"
     )
     parser.add_argument("--directory", type=Path, help="working directory (default: the system's temporary directory)")
-    parser.add_argument("--only", choices=("copy", "decode", "resize", "plan"))
+    parser.add_argument("--only", choices=("copy", "decode", "resize", "adopt", "plan"))
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    if options.only in (None, "copy", "decode", "resize"):
+    if options.only != "plan":
         with tempfile.TemporaryDirectory(dir=options.directory) as name:
             _compare(Path(name), options)
     if options.only in (None, "plan"):
@@ -57,6 +58,9 @@ def _compare(directory: Path, options) -> None:
     fifty.mkdir()
     for path in sorted(few.iterdir())[:50]:
         (fifty / path.name).write_bytes(path.read_bytes())
+    many_tars, few_tars, fifty_tars = (_write_tars(folder) for folder in (many, few, fifty))
+    amounts = {folder: [path.stat().st_size for path in folder.iterdir()] for folder in (many, few, fifty)}
+    amounts |= {many_tars: amounts[many], few_tars: amounts[few]}
     out = directory / "out"
     contestants: dict[str, list[tuple[str, Path, Callable[[Path, Path], None]]]] = {
         "copy": [
@@ -75,15 +79,25 @@ def _compare(directory: Path, options) -> None:
             ("Pillow loop, bilinear", few, _in_parallel(_pillow("BILINEAR"))),
             ("builder, --resize 256", few, _builder("--resize", "256")),
         ],
+        "adopt, structure": [
+            ("read", many_tars, _in_parallel(_read)),
+            ("read, sha256", many_tars, _in_parallel(_read_and_hash)),
+            ("wds2idx", many_tars, _in_parallel(_wds2idx)),
+            ("adopt, --check structure", many_tars, _adopt("--check", "structure")),
+        ],
+        "adopt, decode": [
+            ("libjpeg-turbo decoding to RGB", few, _in_parallel(_decode)),
+            ("adopt, --check decode", few_tars, _adopt()),
+        ],
     }
     print(
         "\n| what | processes | images/s | MB/s read | images/CPU s | builder's rate: wall, CPU |"
         "\n| --- | --- | --- | --- | --- | --- |"
     )
     for group, rows in contestants.items():
-        if options.only not in (None, group):
+        if options.only not in (None, group.partition(",")[0]):
             continue
-        start_up = (f"{rows[-1][0]}, 50 images", fifty, rows[-1][2])
+        start_up = (f"{rows[-1][0]}, 50 images", fifty_tars if group.startswith("adopt") else fifty, rows[-1][2])
         seconds: dict[str, list[float]] = {name: [] for name, _, _ in (*rows, start_up)}
         cpu: dict[str, list[float]] = {name: [] for name in seconds}
         for _ in range(options.rounds):
@@ -99,9 +113,9 @@ def _compare(directory: Path, options) -> None:
             times[rows[-1][0]] = [value - start_up_time for value in times[rows[-1][0]]]
         ours, ours_cpu = (statistics.median(times[rows[-1][0]]) for times in (seconds, cpu))
         for name, source, _ in rows:
-            files = list(source.iterdir())[50 if name == rows[-1][0] else 0 :]
+            files = amounts[source][50 if name == rows[-1][0] else 0 :]
             median = statistics.median(seconds[name])
-            rate, megabytes = len(files) / median, sum(f.stat().st_size for f in files) / 1e6 / median
+            rate, megabytes = len(files) / median, sum(files) / 1e6 / median
             median_cpu = statistics.median(cpu[name])
             ratio = f"{median / ours:.2f} x, {median_cpu / ours_cpu:.2f} x" if name != rows[-1][0] else ""
             processes = 1 if name.startswith(("tar", "webdataset")) else PROCESSES
@@ -126,6 +140,18 @@ def _copy_photographs(folder: Path, copies: int) -> Path:
     return folder
 
 
+def _write_tars(folder: Path) -> Path:
+    """Write the files of a folder into tars of 32 MB, with labels."""
+    import webdataset
+
+    target = folder.with_name(f"{folder.name}-tars")
+    target.mkdir()
+    with webdataset.ShardWriter(str(target / "%06d.tar"), maxsize=SHARD_BYTES, verbose=0) as sink:
+        for number, path in enumerate(sorted(folder.iterdir())):
+            sink.write({"__key__": f"{number:08d}", "jpg": path.read_bytes(), "cls": number % 1000})
+    return target
+
+
 def _run(*command) -> None:
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
 
@@ -134,6 +160,15 @@ def _builder(*arguments: str) -> Callable[[Path, Path], None]:
     def run(source: Path, out: Path) -> None:
         command = ("-m", "data_prep", "folder", source, out / "set", "--workers", PROCESSES)
         _run(sys.executable, *command, "--shard-size", "32MB", *arguments)
+
+    return run
+
+
+def _adopt(*arguments: str) -> Callable[[Path, Path], None]:
+    def run(source: Path, out: Path) -> None:
+        for path in source.iterdir():
+            os.link(path, out / path.name)  # instead of a copy, since no tar is modified
+        _run(sys.executable, "-m", "data_prep", "adopt", out, "--workers", PROCESSES, *arguments)
 
     return run
 
@@ -177,6 +212,26 @@ def _copy(paths: list[Path], out: Path) -> None:
         os.close(source)
         digest.update(data)
         written += os.write(target, data)
+
+
+def _read(paths: list[Path], _: Path, digest=None) -> None:
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while data := file.read(4 << 20):
+                if digest is not None:
+                    digest.update(data)
+
+
+def _read_and_hash(paths: list[Path], out: Path) -> None:
+    _read(paths, out, hashlib.sha256())
+
+
+def _wds2idx(paths: list[Path], out: Path) -> None:
+    from wds2idx import IndexCreator  # of DALI
+
+    for path in paths:
+        with IndexCreator(str(path), str(out / f"{path.stem}.idx"), verbose=False) as creator:
+            creator.create_index()
 
 
 def _decode(paths: list[Path], _: Path) -> None:

@@ -3,6 +3,7 @@
     python benchmarks/loader.py                  (IMAGENET_SAMPLE_DIR: a folder of JPEG photographs)
     python benchmarks/loader.py --rounds 7 --seconds 10 --directory /scratch
     python benchmarks/loader.py --only torchvision shardmae --packages DIR
+    python benchmarks/loader.py --device cuda --threads 16 --batch 256       (never run: no GPU was available)
 
 Every loader reads the same JPEG photographs and returns batches of MAE's augmentation in memory, on the CPU:
 RandomResizedCrop 224, scale (0.2, 1), bicubic and antialiased, flip, normalized float32. Every loader has one
@@ -14,6 +15,9 @@ ratio to torchvision and to DALI's reader.
 litdata and mosaicml-streaming require versions of other packages that conflict with the project's. Install
 them into a separate folder: pip install --target DIR --no-deps litdata mosaicml-streaming (and their
 dependencies), then pass --packages DIR. Loaders that cannot be imported are skipped with a message.
+
+With --device cuda the loaders are those that decode on a GPU, and the batches are in its memory: torchvision's
+decode_jpeg (nvJPEG) with files read by worker processes, DALI's reader, and ours.
 """
 
 import argparse
@@ -27,19 +31,30 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-BATCH = 64
 SIZE = 224
 SCALE = (0.2, 1.0)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CPU = torch.device("cpu")
 
 Batches = Iterator[torch.Tensor]
+
+
+class Setup(NamedTuple):
+    """What every loader reads and returns."""
+
+    directory: Path
+    """For shard sets."""
+    photographs: Path
+    """Folders of JPEG files."""
+    threads: int
+    batch: int
+    device: torch.device
 
 
 def main() -> None:
@@ -47,6 +62,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="duration of a turn")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--copies", type=int, default=4, help="copies of each photograph")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="run the loaders whose name contains one of these")
     parser.add_argument("--packages", type=Path, help="folder of litdata and mosaicml-streaming")
@@ -65,19 +82,21 @@ def main() -> None:
 
 def _compare(directory: Path, options) -> None:
     photographs = _copy_photographs(directory / "photographs", options.copies)
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    setup = Setup(directory, photographs, options.threads, options.batch, device)
     loaders = {}
-    for name, start in LOADERS.items():
+    for name, start in (GPU_LOADERS if options.device == "cuda" else LOADERS).items():
         if options.only and not any(word in name for word in options.only):
             continue
         try:
-            loaders[name] = start(directory, photographs, options.threads)
+            loaders[name] = start(setup)
         except ImportError as error:
             print(f"skipped: {name}: {error}", flush=True)
     rates: dict[str, list[float]] = {name: [] for name in loaders}
     costs: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(options.rounds):
         for name, batches in loaders.items():
-            rate, cost = _measure_turn(batches, options.seconds)
+            rate, cost = _measure_turn(batches, options.seconds, device)
             rates[name].append(rate)
             costs[name].append(cost)
     print("\n| loader | images/s | x torchvision | x DALI's reader | CPU ms/image |\n| --- | --- | --- | --- | --- |")
@@ -92,10 +111,10 @@ def _compare(directory: Path, options) -> None:
             f"| {name} | {statistics.median(values):,.0f} | {ratios[0]} | {ratios[1]} | "
             f"{statistics.median(costs[name]):.2f} |"
         )
-    _compare_pixels(_shards(directory, photographs))
+    _compare_pixels(setup)
 
 
-def _compare_pixels(shards: Path) -> None:
+def _compare_pixels(setup: Setup) -> None:
     """Compare our pixels with those of torchvision on a Pillow image, with the same boxes and flips."""
     import numpy as np
     from torchvision.transforms.functional import hflip, resized_crop
@@ -105,11 +124,11 @@ def _compare_pixels(shards: Path) -> None:
     from pipeline.data.undecodable import UndecodableSamples
     from pipeline.recipe import load_recipe
 
-    settings = [f"data.global_batch={BATCH}", f"engine.micro_batch={BATCH}"]
+    shards, settings = _shards(setup), [f"data.global_batch={setup.batch}", f"engine.micro_batch={setup.batch}"]
     recipe = load_recipe("vitb16_mae", [*settings, "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]"])
     reader = ShardReader(shards)
     builder = BatchBuilder(reader, recipe, 1, UndecodableSamples(reader, 0))
-    loader = Loader(ShardReader(shards), recipe, 1, CPU)
+    loader = Loader(ShardReader(shards), recipe, 1, setup.device)
     differences = []
     for _ in range(4):
         batch = loader.next()
@@ -119,7 +138,7 @@ def _compare_pixels(shards: Path) -> None:
             x, y, w, h = specs.boxes[row, 0].tolist()
             crop = resized_crop(image, y, x, h, w, [SIZE, SIZE], InterpolationMode.BICUBIC)
             expected = np.asarray(hflip(crop) if specs.flips[row, 0] else crop, np.float32)
-            differences.append(np.abs(batch.images[row].permute(1, 2, 0).numpy() * 255 - expected).mean())
+            differences.append(np.abs(batch.images[row].permute(1, 2, 0).cpu().numpy() * 255 - expected).mean())
     loader.close()
     print(
         f"\npixels: {np.mean(differences):.3f} of 255 levels from torchvision's on the same boxes, mean of "
@@ -127,15 +146,22 @@ def _compare_pixels(shards: Path) -> None:
     )
 
 
-def _measure_turn(batches: Batches, seconds: float) -> tuple[float, float]:
+def _measure_turn(batches: Batches, seconds: float, device: torch.device) -> tuple[float, float]:
     """Return images per second and CPU milliseconds per image. Batches prefetched before the turn do not count."""
     start = time.perf_counter()
     while time.perf_counter() - start < seconds / 4:
         next(batches)
+    _synchronize(device)
     images, start, start_cpu = 0, time.perf_counter(), _cpu_seconds()
     while time.perf_counter() - start < seconds:
         images += len(next(batches))
+    _synchronize(device)
     return images / (time.perf_counter() - start), 1000 * (_cpu_seconds() - start_cpu) / images
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _cpu_seconds() -> float:
@@ -159,10 +185,10 @@ def _copy_photographs(folder: Path, copies: int) -> Path:
     return folder
 
 
-def _shards(directory: Path, photographs: Path, *arguments: str) -> Path:
-    out = directory / "_".join(["shards", *arguments]).replace("-", "")
+def _shards(setup: Setup, *arguments: str) -> Path:
+    out = setup.directory / "_".join(["shards", *arguments]).replace("-", "")
     if not out.exists():
-        command = [sys.executable, "-m", "data_prep", "folder", photographs, out, "--shard-size", "32MB"]
+        command = [sys.executable, "-m", "data_prep", "folder", setup.photographs, out, "--shard-size", "32MB"]
         subprocess.run([*map(str, command), *arguments], check=True, capture_output=True)
     return out
 
@@ -187,30 +213,62 @@ def _forever(loader) -> Batches:
 # ---- The loaders: each function returns an endless iterator of batches
 
 
-def torchvision(directory: Path, photographs: Path, threads: int) -> Batches:
+def torchvision(setup: Setup) -> Batches:
     from torchvision.datasets import ImageFolder
 
     return _forever(
         torch.utils.data.DataLoader(
-            ImageFolder(str(photographs), _augmentation()),
-            BATCH,
+            ImageFolder(str(setup.photographs), _augmentation()),
+            setup.batch,
             shuffle=True,
-            num_workers=threads,
+            num_workers=setup.threads,
             drop_last=True,
             persistent_workers=True,
         )
     )
 
 
-def shardmae(directory: Path, photographs: Path, threads: int, *arguments: str) -> Batches:
+def torchvision_gpu(setup: Setup) -> Batches:
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    from torchvision.transforms import v2
+
+    class Files(torch.utils.data.Dataset):
+        paths = sorted(map(str, setup.photographs.rglob("*.jpg")))
+
+        def __len__(self):
+            return len(self.paths)
+
+        def __getitem__(self, index):
+            return read_file(self.paths[index])
+
+    loader = torch.utils.data.DataLoader(
+        Files(),
+        setup.batch,
+        shuffle=True,
+        num_workers=setup.threads,
+        drop_last=True,
+        collate_fn=list,
+        persistent_workers=True,
+    )
+    augment = v2.Compose(
+        [v2.RandomResizedCrop(SIZE, SCALE, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
+    )
+    normalize = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    while True:
+        for encoded in loader:
+            images = decode_jpeg(encoded, ImageReadMode.RGB, device=setup.device)
+            yield normalize(torch.stack([augment(image) for image in images]))
+
+
+def shardmae(setup: Setup, *arguments: str) -> Batches:
     from pipeline.data.loader import Loader
     from pipeline.data.reader import ShardReader
     from pipeline.recipe import load_recipe
 
-    shards = _shards(directory, photographs, *arguments)
-    settings = [f"data.global_batch={BATCH}", f"engine.micro_batch={BATCH}", "engine.precision=fp32"]
+    shards = _shards(setup, *arguments)
+    settings = [f"data.global_batch={setup.batch}", f"engine.micro_batch={setup.batch}", "engine.precision=fp32"]
     recipe = load_recipe("vitb16_mae", settings)
-    loader = Loader(ShardReader(shards), recipe, 196, CPU, threads=threads)
+    loader = Loader(ShardReader(shards), recipe, 196, setup.device, threads=setup.threads)
 
     def batches() -> Batches:
         while True:
@@ -219,15 +277,23 @@ def shardmae(directory: Path, photographs: Path, threads: int, *arguments: str) 
     return batches()
 
 
-def shardmae_256(directory: Path, photographs: Path, threads: int) -> Batches:
-    return shardmae(directory, photographs, threads, "--resize", "256")
+def shardmae_256(setup: Setup) -> Batches:
+    return shardmae(setup, "--resize", "256")
 
 
-def dali_reader(directory: Path, photographs: Path, threads: int) -> Batches:
+def dali_reader(setup: Setup) -> Batches:
     from nvidia.dali import Pipeline, fn, types
 
-    shards = sorted(_shards(directory, photographs).glob("*.tar"))
-    pipeline = Pipeline(batch_size=BATCH, num_threads=threads, device_id=None, prefetch_queue_depth=2)
+    shards, on_gpu = sorted(_shards(setup).glob("*.tar")), setup.device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=setup.batch,
+        num_threads=setup.threads,
+        device_id=setup.device.index,
+        prefetch_queue_depth=3 if on_gpu else 2,
+        exec_dynamic=True,
+    )
+    crop = {"random_area": SCALE, "random_aspect_ratio": (3 / 4, 4 / 3)}
+    resize = {"size": [SIZE, SIZE], "interp_type": types.INTERP_CUBIC, "antialias": True}
     with pipeline:
         encoded = fn.readers.webdataset(
             paths=[str(path) for path in shards],
@@ -237,10 +303,12 @@ def dali_reader(directory: Path, photographs: Path, threads: int) -> Batches:
             random_shuffle=True,
             initial_fill=1024,
         )
-        images = fn.decoders.image_random_crop(
-            encoded, device="cpu", output_type=types.RGB, random_area=SCALE, random_aspect_ratio=(3 / 4, 4 / 3)
-        )
-        images = fn.resize(images, size=[SIZE, SIZE], interp_type=types.INTERP_CUBIC, antialias=True)
+        if on_gpu:
+            images = fn.decoders.image(encoded, device="mixed", output_type=types.RGB, jpeg_fancy_upsampling=True)
+            images = fn.random_resized_crop(images, **crop, **resize)
+        else:
+            images = fn.decoders.image_random_crop(encoded, device="cpu", output_type=types.RGB, **crop)
+            images = fn.resize(images, **resize)
         images = fn.crop_mirror_normalize(
             images,
             mirror=fn.random.coin_flip(),
@@ -254,27 +322,28 @@ def dali_reader(directory: Path, photographs: Path, threads: int) -> Batches:
 
     def batches() -> Batches:
         while True:
-            yield torch.from_dlpack(pipeline.run()[0].as_tensor())
+            stream = torch.cuda.current_stream(setup.device) if on_gpu else None
+            yield torch.from_dlpack(pipeline.run(stream)[0].as_tensor())
 
     return batches()
 
 
-def webdataset(directory: Path, photographs: Path, threads: int) -> Batches:
+def webdataset(setup: Setup) -> Batches:
     import webdataset
 
-    shards = sorted(map(str, _shards(directory, photographs).glob("*.tar")))
+    shards = sorted(map(str, _shards(setup).glob("*.tar")))
     dataset = (
         webdataset.WebDataset(shards, resampled=True, shardshuffle=False, empty_check=False)
         .shuffle(1024)
         .decode("pil")
         .to_tuple("jpg")
         .map_tuple(_augmentation())
-        .batched(BATCH, partial=False)
+        .batched(setup.batch, partial=False)
     )
-    return _forever(webdataset.WebLoader(dataset, batch_size=None, num_workers=threads))
+    return _forever(webdataset.WebLoader(dataset, batch_size=None, num_workers=setup.threads))
 
 
-def litdata(directory: Path, photographs: Path, threads: int) -> Batches:
+def litdata(setup: Setup) -> Batches:
     import litdata
 
     augment = _augmentation()
@@ -283,20 +352,20 @@ def litdata(directory: Path, photographs: Path, threads: int) -> Batches:
         def __getitem__(self, index):
             return augment(_open(super().__getitem__(index)))
 
-    out = directory / "litdata"
+    out = setup.directory / "litdata"
     litdata.optimize(
         fn=Path.read_bytes,
-        inputs=sorted(photographs.rglob("*.jpg")),
+        inputs=sorted(setup.photographs.rglob("*.jpg")),
         output_dir=str(out),
         chunk_bytes="32MB",
         num_workers=1,
     )
     multiprocessing.set_start_method("fork", force=True)  # optimize sets it to spawn
     dataset = Augmented(str(out), shuffle=True, drop_last=True)
-    return _forever(litdata.StreamingDataLoader(dataset, batch_size=BATCH, num_workers=threads))
+    return _forever(litdata.StreamingDataLoader(dataset, batch_size=setup.batch, num_workers=setup.threads))
 
 
-def mosaicml_streaming(directory: Path, photographs: Path, threads: int) -> Batches:
+def mosaicml_streaming(setup: Setup) -> Batches:
     import streaming
 
     augment = _augmentation()
@@ -305,12 +374,12 @@ def mosaicml_streaming(directory: Path, photographs: Path, threads: int) -> Batc
         def __getitem__(self, index):
             return augment(_open(super().__getitem__(index)["image"]))
 
-    out = directory / "streaming"
+    out = setup.directory / "streaming"
     with streaming.MDSWriter(out=str(out), columns={"image": "bytes"}, size_limit=32_000_000) as writer:
-        for path in sorted(photographs.rglob("*.jpg")):
+        for path in sorted(setup.photographs.rglob("*.jpg")):
             writer.write({"image": path.read_bytes()})
-    dataset = Augmented(local=str(out), shuffle=True, batch_size=BATCH)
-    return _forever(torch.utils.data.DataLoader(dataset, BATCH, num_workers=threads, drop_last=True))
+    dataset = Augmented(local=str(out), shuffle=True, batch_size=setup.batch)
+    return _forever(torch.utils.data.DataLoader(dataset, setup.batch, num_workers=setup.threads, drop_last=True))
 
 
 def _open(data: bytes):
@@ -321,7 +390,7 @@ def _open(data: bytes):
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-TORCHVISION, DALI = "torchvision ImageFolder + DataLoader", "DALI readers.webdataset"
+TORCHVISION, DALI = "torchvision + DataLoader", "DALI readers.webdataset"
 LOADERS = {
     TORCHVISION: torchvision,
     DALI: dali_reader,
@@ -330,6 +399,12 @@ LOADERS = {
     "webdataset + torchvision": webdataset,
     "litdata + torchvision": litdata,
     "mosaicml-streaming + torchvision": mosaicml_streaming,
+}
+GPU_LOADERS = {
+    TORCHVISION: torchvision_gpu,
+    DALI: dali_reader,
+    "shardmae, originals": shardmae,
+    "shardmae, --resize 256": shardmae_256,
 }
 
 if __name__ == "__main__":

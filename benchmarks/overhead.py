@@ -73,7 +73,7 @@ class MeasuredMethod(Method):
         super().__init__()
         self.method, self.recipe, self.rounds, self.turn = build_method(recipe), recipe, rounds, turn
         self.noise_size, self.patch_size = self.method.noise_size, self.method.patch_size
-        self.normalize_targets, self.encoder = self.method.normalize_targets, self.method.encoder
+        self.target, self.encoder = self.method.target, self.method.encoder
         self.build_engine = engine.build_engine
         self.step, self.start = 0, Timestamp(0.0, 0.0)
         self.run_times: list[Timestamp] = []

@@ -4,11 +4,16 @@
     python benchmarks/step.py --only mae emae efficient_mae lomar     our methods only
     python benchmarks/step.py --model vit_large --batch 128       with a GPU: bfloat16
     python benchmarks/step.py --model vit_huge --patch 14 --batch 64 --compile --only mae efficient_mae
+    python benchmarks/step.py --only mae "mae, engine" --zero-stage 2     with and without DeepSpeed
 
 A step is forward, backward and AdamW on random images, without loader or network. The contestants take turns,
 each in a separate process, so that other load slows down all of them and none reuses memory that another has
 freed. A time is the median of the turns; a ratio is the median over the rounds, with its 95 % interval
 (bootstrap).
+
+"mae, engine" and the like are the steps that training runs: DeepSpeed's engine with gradient accumulation in fp32,
+norm, guard and optimizer, on one GPU. "encoder" and "timm encoder" are forward passes over all patches. MFU refers to
+the card's own peak, unless --gpu names another.
 
 On a CPU our methods keep freed memory as our training runs do (keep_freed_memory in
 pipeline/distributed/hardware.py); the peers run unchanged, and with "memory kept" in the name also with that
@@ -20,6 +25,7 @@ import argparse
 import ctypes
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import warnings
@@ -28,11 +34,12 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.distributed.hardware import GPUS, keep_freed_memory
+from pipeline.distributed.hardware import GPUS, keep_freed_memory, peak_flops
 from pipeline.methods import build_method
 from pipeline.methods.flops import forward_flops, training_flops
-from pipeline.recipe import load_recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe.sections import VIT_SIZES
 
 IMAGE, MASK_RATIO = 224, 0.75
@@ -46,18 +53,25 @@ OURS = {
 }
 VIEWS = {"emae": 4, "emae, half decoded": 4}
 """Views per image. A view of EMAE is compared with an image of MAE."""
+ENGINE = ", engine"
 KEPT = ", memory kept"
+ENCODERS = ("encoder", "timm encoder")
+"""Only a forward pass of the encoder, over all patches: ours, and timm's VisionTransformer."""
 PEERS = ("transformers", "lightly")
 PEERS_KEPT = tuple(name + KEPT for name in PEERS)
 
 Step = Callable[[], None]
 
 
-def our_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
-    """Return the step and the forward FLOPs per image."""
+def our_recipe(name: str, args: argparse.Namespace, *more: str) -> Recipe:
     preset, *overrides = OURS[name]
     model = (f"model.name={args.model}", f"model.patch_size={args.patch}")
-    recipe = load_recipe(preset, [*model, *overrides])
+    return load_recipe(preset, [*model, *overrides, *more])
+
+
+def our_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
+    """Return the step and the forward FLOPs per image."""
+    recipe = our_recipe(name, args)
     torch.manual_seed(0)
     method = build_method(recipe).to(args.device)
     masters = [p.detach().clone().requires_grad_() for p in method.parameters()]
@@ -81,6 +95,66 @@ def our_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
                 torch._foreach_copy_(list(method.parameters()), masters)
 
     return step, forward_flops(recipe, args.batch)
+
+
+def engine_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
+    """Return the step of DeepSpeed's engine and the forward FLOPs per image."""
+    os.environ["DS_ACCELERATOR"] = args.device
+    from pipeline.distributed.launch import init_dist_env
+    from pipeline.estimate.engine_step import EngineStep
+    from pipeline.train import engine
+
+    settings = {
+        "engine.zero_stage": args.zero_stage,
+        "engine.precision": "bf16" if args.device == "cuda" else "fp32",
+        "engine.compile": str(args.compile).lower(),
+        "engine.micro_batch": args.batch,
+        "data.global_batch": args.batch,
+    }
+    recipe = our_recipe(name.removesuffix(ENGINE), args, *(f"{key}={value}" for key, value in settings.items()))
+    dist_info = init_dist_env()
+    engine.init_distributed(10.0, with_watchdog=False)
+    step = EngineStep(recipe, dist_info)
+
+    def train() -> None:
+        step(args.batch)
+
+    return train, forward_flops(recipe, args.batch)
+
+
+def encoder_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
+    """Return the forward pass of an encoder; its FLOPs are given as a third, because no backward pass follows."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    if name == "encoder":
+        model = build_method(our_recipe("mae", args)).to(args.device, dtype)
+        forward: Callable = model.forward_features
+    else:
+        size = VIT_SIZES[args.model]
+        shape = {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
+        model = VisionTransformer(img_size=IMAGE, patch_size=args.patch, num_classes=0, **shape).to(args.device, dtype)
+        forward = model.forward_features
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(torch.randn(1, 3, IMAGE, IMAGE, device=args.device, dtype=dtype))
+    if args.compile:
+        forward = torch.compile(forward, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def step() -> None:
+        forward(torch.randn(args.batch, 3, IMAGE, IMAGE, device=args.device, dtype=dtype))
+
+    return step, counter.get_total_flops() / 3
+
+
+def make_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
+    """Return a contestant's step, and a third of its FLOPs per image: those of a training step's forward pass."""
+    if name in ENCODERS:
+        return encoder_step(name, args)
+    if name.endswith(ENGINE):
+        return engine_step(name, args)
+    return our_step(name, args) if name in OURS else peer_step(name, args)
 
 
 def peer_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
@@ -199,7 +273,7 @@ def run_contestant(name: str, args: argparse.Namespace, pipe: Connection) -> Non
     warnings.filterwarnings("ignore")
     if args.device == "cpu" and name not in PEERS:
         keep_freed_memory()
-    step, flops = (our_step if name in OURS else peer_step)(name, args)
+    step, flops = make_step(name, args)
     step()  # also creates the optimizer state
     memory = 0.0
     if args.device == "cuda":
@@ -222,7 +296,7 @@ def run_contestant(name: str, args: argparse.Namespace, pipe: Connection) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    contestants = [*OURS, *PEERS, *PEERS_KEPT]
+    contestants = [*OURS, *(name + ENGINE for name in OURS), *ENCODERS, *PEERS, *PEERS_KEPT]
     parser.add_argument("--model", choices=list(VIT_SIZES), default="vit_base")
     parser.add_argument("--patch", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
@@ -236,7 +310,10 @@ def main() -> None:
         choices=contestants,
         help="contestants (default: with a GPU all methods and peers, on a CPU mae and the peers)",
     )
-    parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="GPU whose peak MFU refers to")
+    parser.add_argument(
+        "--zero-stage", type=int, choices=(0, 1, 2, 3), default=1, help="of the contestants with engine"
+    )
+    parser.add_argument("--gpu", choices=list(GPUS), help="GPU whose peak MFU refers to (default: this one)")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -261,22 +338,26 @@ def main() -> None:
     for pipe in pipes.values():
         pipe.send(0)
 
-    peak = GPUS[args.gpu].bits16 * 1e12
+    peak = GPUS[args.gpu].bits16 * 1e12 if args.gpu else peak_flops(torch.device(args.device), "bf16")
     rows = []
     for name, (flops, memory) in facts.items():
         seconds = statistics.median(times[name])
         row = {"name": name, "seconds": seconds, "images_per_s": args.batch / seconds}
         row["tflops"] = training_flops(flops) * row["images_per_s"] / 1e12
         if args.device == "cuda":
-            row |= {"mfu": row["tflops"] * 1e12 / peak, "activations_gib": memory}
-        for key, peers in (("peer", PEERS), ("peer_kept", PEERS_KEPT)):
+            row |= {"mfu": row["tflops"] * 1e12 / peak if peak else None, "activations_gib": memory}
+        for key, peers in () if name in ENCODERS else (("peer", PEERS), ("peer_kept", PEERS_KEPT)):
             if measured := [peer for peer in peers if peer in times]:
                 best = min(measured, key=lambda peer: statistics.median(times[peer]))
                 row[key] = {"name": best, "ratio": ratio(times[best], times[name])}
         if name in OURS and name != "mae" and "mae" in times:
             row["mae"] = {"views": VIEWS.get(name, 1), "ratio": ratio(times["mae"], times[name])}
+        if name.endswith(ENGINE) and name.removesuffix(ENGINE) in times:
+            row["bare"] = {"ratio": ratio(times[name.removesuffix(ENGINE)], times[name])}
+        if name == "encoder" and "timm encoder" in times:
+            row["timm"] = {"ratio": ratio(times["timm encoder"], times[name])}
         rows.append(row)
-    report(rows, args)
+    report(rows, args, peak)
 
 
 def ratio(baseline: list[float], ours: list[float]) -> tuple[float, float, float]:
@@ -287,11 +368,14 @@ def ratio(baseline: list[float], ours: list[float]) -> tuple[float, float, float
     return float(np.median(rounds)), float(low), float(high)
 
 
-def report(rows: list[dict], args: argparse.Namespace) -> None:
-    if args.json:
-        print(json.dumps({"arguments": vars(args), "rows": rows}))
-        return
+def report(rows: list[dict], args: argparse.Namespace, peak: float | None) -> None:
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    if args.json:
+        print(json.dumps({"arguments": vars(args), "device": device, "peak_flops": peak, "rows": rows}))
+        return
+    if args.device == "cuda":
+        known = f"peak {peak / 1e12:,.0f} TFLOP/s" if peak else "peak unknown: give --gpu for the MFU"
+        device += f" ({known}{f' of {args.gpu}' if args.gpu else ''})"
     print(
         f"{args.model}, patch {args.patch}, {IMAGE} px, batch {args.batch}, {device}, "
         f"torch {torch.__version__}; median of {args.rounds} turns of {args.steps}"
@@ -300,7 +384,8 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
         line = f"{row['name']:26}{row['seconds']:7.3f} s/step{row['images_per_s']:8.2f} images/s"
         line += f"{row['tflops']:8.3f} TFLOP/s"
         if "mfu" in row:
-            line += f"   MFU {row['mfu']:.1%}   {row['activations_gib']:.1f} GiB of activations"
+            line += f"   MFU {row['mfu']:.1%}" if row["mfu"] is not None else ""
+            line += f"   {row['activations_gib']:.1f} GiB of activations"
         for key in ("peer", "peer_kept"):
             if key in row:
                 middle, low, high = row[key]["ratio"]
@@ -309,6 +394,10 @@ def report(rows: list[dict], args: argparse.Namespace) -> None:
             views, (middle, low, high) = row["mae"]["views"], row["mae"]["ratio"]
             what = "our MAE" if views == 1 else "our MAE, per view"
             line += f"   {views * middle:.2f} x {what} ({views * low:.2f} to {views * high:.2f})"
+        for key, what in (("bare", "without the engine"), ("timm", "timm's encoder")):
+            if key in row:
+                middle, low, high = row[key]["ratio"]
+                line += f"   {middle:.2f} x {what} ({low:.2f} to {high:.2f})"
         print(line)
 
 

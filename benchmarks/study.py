@@ -204,7 +204,7 @@ def _evaluate(out: Path, folder: Path, weights: str, seed: int = 0, tune: bool =
         }
         arguments = ("finetune_tiny", "--weights", weights, *sets, "--run", folder / "tuned")
         _command("pipeline", "finetune", *arguments, *_overrides(settings))
-        return json.loads((folder / "tuned" / "accuracy.json").read_text())
+        return json.loads((folder / "tuned" / "results.json").read_text())
 
     results = {
         "knn": _cached(folder / "knn.json", knn)["knn"][0]["top1"]["accuracy"],

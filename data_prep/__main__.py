@@ -1,27 +1,48 @@
 """Command line of data_prep: run one command, and turn errors into one line on stderr and an exit code."""
 
+import errno
 import json
 import logging
 import os
+import re
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 from data_prep.arguments import parse
 from data_prep.errors import StoppedEarly, UserError
+from data_prep.optional_packages import missing_package_error
 from data_prep.sources.registry import SOURCES
+from data_prep.standard_output import run_with_output
+
+_USER_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code; `None` stands for sys.argv."""
+    return run_with_output(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
     options = parse(arguments)
     _setup_logging()
-    commands = {"finalize": _finalize, "verify": _verify, "info": _info}
+    commands = {"adopt": _adopt, "finalize": _finalize, "verify": _verify, "info": _info}
     try:
-        return commands.get(options.command, _build)(options)
+        code = commands.get(options.command, _build)(options)
+        sys.stdout.flush()  # raises write errors here
+        return code
     except UserError as error:
         return _fail(f"error: {error}", 2)
-    except PermissionError as error:
-        return _fail(f"error: {error.filename}: {error.strerror}", 2)
+    except OSError as error:
+        if error.errno not in _USER_ERRNOS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"error: {where}{error.strerror}", 2)
+    except ImportError as error:
+        missing = missing_package_error(error.name or "")
+        if missing is None:
+            raise
+        return _fail(f"error: {missing}", 2)
     except StoppedEarly as error:
         return _fail(str(error), 75)
     except KeyboardInterrupt:
@@ -48,7 +69,7 @@ def _fail(message: str, code: int) -> int:
 
 def _build(options: Namespace) -> int:
     _check_paths(options)
-    from data_prep.builder import ArrayTask, Settings, build, plan_build
+    from data_prep.builder import Settings, build, plan_build
     from data_prep.images import Policy
     from data_prep.shard_plan import ShardSize
 
@@ -57,26 +78,53 @@ def _build(options: Namespace) -> int:
         seed=options.seed,
         shard_size=ShardSize(*options.shard_size),
         policy=Policy(options.check, options.orientation, options.resize, options.quality, options.max_pixels),
-        workers=options.workers or len(os.sched_getaffinity(0)),
-        task=None if options.num_tasks is None else ArrayTask(options.task_index, options.num_tasks),
+        workers=_num_workers(options),
+        task=_array_task(options),
     )
     source = SOURCES[options.command].open(options.src, options.split, vars(options))
     (plan_build if options.dry_run else build)(source, options.out, settings)
     return 0
 
 
+def _num_workers(options: Namespace) -> int:
+    return options.workers or len(os.sched_getaffinity(0))
+
+
+def _array_task(options: Namespace):
+    from data_prep.builder import ArrayTask
+
+    return None if options.num_tasks is None else ArrayTask(options.task_index, options.num_tasks)
+
+
 def _check_paths(options: Namespace) -> None:
-    if not options.src.exists():
+    path = Path(options.src)
+    if not path.exists():
+        if SOURCES[options.command].accepts_patterns and re.search(r"://|\{", options.src):
+            return
         raise UserError(f"SRC {options.src}: does not exist")
-    source, out = options.src.resolve(), options.out.resolve()
+    source, out = path.resolve(), options.out.resolve()
     if out == source or source in out.parents:
         raise UserError(f"OUT {options.out}: is inside SRC {options.src}, so shards would become inputs")
 
 
+def _adopt(options: Namespace) -> int:
+    from data_prep.adopt import adopt
+    from data_prep.images import Policy
+
+    policy = Policy(options.check, "ignore", max_pixels=options.max_pixels)
+    labels = (options.labels, options.label_key)
+    adopt(options.out, options.split, policy, *labels, _num_workers(options), _array_task(options))
+    return 0
+
+
 def _finalize(options: Namespace) -> int:
+    from data_prep.adopt import finalize_adoption, is_adoption
     from data_prep.builder import print_summary
     from data_prep.finalize import finalize
 
+    if is_adoption(options.out):
+        finalize_adoption(options.out)
+        return 0
     manifest = finalize(options.out)
     if manifest is None:
         print(f"{options.out} is already complete")

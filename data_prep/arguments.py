@@ -8,13 +8,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.sources.registry import SOURCES, SourceType
+from data_prep.sources.registry import LABEL_OPTIONS, SOURCES, SourceType
 
 _DESCRIPTION = """\
 Build a shard set from image archives: checked JPEGs in tar files, shuffled, indexed, with a manifest.
 
   python -m data_prep folder ~/photographs shards/
   python -m data_prep imagenet ~/ILSVRC2012 shards/ --split train
+  python -m data_prep adopt ~/webdataset-tars
   python -m data_prep verify shards/
   python -m data_prep info shards/
 
@@ -45,9 +46,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
     for name, source in SOURCES.items():
         _add_build_arguments(add_command(name, source.help, source.example), source)
+    adopt = add_command("adopt", "index WebDataset tars in place, which makes their folder a shard set", "adopt laion/")
+    adopt.add_argument("out", metavar="DIR", type=Path, help="folder with the tars, which are only read")
+    adopt.add_argument("--split", default="train", type=_split, help="name of the split; default train")
+    _add_work_arguments(adopt)
+    for flag, keywords in LABEL_OPTIONS.items():
+        adopt.add_argument(flag, **keywords)
     finalize = add_command("finalize", "complete a set whose shards were built by array tasks", "finalize shards/")
     verify = add_command("verify", "verify a shard set", "verify shards/ --deep")
-    verify.add_argument("--deep", action="store_true", help="also decode every image with DALI")
+    verify.add_argument("--deep", action="store_true", help="also decode every image with DALI, and check label maps")
     info = add_command("info", "show the card of a shard set", "info shards/ --json")
     info.add_argument("--json", action="store_true", help="print the figures as JSON")
     for command in (finalize, verify, info):
@@ -63,25 +70,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _add_build_arguments(parser: argparse.ArgumentParser, source: SourceType) -> None:
     add = parser.add_argument
-    add("src", metavar="SRC", type=Path, help="folder or archive with the images; only read")
+    src_type, what = (
+        (str, "folder, tar, brace pattern or URL") if source.accepts_patterns else (Path, "folder or archive")
+    )
+    add("src", metavar="SRC", type=src_type, help=f"{what} with the images; only read")
     add("out", metavar="OUT", type=Path, help="directory of the shard set; created if missing")
     split = source.splits[0] if source.splits else "train"
     add("--split", default=split, type=_split, choices=source.splits, help=f"default {split}")
     add("--seed", default=0, type=_at_least(0), metavar="N", help="seed of the shuffle; default 0")
-    add("--workers", type=_at_least(1), metavar="N", help="processes; default: one per core")
     add(
         "--shard-size",
         default="128MB",
         type=_shard_size,
         metavar="SIZE",
         help="size of the source's images per shard (128MB, 1GB), or their number (1000); default 128MB",
-    )
-    add(
-        "--check",
-        choices=("decode", "structure"),
-        default="decode",
-        help="decode: decode every image completely (default); structure: only follow a JPEG's markers to its "
-        "end, as fast as copying, which misses flipped bits in the image data",
     )
     add(
         "--orientation",
@@ -96,6 +98,23 @@ def _add_build_arguments(parser: argparse.ArgumentParser, source: SourceType) ->
         metavar="Q",
         help="re-encode every image with this JPEG quality; default: only repaired and resized ones, with 95",
     )
+    add("--dry-run", action="store_true", help="print the plan; write nothing")
+    _add_work_arguments(parser)
+    for flag, keywords in source.options.items():
+        add(flag, **keywords)
+
+
+def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how images are checked, and by how many processes."""
+    add = parser.add_argument
+    add("--workers", type=_at_least(1), metavar="N", help="processes; default: one per core")
+    add(
+        "--check",
+        choices=("decode", "structure"),
+        default="decode",
+        help="decode: decode every image completely (default); structure: only follow a JPEG's markers to its "
+        "end, as fast as copying, which misses flipped bits in the image data",
+    )
     add(
         "--max-pixels",
         type=_at_least(1),
@@ -103,11 +122,8 @@ def _add_build_arguments(parser: argparse.ArgumentParser, source: SourceType) ->
         metavar="N",
         help="quarantine larger images without decoding them; default 100,000,000",
     )
-    add("--dry-run", action="store_true", help="print the plan; write nothing")
-    add("--task-index", type=_at_least(0), metavar="I", help="build only share I (Slurm array), from 0")
+    add("--task-index", type=_at_least(0), metavar="I", help="do only share I (Slurm array), from 0")
     add("--num-tasks", type=_at_least(1), metavar="N", help="number of shares; `finalize OUT` completes the set")
-    for flag, keywords in source.options.items():
-        add(flag, **keywords)
 
 
 def _shard_size(text: str) -> tuple[int | None, int | None]:

@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep import images
 from data_prep.errors import UserError
+from data_prep.label_map import check_label_map
 from data_prep.pixels import ImageError
 from data_prep.shard_file import ShardWriter
 from data_prep.shard_plan import ShardPlan
@@ -35,12 +36,10 @@ from data_prep.shard_set import (
 from data_prep.source_reader import SourceReader
 from data_prep.sources.sample import Source
 from data_prep.stats import Stats
+from data_prep.workers import CountInput
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_RESERVE = 1 << 20  # bytes left free for indexes, records and the manifest
-
-CountInput = Callable[[int, int, int, int], None]
-"""Called after each input with bytes read, bytes written, 1 if repaired, 1 if quarantined."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,35 @@ class BuildJob:
         limit = None if self.policy.resize is None else self.policy.resize**2 // 2
         return self.plan.shard_bytes(number, limit)
 
+    def is_finished(self, number: int) -> bool:
+        """Return whether an earlier run built this shard and its files still have the same bytes.
+
+        The files are read again, because a power failure may keep a file's name and lose its content.
+        """
+        record = self.read_record(number)
+        return record is not None and is_intact(self.directory, record.shard)
+
+    def open(self) -> Callable[[int, CountInput], None]:
+        reader = SourceReader(self.source.root, staging_directory(self.directory))
+        return lambda number, count_input: build_shard(self, number, reader, count_input)
+
+
+def write_record(
+    directory: Path, name: str, plan_sha256: str, shard: Shard | None, quarantine: list[dict[str, str]], stats: Stats
+) -> None:
+    """Record that a shard is finished."""
+    record: dict[str, Any] = {"plan_sha256": plan_sha256, "shard": shard and asdict(shard)}
+    record |= {"quarantine": quarantine, "stats": stats.to_json()}
+    atomic_write(_record_path(directory, name), json.dumps(record).encode(), fsync=False)
+
 
 def _record_path(directory: Path, name: str) -> Path:
     return directory / BUILD_DIRECTORY / f"{name}.json"
+
+
+def staging_directory(directory: Path) -> Path:
+    """Return the folder of the staged images of a set that is being built (data_prep/parquet_staging.py)."""
+    return directory / BUILD_DIRECTORY / "staged"
 
 
 def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: CountInput) -> None:
@@ -93,6 +118,12 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
                 try:
                     data = reader.read(sample.location)
                     image = images.prepare(data, job.policy, details.rotation)
+                    labels = [sample.label] if sample.label >= 0 else []
+                    label_map = b""
+                    if details.label_map is not None:
+                        label_map = reader.read(details.label_map)
+                        values = check_label_map(label_map, image.width, image.height, len(job.source.classes.names))
+                        labels = (values - 1).tolist()
                 except ImageError as error:
                     quarantine.append(sample.location.quarantine_entry(error.reason, str(error)))
                     stats.quarantine[error.reason] += 1
@@ -104,9 +135,13 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
                 if details.metadata is not None:
                     metadata = json.dumps(details.metadata, separators=(",", ":"), sort_keys=True)
                     files.append(("json", metadata.encode()))
+                files += job.source.read_files(sample, reader.read)
+                if label_map:
+                    files.append(("png", label_map))
                 writer.add(sample.key, files)
-                stats.add(image, sample.label)
-                count_input(len(data), len(image.data), int(bool(image.repairs)), 0)
+                stats.add(image, len(image.data), labels)
+                stats.unreadable.update(details.unreadable)
+                count_input(len(data) + len(label_map), len(image.data) + len(label_map), int(bool(image.repairs)), 0)
             digest, index = writer.finish()
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # start writing to disk
         shard = None
@@ -114,9 +149,7 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
             shard = Shard(name, writer.samples, writer.bytes, digest, len(index), hashlib.sha256(index).hexdigest())
             os.replace(temporary, tar_path(job.directory, name))
             atomic_write(idx_path(job.directory, name), index, fsync=False)
-        record: dict[str, Any] = {"plan_sha256": job.plan.sha256, "shard": shard and asdict(shard)}
-        record |= {"quarantine": quarantine, "stats": stats.to_json()}
-        atomic_write(_record_path(job.directory, name), json.dumps(record).encode(), fsync=False)
+        write_record(job.directory, name, job.plan.sha256, shard, quarantine, stats)
     except OSError as error:
         raise storage_error(job.directory, error) from error
     finally:
@@ -142,17 +175,13 @@ def read_record(directory: Path, name: str, plan_sha256: str) -> Record | None:
         return None
 
 
-def is_finished(job: BuildJob, number: int) -> bool:
-    """Return whether an earlier run built this shard and its files still have the same bytes.
-
-    The files are read again, because a power failure may keep a file's name and lose its content.
-    """
-    record = job.read_record(number)
-    if record is None or record.shard is None:
-        return record is not None
+def is_intact(
+    directory: Path, shard: Shard | None, checks: Sequence[Callable] = (check_shard_bytes, read_index)
+) -> bool:
+    """Return whether a recorded shard, if its inputs made one, passes the checks."""
     try:
-        check_shard_bytes(job.directory, record.shard)
-        read_index(job.directory, record.shard)
+        for check in checks if shard is not None else ():
+            check(directory, shard)
     except ShardSetError:
         return False
     return True

@@ -5,6 +5,7 @@ set (it has a manifest). Every step may be interrupted at any point and repeated
 on interruptions nor on the number of workers and array tasks.
 """
 
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ from data_prep.progress import Progress
 from data_prep.shard_plan import ShardPlan, ShardSize
 from data_prep.shard_set import Manifest
 from data_prep.sources.sample import Source
-from data_prep.workers import build_shards
+from data_prep.workers import run_in_workers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,17 @@ def plan_build(source: Source, out: Path, settings: Settings) -> tuple[BuildJob,
     Raises:
         UserError: If the source cannot be read or all its inputs are rejected.
     """
+    if settings.policy.resize is not None and source.classes.annotation == "label_map":
+        raise UserError("--resize: label maps are stored unchanged, and their images have to keep their size; omit it")
     plan = ShardPlan(source.samples(), settings.seed, settings.shard_size)
+    notes = source.notes()
     if not plan.num_shards:
         raise UserError(f"no usable image in SRC: {finalize.summarize(plan.rejected)}")
     job = BuildJob(plan, source, settings.policy, out, settings.split)
     options = {**asdict(settings.policy), "shard_samples": settings.shard_size.samples}
     options |= {"shard_bytes": settings.shard_size.bytes, "layout": source.layout}
+    if source.annotations_digest:
+        options["annotations"] = source.annotations_digest
     identity = {"source": source.kind, "split": settings.split, "seed": settings.seed}
     identity |= {"options": options, "plan_sha256": plan.sha256}
     classes = f", {len(source.classes.names):,} classes" if source.classes.names else ""
@@ -115,23 +123,37 @@ def plan_build(source: Source, out: Path, settings: Settings) -> tuple[BuildJob,
     )
     if source.expected is not None and source.expected != plan.num_inputs:
         print(f"note: the data set as published has {source.expected:,} images")
+    for note in notes:
+        print(f"note: {note}")
     return job, identity
 
 
 def _build_missing_shards(job: BuildJob, numbers: range, workers: int) -> None:
     missing = [number for number in numbers if job.read_record(number) is None]
-    needed = sum(map(job.estimate_bytes, missing))
+    staging = job.source.staging_job(job.directory) if missing else None
+    to_stage = staging.missing() if staging is not None else []
+    needed = sum(map(job.estimate_bytes, missing)) + sum(staging.estimate_bytes(i) for i in to_stage if staging)
     free = shutil.disk_usage(job.directory).free
     if free < needed:
         raise UserError(
             f"{job.directory}: the build needs about {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free; "
             "make room and run the same command again"
         )
+    if staging is not None and to_stage:
+        logger.info(f"copying the images of {len(to_stage):,} parquet files, to read them at random")
+        # Array tasks begin with different files; each of them needs all.
+        first = numbers.start * len(to_stage) // max(1, numbers.step)
+        to_stage = to_stage[first:] + to_stage[:first]
+        progress = Progress(sum(staging.num_rows[i] for i in to_stage))
+        try:
+            run_in_workers(staging, to_stage, workers, progress.update)
+        finally:
+            progress.close()
     if job.policy.resize is not None:
         load_resizer()
     progress = Progress(sum(map(job.plan.shard_inputs, missing)))
     try:
-        build_shards(job, numbers, workers, progress.update)
+        run_in_workers(job, numbers, workers, progress.update)
     finally:
         progress.close()
 
@@ -141,6 +163,8 @@ def _check_out_directory(out: Path) -> None:
         return
     if not out.is_dir():
         raise UserError(f"OUT {out}: is a file, not a directory")
+    if (out / shard_set.BUILD_DIRECTORY / "adopt.json").exists():
+        raise UserError(f"OUT {out}: its tars are being adopted; choose another directory")
     is_set = any((out / name).exists() for name in (shard_set.MANIFEST, shard_set.BUILD_DIRECTORY))
     if not is_set and any(out.iterdir()):
         raise UserError(f"OUT {out}: is not empty and no shard set; choose another directory")

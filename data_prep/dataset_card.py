@@ -65,6 +65,7 @@ def _render_card(manifest: Manifest, stats: Stats) -> str:
         "",
         *_count_table("Repaired", stats.repairs),
         *_count_table(f"Quarantined (see {shard_set.QUARANTINE})", stats.quarantine),
+        *_count_table("Metadata left out because they are damaged", stats.unreadable),
         *_histogram("Shorter side, px", stats.shorter_side, SHORTER_SIDE_EDGES),
         *_histogram("Width / height", stats.aspect, ASPECT_EDGES),
         *_histogram("File size, kB", stats.kilobytes, KILOBYTE_EDGES),
@@ -78,7 +79,7 @@ def _count_table(title: str, counts: Counter) -> list[str]:
         return []
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rows = [f"| {name} | {count:,} |" for name, count in ordered]
-    return [f"## {title}", "", "| what | images |", "| --- | --- |", *rows, ""]
+    return [f"## {title}", "", "| what | number |", "| --- | --- |", *rows, ""]
 
 
 def _histogram(title: str, counts: Counter, edges: tuple[float, ...]) -> list[str]:
@@ -97,6 +98,9 @@ def _histogram(title: str, counts: Counter, edges: tuple[float, ...]) -> list[st
 def _class_table(manifest: Manifest, stats: Stats) -> list[str]:
     if not manifest.classes:
         return []
+    if not manifest.has_labels and not stats.labels:
+        names = ", ".join(map(_escape_cell, manifest.classes[:_MAX_CLASSES]))
+        return [f"## Classes of {manifest.annotation.replace('_', ' ')}", "", names, ""]
     lines = ["## Classes", "", "| label | class | name | samples |", "| --- | --- | --- | --- |"]
     for label, name in enumerate(manifest.classes[:_MAX_CLASSES]):
         readable = manifest.class_names[label] if manifest.class_names else ""

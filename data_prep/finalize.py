@@ -10,12 +10,13 @@ matter which process finalizes, or which built which shard.
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from data_prep import shard_set
 from data_prep.build_shard import BuildJob, read_record, storage_error
 from data_prep.dataset_card import write_card
 from data_prep.errors import UserError
-from data_prep.shard_set import Manifest
+from data_prep.shard_set import Annotation, Manifest
 from data_prep.stats import Stats
+
+logger = logging.getLogger(__name__)
 
 _MAX_LISTED = 3  # missing shards, or rejected inputs, in a message
 
@@ -43,6 +46,8 @@ class BuildState:
     classes: list[str]
     class_names: list[str]
     rejected: list[dict[str, str]]  # quarantine entries of the inputs that are in no shard
+    annotation: Annotation = "label"
+    category_ids: list[int] = field(default_factory=list)
 
 
 def summarize(quarantine: list[dict[str, str]]) -> str:
@@ -56,7 +61,16 @@ def summarize(quarantine: list[dict[str, str]]) -> str:
 def make_build_state(job: BuildJob, identity: dict[str, Any]) -> BuildState:
     plan, classes = job.plan, job.source.classes
     names, readable = list(classes.names), list(classes.readable)
-    return BuildState(identity, plan.num_shards, plan.num_inputs, names, readable, plan.rejected)
+    return BuildState(
+        identity,
+        plan.num_shards,
+        plan.num_inputs,
+        names,
+        readable,
+        plan.rejected,
+        classes.annotation,
+        list(classes.category_ids),
+    )
 
 
 def _build_state_path(out: Path) -> Path:
@@ -125,21 +139,45 @@ def finalize_build(out: Path, build_state: BuildState) -> Manifest:
         classes=tuple(build_state.classes),
         class_names=tuple(build_state.class_names),
         shards=tuple(shards),
+        annotation=build_state.annotation,
+        category_ids=tuple(build_state.category_ids),
     )
+    for line in _describe_losses(manifest, stats):
+        logger.warning(line)
+    write_set(out, manifest, quarantine, stats)
+    return manifest
+
+
+def write_set(out: Path, manifest: Manifest, quarantine: list[dict[str, str]], stats: Stats) -> None:
+    """Write quarantine, card and, last, the manifest; then remove the build directory. The caller holds the lock.
+
+    Raises:
+        UserError: If a shard is missing or the disk is full.
+    """
     try:
         shard_set.check_shard_files(out, manifest)
         with ThreadPoolExecutor(1) as pool:
             fsync = pool.submit(_fsync_shards, out, manifest)
             lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
             shard_set.atomic_write(out / shard_set.QUARANTINE, lines.encode())
-            shard_set.atomic_write(out / shard_set.WIDS, _wids_index(manifest))
+            if not manifest.is_adopted:  # the wids library would count the unusable samples, too
+                shard_set.atomic_write(out / shard_set.WIDS, _wids_index(manifest))
             write_card(out, manifest, stats)
             fsync.result()
         shard_set.write_manifest(out, manifest)
     except OSError as error:
         raise storage_error(out, error) from error
     remove_build_directory(out)
-    return manifest
+
+
+def _describe_losses(manifest: Manifest, stats: Stats) -> Iterator[str]:
+    """Yield a line per kind of loss that quarantine.jsonl does not show."""
+    empty = [name for label, name in enumerate(manifest.classes) if not stats.labels[str(label)]]
+    if empty and manifest.annotation != "instances":
+        names = ", ".join(empty[:_MAX_LISTED]) + (", ..." if len(empty) > _MAX_LISTED else "")
+        yield f"{len(empty):,} of {len(manifest.classes):,} classes have no image: {names}"
+    for name, count in sorted(stats.unreadable.items()):
+        yield f"metadata: {count:,} {name} left out"
 
 
 def _fsync_shards(out: Path, manifest: Manifest) -> None:

@@ -1,12 +1,12 @@
 """Prepare one image for a shard: detect its format, check it, pass it through, repair or reject it.
 
 Invariant: `prepare` is a pure function of (bytes, policy, rotation); file names are not used. It returns a
-baseline or progressive 8-bit JPEG, RGB (as YCbCr) or gray, that libjpeg-turbo decodes without a warning (with
-check="structure": whose markers are complete). A valid JPEG is returned byte for byte, and pixels are encoded
-at most once.
+baseline or progressive 8-bit JPEG, RGB (as YCbCr) or gray, that libjpeg-turbo decodes without a warning (4:1:0:
+without an error; with check="structure": whose markers are complete). A valid JPEG is returned byte for byte, and
+pixels are encoded at most once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from data_prep import jpeg, pixels
 from data_prep.pixels import ImageError
 
 REENCODE_QUALITY = 95
+METADATA_REPAIRS = ("broken_exif", "broken_icc")
+"""Repairs without which decoders return the same pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,9 @@ def prepare(data: bytes, policy: Policy, rotation: int = 0) -> Prepared:
     if problem:
         return _convert(data, policy, rotation, [problem])
 
-    repairs = []
-    if info.broken_exif:
-        data = jpeg.remove_ranges(data, info.broken_exif)
-        repairs.append("broken_exif")
+    repairs = [name for name in ("broken_exif", "broken_icc") if getattr(info, name)]
+    if repairs:
+        data = jpeg.remove_ranges(data, tuple(sorted(info.broken_exif + info.broken_icc)))
     orientation = info.orientation if policy.orientation == "apply" else 1
     if orientation != 1:
         repairs.append("exif_orientation")
@@ -77,6 +78,19 @@ def prepare(data: bytes, policy: Policy, rotation: int = 0) -> Prepared:
     array = pixels.decode_jpeg(data, info.width, info.height, gray, policy.resize)
     array = pixels.rotate(pixels.apply_orientation(array, orientation), rotation)
     return _encode(array, policy, repairs)
+
+
+def check_in_place(data: bytes, policy: Policy) -> Prepared:
+    """Check an image that must keep its bytes.
+
+    Raises:
+        ImageError: If it cannot be used, with reason `needs_reencoding` if only `prepare` makes it usable.
+    """
+    prepared = prepare(data, policy)
+    repairs = [name for name in prepared.repairs if name not in METADATA_REPAIRS]
+    if repairs:
+        raise ImageError("needs_reencoding", ", ".join(repairs))
+    return replace(prepared, data=data, repairs=())
 
 
 def detect_format(data: bytes) -> str:
@@ -126,6 +140,8 @@ def _compatibility_problem(info: jpeg.JpegInfo) -> str | None:
         raise ImageError("undecodable", f"a JPEG with {info.components} components")
     if info.components == 3 and info.adobe_transform == 0:
         return "rgb_jpeg"
+    if not info.fits_gpu_decoder:
+        return "chroma_sampling"
     return None
 
 

@@ -13,11 +13,15 @@ import numpy as np
 from data_prep.pixels import ImageError
 
 BASELINE_OR_PROGRESSIVE = (0xC0, 0xC1, 0xC2)
+GPU_SAMPLINGS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (4, 2))
+"""Luma samples per chroma sample (horizontally, vertically) that nvJPEG documents: 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1
+and 4:1:0. It rejects others: https://docs.nvidia.com/cuda/nvjpeg"""
 SCAN_LIMIT = 200
 """A progressive image needs about ten scans; thousands of tiny ones are a denial of service."""
 
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_EOI, _SOS, _APP1, _APP14 = 0xD9, 0xDA, 0xE1, 0xEE
+_EOI, _SOS, _APP1, _APP2, _APP14 = 0xD9, 0xDA, 0xE1, 0xE2, 0xEE
+_ICC = b"ICC_PROFILE\0"
 # In entropy-coded data 0xFF is followed by 0 (a stuffed byte), a restart marker or fill bytes; any other byte
 # makes it a marker.
 _MARKER_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
@@ -35,7 +39,18 @@ class JpegInfo:
     process: int  # code of the SOF marker: 0xC0 baseline, 0xC1 extended, 0xC2 progressive; others are rare
     adobe_transform: int | None  # of the Adobe segment; 0: three components are RGB
     orientation: int  # EXIF's, 1 to 8; 1 without EXIF
+    sampling: tuple[tuple[int, int], ...]  # horizontal and vertical factor of each component, 1 to 4
     broken_exif: tuple[tuple[int, int], ...]  # byte ranges of EXIF segments that cannot be parsed
+    broken_icc: tuple[tuple[int, int], ...]  # byte ranges of all ICC segments if they make no complete profile
+
+    @property
+    def fits_gpu_decoder(self) -> bool:
+        """Whether nvJPEG decodes the chroma sampling, whose factors must be the same for Cb and Cr."""
+        (h, v), *chroma = self.sampling
+        if not chroma:
+            return True
+        ratios = {(h / chroma_h, v / chroma_v) for chroma_h, chroma_v in chroma}
+        return len(ratios) == 1 and ratios.pop() in GPU_SAMPLINGS
 
 
 def parse_jpeg(data: bytes) -> JpegInfo:
@@ -48,8 +63,10 @@ def parse_jpeg(data: bytes) -> JpegInfo:
         raise ImageError("damaged", "no SOI marker")
     position, end, scans = 2, len(data), 0
     frame: tuple[int, int, int, int, int] | None = None
+    sampling: tuple[tuple[int, int], ...] = ()
     transform = None
-    orientation, broken = 1, []
+    orientation, broken_exif = 1, []
+    icc: dict[tuple[int, int], bytes] = {}
     while True:
         while position + 1 < end and data[position] == 0xFF and data[position + 1] == 0xFF:
             position += 1  # fill bytes
@@ -74,11 +91,14 @@ def parse_jpeg(data: bytes) -> JpegInfo:
             if frame is not None or stop - start < 6:
                 raise ImageError("damaged", f"frame header at byte {position:,} is damaged or a second one")
             frame = (code, *struct.unpack_from(">BHHB", data, start))
+            sampling = _sampling_factors(data[start + 6 : stop], frame[-1])
         elif code == _APP1 and data[start : start + 6] == b"Exif\0\0":
             try:
                 orientation = exif_orientation(data[start + 6 : stop])
             except ValueError:
-                broken.append((position, stop))
+                broken_exif.append((position, stop))
+        elif code == _APP2 and data[start : start + len(_ICC)] == _ICC and stop - start >= len(_ICC) + 2:
+            icc[position, stop] = data[start + len(_ICC) : min(start + len(_ICC) + 3, stop)]
         elif code == _APP14 and data[start : start + 5] == b"Adobe" and stop - start >= 12:
             transform = data[start + 11]
         position = stop
@@ -94,7 +114,29 @@ def parse_jpeg(data: bytes) -> JpegInfo:
     process, precision, height, width, components = frame
     if not (width and height and components):
         raise ImageError("damaged", f"{width} x {height} px with {components} components")
-    return JpegInfo(width, height, components, precision, process, transform, orientation, tuple(broken))
+    broken_icc = () if _is_complete(list(icc.values())) else tuple(icc)
+    coding = (components, precision, process, transform)
+    return JpegInfo(width, height, *coding, orientation, sampling, tuple(broken_exif), broken_icc)
+
+
+def _sampling_factors(components: bytes, count: int) -> tuple[tuple[int, int], ...]:
+    """Parse the components of a frame header, three bytes each."""
+    factors = tuple((byte >> 4, byte & 15) for byte in components[1 : 3 * count : 3])
+    if len(factors) < count or not all(1 <= factor <= 4 for pair in factors for factor in pair):
+        raise ImageError("damaged", "the frame header has wrong sampling factors")
+    return factors
+
+
+def _is_complete(parts: list[bytes]) -> bool:
+    """Return whether ICC segments are a whole profile, or none at all; libjpeg-turbo gives a warning otherwise.
+
+    Args:
+        parts: Of each segment its number, the number of segments, and the first byte of the profile if it has one.
+    """
+    if not parts:
+        return True
+    expected = [(number, len(parts)) for number in range(1, len(parts) + 1)]
+    return sorted(tuple(part[:2]) for part in parts) == expected and any(len(part) == 3 for part in parts)
 
 
 def _truncated(end: int) -> ImageError:

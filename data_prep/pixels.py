@@ -24,6 +24,8 @@ else:
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # Pillow's default; the invariant depends on it
 Image.MAX_IMAGE_PIXELS = None  # Policy.max_pixels is checked instead, before anything is decoded
 
+_UNKNOWN_SAMPLING = "Could not determine subsampling"
+"""Error of libjpeg-turbo's TurboJPEG interface, not of its decoder, for 4:1:0 and other rare samplings."""
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 
 
@@ -48,6 +50,17 @@ def decode_jpeg(data: bytes, width: int, height: int, gray: bool, shorter_side: 
     colorspace = "GRAY" if gray else "RGB"
     try:
         return simplejpeg.decode_jpeg(data, colorspace, min_width=min_width, min_height=min_height, min_factor=factor)
+    except Exception as error:
+        if _UNKNOWN_SAMPLING in str(error):
+            return _decode_with_pillow(data, gray)
+        raise _undecodable(error) from error
+
+
+def _decode_with_pillow(data: bytes, gray: bool) -> np.ndarray:
+    """Decode a JPEG by the decoder of libjpeg-turbo, which does not report warnings to Pillow."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("L" if gray else "RGB")).reshape(image.height, image.width, -1)
     except Exception as error:
         raise _undecodable(error) from error
 
@@ -162,7 +175,7 @@ def load_resizer():
     torch.set_num_threads(1)  # a build runs one process per core
 
     def resize_with_torch(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+        image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
         small = torch.nn.functional.interpolate(image, size, mode="lanczos", antialias=True)
         return small[0].permute(1, 2, 0).numpy()
 

@@ -12,9 +12,9 @@ _LOG_SECONDS = 60.0
 
 
 class Progress:
-    """Show how many of `total` inputs were processed in this run."""
+    """Show how many of `total` inputs, None if their number is unknown, were processed in this run."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int | None):
         self._total = total
         self._sums = [0, 0, 0, 0, 0]
         self._start = self._last_log = time.monotonic()
@@ -44,6 +44,9 @@ class Progress:
     def _log(self) -> None:
         done = self._sums[0]
         rate = done / max(time.monotonic() - self._start, 1e-9)
+        if self._total is None:
+            logger.info(f"{done:,} images, {rate:,.0f} images/s, {self._counts()}")
+            return
         minutes, seconds = divmod(round((self._total - done) / max(rate, 1e-9)), 60)
         remaining = f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
         logger.info(f"{done:,} of {self._total:,} images, {rate:,.0f} images/s, {self._counts()}, ETA {remaining}")

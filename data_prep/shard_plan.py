@@ -16,6 +16,7 @@ import numpy as np
 
 from data_prep.shard_file import BLOCK
 from data_prep.sources.sample import Location, Sample, Storage
+from data_prep.string_column import StringColumn
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".heic", ".avif")
 """Used only to choose between files with the same key."""
@@ -28,29 +29,6 @@ class ShardSize:
 
     samples: int | None = None
     bytes: int | None = None  # of the source's images with tar headers; re-encoding changes a shard's own size
-
-
-class _StringColumn:
-    """Many short strings in one buffer."""
-
-    def __init__(self):
-        self._bytes = bytearray()
-        self._ends = array("Q")
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def append(self, text: str) -> None:
-        self._bytes += text.encode("utf-8", "surrogateescape")
-        self._ends.append(len(self._bytes))
-
-    def __getitem__(self, row: int) -> str:
-        start = self._ends[row - 1] if row else 0
-        return self._bytes[start : self._ends[row]].decode("utf-8", "surrogateescape")
-
-    def update_digest(self, digest) -> None:
-        digest.update(self._bytes)
-        digest.update(self._ends)
 
 
 class ShardPlan:
@@ -66,7 +44,7 @@ class ShardPlan:
     def __init__(self, samples: Iterable[Sample], seed: int, shard_size: ShardSize):
         self.seed = seed
         self.rejected: list[dict[str, str]] = []
-        self._keys, self._members, self._containers = _StringColumn(), _StringColumn(), _StringColumn()
+        self._keys, self._members, self._containers = StringColumn(), StringColumn(), StringColumn()
         self._container, self._offset, self._size = array("I"), array("Q"), array("Q")
         self._label, self._storage = array("i"), array("B")
         self.order = self._shuffle(self._append_all(samples))

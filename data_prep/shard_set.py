@@ -1,29 +1,39 @@
 """Shard sets on disk: file names, manifest, indexes. The only module that knows the format.
 
-    imagenet-train-000000.tar   USTAR; per sample KEY.jpg, then KEY.cls (label) and KEY.json (metadata) if any
+    imagenet-train-000000.tar   USTAR; per sample KEY.jpg, then KEY.cls (label), KEY.json (metadata), KEY.txt
+                                and KEY.png (label map) if any
     imagenet-train-000000.idx   DALI's index: "v1.2 SAMPLES", then per sample "EXTENSION OFFSET SIZE NAME ..."
     manifest.json               source, options, classes; size and sha256 of every shard and index
     quarantine.jsonl            every input that is not in the shards, with the reason
     wids.json                   the list of shards in the format of the wids library
     card.md, card.json, contact_sheet.png   counts, histograms, thumbnails
 
+An adopted set (`python -m data_prep adopt`) is a folder of other WebDataset tars, which have any name and headers. Its
+indexes list the usable samples; the image is always listed as "jpg", and characters that an index cannot hold (spaces,
+non-ASCII, %) are percent-encoded in names. Labels are where the manifest's options say (data_prep/labels.py).
+
 Invariant: a set is complete if its manifest exists, because the manifest is written last and atomically.
 Every file read here is untrusted: a missing or damaged one raises ShardSetError and no other exception.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from data_prep.errors import UserError
+from data_prep.labels import LabelRule
+from data_prep.suggested_command import suggest_command
 
 FORMAT = "shardmae-shard-set"
 FORMAT_VERSION = 1
@@ -32,11 +42,18 @@ CARD, CARD_JSON, CONTACT_SHEET = "card.md", "card.json", "contact_sheet.png"
 BUILD_DIRECTORY = ".build"
 """Holds the state of an unfinished build; a complete set has none."""
 
+ADOPTED = "adopted"
+"""`Manifest.source` of a set whose tars were not built here."""
+
 _MANIFEST_LIMIT = 1 << 30  # bytes; a million shards need a quarter of it
 _Count = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Annotation = Literal["label", "instances", "label_map"]
+"""What `classes` are the classes of: images (KEY.cls), instances (in KEY.json), or pixels (KEY.png)."""
 # The pattern also prevents a manifest from naming files outside its directory.
-_ShardName = Annotated[str, Field(pattern=r"^[a-z0-9]+-[A-Za-z0-9_]+-[0-9]{6,9}$")]
+SHARD_NAME = r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*"
+_ShardName = Annotated[str, Field(pattern=f"^{SHARD_NAME}$")]
+_SAFE_IN_INDEX = "".join(map(chr, range(33, 127))).replace("%", "")
 
 
 class ShardSetError(UserError):
@@ -68,9 +85,16 @@ class Manifest:
     inputs: _Count  # what the source listed: num_samples + quarantined
     quarantined: _Count
     repairs: Mapping[str, _Count]  # number of samples per kind of repair
-    classes: tuple[str, ...]  # KEY.cls holds a position in it; empty if the set has no labels
+    classes: tuple[str, ...]  # a label is a position in it; empty if the set has no annotations
     class_names: tuple[str, ...]  # readable names of `classes`, position by position, or empty
     shards: Annotated[tuple[Shard, ...], Field(min_length=1)] = field(repr=False)
+    annotation: Annotation = "label"
+    category_ids: tuple[_Count, ...] = ()  # COCO's id of each of `classes`, position by position, or empty
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether each sample has a KEY.cls."""
+        return bool(self.classes) and self.annotation == "label"
 
     @property
     def num_samples(self) -> int:
@@ -81,18 +105,43 @@ class Manifest:
         """Size of all tar files in bytes."""
         return sum(shard.bytes for shard in self.shards)
 
+    @property
+    def is_adopted(self) -> bool:
+        return self.source == ADOPTED
+
+    @property
+    def label_extension(self) -> str | None:
+        """Extension of the files that hold the labels; None if no file does."""
+        return LabelRule.from_options(self.options).extension if self.is_adopted else "cls"
+
+    def read_labels(self, keys: Sequence[str], contents: Sequence[bytes]) -> list[int]:
+        """Return the positions in `classes` of samples, from their keys and the contents of their label files.
+
+        Raises:
+            ValueError: If a sample has no label.
+        """
+        if not self.is_adopted:
+            return list(map(int, contents))
+        rule = LabelRule.from_options(self.options)
+        return [rule.position(key, content, self._position_of) for key, content in zip(keys, contents, strict=True)]
+
+    @functools.cached_property
+    def _position_of(self) -> dict[str, int]:
+        return {name: position for position, name in enumerate(self.classes)}
+
 
 _MANIFEST_SCHEMA = TypeAdapter(Manifest)
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Keys and positions of the files with one extension in a tar, in tar order.
+    """Names and positions of the files with one extension in a tar, in tar order.
 
     offsets and sizes are int64 (n,), in bytes; sample i's file is tar[offsets[i] : offsets[i] + sizes[i]].
     """
 
     keys: list[str]
+    names: list[str]
     offsets: np.ndarray
     sizes: np.ndarray
 
@@ -131,7 +180,9 @@ def fsync_path(path: str | os.PathLike) -> None:
 
 def remove_temporary_files(directory: Path, process: int | str = "*") -> None:
     """Remove the temporary files that one killed process, or any, left behind."""
-    for pattern in (f".*.{process}.tmp", f"{BUILD_DIRECTORY}/*.{process}.tmp"):
+    # Only ours: the folder of an adopted set also holds other programs' files.
+    patterns = [f".*.{ending}.{process}.tmp" for ending in ("idx", "json", "jsonl", "md", "png")]
+    for pattern in (*patterns, f"{BUILD_DIRECTORY}/**/*.{process}.tmp"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
 
@@ -160,10 +211,12 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
     directory = Path(directory)
     path = directory / MANIFEST
     if not directory.is_dir():
-        problem = "is a file, not a shard set" if directory.exists() else "does not exist"
-        raise ShardSetError(
-            f"{directory}: {problem}; check the path, or build a shard set with `python -m data_prep folder IMAGES OUT`"
-        )
+        if not directory.exists():
+            raise ShardSetError(
+                f"{directory}: does not exist; check the path, or build a shard set with "
+                "`python -m data_prep folder IMAGES OUT`"
+            )
+        raise ShardSetError(f"{directory}: is a file, not a shard set; {suggest_command(directory)}")
     try:
         with open(path, "rb") as file:
             data = file.read(_MANIFEST_LIMIT + 1)
@@ -173,10 +226,8 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
                 f"{directory}: unfinished shard set (no {MANIFEST}); run its `python -m data_prep` command "
                 "again to finish it"
             ) from error
-        raise ShardSetError(
-            f"{directory}: no shard set (no {MANIFEST}); if it holds images, build one with "
-            f"`python -m data_prep folder {directory} OUT`"
-        ) from error
+        hint = suggest_command(directory)
+        raise ShardSetError(f"{directory}: no shard set (no {MANIFEST}); {hint}") from error
     except OSError as error:
         raise _unreadable(path, error) from error
     return parse_manifest(data, path)
@@ -251,18 +302,29 @@ def parse_index(data: bytes, shard: Shard, extension: str = "jpg", where: str | 
     Raises:
         ShardSetError: If the index is damaged or a sample has no `extension` file.
     """
-    keys, offsets, sizes = [], [], []
-    suffix = "." + extension
+    keys, names, offsets, sizes = [], [], [], []
     for number, files in enumerate(parse_index_lines(data, shard.samples, shard.bytes, where)):
         for kind, offset, size, name in files:
             if kind == extension:
-                keys.append(name.removesuffix(suffix))
+                keys.append(key_of(name))
+                names.append(name)
                 offsets.append(offset)
                 sizes.append(size)
                 break
         else:
             raise ShardSetError(f"{where}: sample {number} has no .{extension} file")
-    return ShardIndex(keys, np.array(offsets, np.int64), np.array(sizes, np.int64))
+    return ShardIndex(keys, names, np.array(offsets, np.int64), np.array(sizes, np.int64))
+
+
+def key_of(name: str) -> str:
+    """Return the key of a member by WebDataset's rule: its name up to the first dot after the last slash."""
+    dot = name.find(".", name.rfind("/") + 1)
+    return name[:dot] if dot >= 0 else name
+
+
+def quote_name(name: str) -> str:
+    """Return a member's name or extension in the form that an index holds: printable ASCII without spaces."""
+    return quote(name.encode("utf-8", "surrogateescape"), _SAFE_IN_INDEX)
 
 
 def parse_index_lines(
@@ -282,7 +344,7 @@ def parse_index_lines(
         files = []
         for i in range(0, len(words), 4):
             extension, offset, size, name = words[i : i + 4]
-            if not (_is_number(offset) and _is_number(size) and name.endswith("." + extension)):
+            if not (_is_number(offset) and _is_number(size) and extension and name):
                 raise _damaged(where, f"line {number}")
             start, length = int(offset), int(size)
             if start % 512 or start < 512 or start + length > tar_bytes:
@@ -296,8 +358,18 @@ def _is_number(word: str) -> bool:
 
 
 def is_header_of(block: bytes, name: str, size: int) -> bool:
-    """Return whether a 512-byte tar header belongs to the member `name` with `size` bytes."""
-    return block[:100] == name.encode("ascii").ljust(100, b"\0") and block[124:136] == b"%011o\0" % size
+    """Return whether a 512-byte tar header belongs to the member with this name in the index and `size` bytes."""
+    if block[:100] == name.encode("ascii").ljust(100, b"\0") and block[124:136] == b"%011o\0" % size:
+        return True
+    try:  # the header of an adopted tar
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    expected = unquote_to_bytes(name)
+    # PAX and GNU headers hold only a part of a long name, and PAX headers may replace non-ASCII characters.
+    has_whole_name = len(expected) <= 100 and expected.isascii()
+    is_named = header.name.encode("utf-8", "surrogateescape") == expected or not has_whole_name
+    return header.isreg() and header.size == size and is_named
 
 
 def check_shard_files(directory: str | os.PathLike, manifest: Manifest) -> None:

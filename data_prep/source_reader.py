@@ -7,21 +7,33 @@ UserError; a problem of one image alone raises ImageError. A read takes at most 
 import os
 import zlib
 from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.pixels import ImageError
 from data_prep.sources.containers import open_gzip
+from data_prep.sources.remote_files import RemoteFiles, hide_password, is_url
 from data_prep.sources.sample import Location, Storage
+from data_prep.sources.sequential_reader import UnreadableSource
 
 IMAGE_BYTES_LIMIT = 512 << 20
 _MAX_OPEN_FILES = 256
 
 
 class SourceReader:
-    """Keep archives open between reads; one per process."""
+    """Keep archives open between reads; one per process.
 
-    def __init__(self, root: str):
-        self._root = root
+    Args:
+        root: The source's root, a path or URL.
+        staged: Folder of the images of parquet files, if there are any.
+    """
+
+    def __init__(self, root: str, staged: Path | None = None):
+        self._root, self._staged = root, staged
+        self._remote = RemoteFiles(root) if is_url(root) else None
+        self._staged_ends: dict[str, np.ndarray] = {}
         self._prefix = os.path.join(root, "")
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
@@ -32,17 +44,24 @@ class SourceReader:
             UserError: If the source cannot be read or has changed since it was planned.
             ImageError: If the file is too large or cannot be decompressed.
         """
-        if location.size > IMAGE_BYTES_LIMIT:
-            raise ImageError("too_large", f"a file of {location.size:,} bytes")
+        check_image_bytes(location.size)
         try:
             data = self._read(location)
-        except OSError as error:
-            raise UserError(f"{location}: cannot be read from {self._root}: {error.strerror or error}") from error
+        except (OSError, UnreadableSource) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{location}: cannot be read from {hide_password(self._root)}: {reason}") from error
+        if location.storage == Storage.PARQUET:
+            return data
         if len(data) != location.size:
-            raise UserError(f"{location}: has changed in {self._root} since the build was planned; restore it")
+            root = hide_password(self._root)
+            raise UserError(f"{location}: has changed in {root} since the build was planned; restore it")
         return _inflate(data) if location.storage == Storage.DEFLATED else data
 
     def _read(self, location: Location) -> bytes:
+        if self._remote is not None:
+            return self._remote.read(location.container, location.offset, location.size)
+        if location.storage == Storage.PARQUET:
+            return self._read_staged(location.container, location.offset)
         path = self._prefix + location.container if location.container else self._root
         if location.storage is Storage.FILE:
             descriptor = os.open(path, os.O_RDONLY)
@@ -56,6 +75,15 @@ class SourceReader:
             return file.read(location.size)
         return os.pread(self._descriptor(path), location.size, location.offset)
 
+    def _read_staged(self, name: str, row: int) -> bytes:
+        assert self._staged is not None
+        if name not in self._staged_ends:
+            self._staged_ends[name] = np.load(self._staged / f"{name}.npy", mmap_mode="r")
+        ends = self._staged_ends[name]
+        start = int(ends[row - 1]) if row else 0
+        check_image_bytes(int(ends[row]) - start)
+        return os.pread(self._descriptor(str(self._staged / f"{name}.images")), int(ends[row]) - start, start)
+
     def _descriptor(self, path: str) -> int:
         if path in self._descriptors:
             self._descriptors.move_to_end(path)
@@ -64,6 +92,12 @@ class SourceReader:
                 os.close(self._descriptors.popitem(last=False)[1])
             self._descriptors[path] = os.open(path, os.O_RDONLY)
         return self._descriptors[path]
+
+
+def check_image_bytes(size: int) -> None:
+    """Raise ImageError if a file is too large to be read into memory."""
+    if size > IMAGE_BYTES_LIMIT:
+        raise ImageError("too_large", f"a file of {size:,} bytes")
 
 
 def _inflate(data: bytes) -> bytes:

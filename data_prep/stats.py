@@ -5,7 +5,7 @@ Invariant: a set's statistics are the sum of its shards' in any order, so each s
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -29,16 +29,17 @@ class Stats:
     labels: Counter = field(default_factory=Counter)
     repairs: Counter = field(default_factory=Counter)
     quarantine: Counter = field(default_factory=Counter)
+    unreadable: Counter = field(default_factory=Counter)  # damaged rows and values of metadata, left out
 
-    def add(self, image: Prepared, label: int) -> None:
+    def add(self, image: Prepared, num_bytes: int, labels: Iterable[int]) -> None:
+        """Count a sample whose image has `num_bytes`, and its classes."""
         self.shorter_side[_bin(min(image.width, image.height), SHORTER_SIDE_EDGES)] += 1
-        self.kilobytes[_bin(len(image.data) / 1000, KILOBYTE_EDGES)] += 1
+        self.kilobytes[_bin(num_bytes / 1000, KILOBYTE_EDGES)] += 1
         self.aspect[_bin(image.width / image.height, ASPECT_EDGES)] += 1
         self.color["grey" if image.gray else "RGB"] += 1
         if image.repairs:
             self.repairs.update(image.repairs)
-        if label >= 0:
-            self.labels[str(label)] += 1
+        self.labels.update(map(str, labels))
 
     def merge(self, other: "Stats") -> None:
         for item in fields(self):

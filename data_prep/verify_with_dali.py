@@ -8,13 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.optional_packages import check_one_dali
 from data_prep.shard_set import Shard, ShardSetError, read_index, tar_path
 
 _BATCH = 64
 
 
 def find_undecodable(directory: Path, shard: Shard) -> Iterator[str]:
-    """Yield a line per image that DALI cannot decode. Yields nothing for an unreadable shard."""
+    """Yield a line per image that DALI cannot decode. Yields nothing for an unreadable shard.
+
+    Raises:
+        UserError: If both DALI packages are installed.
+    """
+    check_one_dali()
     try:
         index = read_index(directory, shard)
         file = open(tar_path(directory, shard), "rb")  # noqa: SIM115 (closed below)

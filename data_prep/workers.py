@@ -1,7 +1,7 @@
-"""Build shards in several processes.
+"""Run the numbered parts of a job, such as the shards of a build, in several processes.
 
 Invariant: no process outlives the build. A worker whose parent is gone exits after the current image. If a
-worker dies or fails, the others are ended, and the build stops with one error and keeps every finished shard.
+worker dies or fails, the others are ended, and the job stops with one error and keeps every finished part.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Protocol
 
-from data_prep.build_shard import BuildJob, build_shard, is_finished
 from data_prep.errors import StoppedEarly, UserError
 from data_prep.shard_set import remove_temporary_files
-from data_prep.source_reader import SourceReader
 
 _REPORT_SECONDS = 0.2
 _RESUME_HINT = "finished shards are kept; run the same command again to continue"
@@ -26,9 +26,29 @@ _RESUME_HINT = "finished shards are kept; run the same command again to continue
 Totals = tuple[int, int, int, int, int]
 """Since the last report: images, bytes read, bytes written, repaired, quarantined."""
 
+CountInput = Callable[[int, int, int, int], None]
+"""Called after each input with bytes read, bytes written, 1 if repaired, 1 if quarantined."""
 
-def build_shards(job: BuildJob, numbers: Iterable[int], workers: int, on_progress: Callable[[Totals], None]) -> None:
-    """Build those of the shards `numbers` that are not finished, in up to `workers` processes.
+
+class Job(Protocol):
+    """Numbered parts that any process can do alone, in any order, and twice."""
+
+    @property
+    def directory(self) -> Path:
+        """The shard set that is built."""
+        ...
+
+    def is_finished(self, number: int) -> bool:
+        """Return whether an earlier run has done this part and its result is intact."""
+        ...
+
+    def open(self) -> Callable[[int, CountInput], None]:
+        """Open what a process needs. Returns the function that does a part; it raises UserError if it cannot."""
+        ...
+
+
+def run_in_workers(job: Job, numbers: Iterable[int], workers: int, on_progress: Callable[[Totals], None]) -> None:
+    """Do those of the parts `numbers` that are not finished, in up to `workers` processes.
 
     Raises:
         UserError: If the source or the disk fails.
@@ -71,7 +91,7 @@ def _dispatch(
     stop: Connection,
     on_progress: Callable[[Totals], None],
 ) -> None:
-    """Hand out shard numbers until all are built. `stop` becomes readable on a signal to this process."""
+    """Hand out numbers until all are done. `stop` becomes readable on a signal to this process."""
     pending = iter(numbers)
     for connection in processes:
         _send_task(connection, next(pending, None))
@@ -107,13 +127,13 @@ def _send_task(connection: Connection, number: int | None) -> None:
         connection.send(number)
 
 
-def _work(job: BuildJob, connection: Connection, inherited: list[Connection]) -> None:
+def _work(job: Job, connection: Connection, inherited: list[Connection]) -> None:
     for other in inherited:  # an inherited end would keep a pipe open after its owner died
         other.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the parent, which ends its workers
     parent = os.getppid()
-    reader = SourceReader(job.source.root)
+    run_part = job.open()
     totals, last_report = [0] * 5, time.monotonic()
 
     def count_input(*counts: int) -> None:
@@ -132,8 +152,8 @@ def _work(job: BuildJob, connection: Connection, inherited: list[Connection]) ->
 
     try:
         while (number := connection.recv()) is not None:
-            if not is_finished(job, number):
-                build_shard(job, number, reader, count_input)
+            if not job.is_finished(number):
+                run_part(number, count_input)
                 report()
             connection.send(("done", number))
     except (EOFError, ConnectionError):  # the parent is gone or has closed the connection

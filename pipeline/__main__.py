@@ -6,7 +6,7 @@ Heavy libraries are imported when a command runs, so that --help is fast.
 import argparse
 import sys
 
-from pipeline.commands import estimate, evaluate, export, train, visualize
+from pipeline.commands import estimate, evaluate, export, gpu_check, paper, train, visualize
 from pipeline.commands.exit_codes import run_command
 from pipeline.distributed.logging import setup_logging
 
@@ -20,9 +20,13 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = build_parser().parse_args(arguments)
     setup_logging()
-    return run_command(lambda: args.command(args))
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: list[str] | None) -> None:
+    args = build_parser().parse_args(arguments)
+    args.command(args)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher puts this before the command; the environment has the same value.
     root.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     commands = root.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for group in (train, evaluate, visualize, export, estimate):
+    for group in (train, evaluate, visualize, export, estimate, paper, gpu_check):
         group.add_to(commands)
     return root
 

@@ -111,6 +111,9 @@ def _boundary_distance(visible: torch.Tensor, patch_size: int, k: int) -> torch.
     The points lie on a lattice of half patches. Neighboring patches share points; as S is a set, a shared
     point counts once. The order of the lattice points by distance from a patch depends only on the grid, so
     the k nearest visible points have the k smallest ranks among the visible ones. Ties rank in raster order.
+
+    Pixels have the integer coordinates 0 to P - 1 and a patch's center is at P / 2, which the paper's numbers of
+    patches imply. So pixels are not symmetric about the center, and flipping a mask changes distances slightly.
     """
     batch, rows, columns = visible.shape
     centers = visible.new_zeros((batch, 2 * rows + 1, 2 * columns + 1), dtype=torch.float32)
@@ -130,7 +133,7 @@ def _boundary_distance(visible: torch.Tensor, patch_size: int, k: int) -> torch.
     half = patch_size / 2
     down = (down * half)[cell, points].masked_fill(smallest.isinf(), torch.inf)
     across = (across * half)[cell, points]
-    pixel = torch.arange(patch_size, device=visible.device) - (patch_size - 1) / 2
+    pixel = torch.arange(patch_size, device=visible.device) - half
     nearest = down.new_full((*points.shape[:2], patch_size, patch_size), torch.inf)
     for point in range(points.shape[2]):
         square = (pixel - down[:, :, point, None]).square()[..., None]

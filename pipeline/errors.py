@@ -3,8 +3,19 @@
 from collections.abc import Sequence
 
 from data_prep.errors import StoppedEarly, UserError
+from data_prep.optional_packages import check_one_dali, missing_package_error
 
-__all__ = ["AllRanksError", "Diverged", "StoppedEarly", "StorageTimeout", "UserError", "join_names"]
+__all__ = [
+    "AllRanksError",
+    "DeviceError",
+    "Diverged",
+    "StoppedEarly",
+    "StorageTimeout",
+    "UserError",
+    "check_one_dali",
+    "join_names",
+    "missing_package_error",
+]
 
 
 class StorageTimeout(UserError):
@@ -13,6 +24,10 @@ class StorageTimeout(UserError):
 
 class AllRanksError(UserError):
     """A UserError that every rank raises together; only rank 0 prints it."""
+
+
+class DeviceError(StoppedEarly):
+    """A GPU, its driver or a library failed, not the data; the next start, perhaps on another node, may succeed."""
 
 
 class Diverged(RuntimeError):

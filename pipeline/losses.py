@@ -78,7 +78,9 @@ def weighted_mean(error: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (weighted_sum / torch.where(total_weight > 0, total_weight, 1.0)).mean()
 
 
-def self_consistency_loss(prediction: torch.Tensor, masked: torch.Tensor, kind: str = "l1") -> torch.Tensor:
+def self_consistency_loss(
+    prediction: torch.Tensor, masked: torch.Tensor, kind: str = "l1", mean: str = "overlap"
+) -> torch.Tensor:
     """Compute EMAE's self-consistency loss between the K predictions of an image.
 
     For each pair of parts i < j, the mean difference of their predictions over the positions masked in both;
@@ -88,10 +90,14 @@ def self_consistency_loss(prediction: torch.Tensor, masked: torch.Tensor, kind: 
         prediction: (B, K, L, D).
         masked: bool (B, K, L). Predictions at other positions may have any value, including NaN.
         kind: Difference, as in `disagreement`.
+        mean: "overlap" as above. "all": for each pair the sum over the positions masked in both, divided by L;
+            averaged over all pairs.
 
     Returns:
         Scalar.
     """
+    if mean not in ("overlap", "all"):
+        raise ValueError(f"mean: {mean!r} is not one of overlap and all")
     prediction = _upcast(prediction)
     total = prediction.new_zeros(len(prediction))
     num_pairs = torch.zeros_like(total)
@@ -100,8 +106,9 @@ def self_consistency_loss(prediction: torch.Tensor, masked: torch.Tensor, kind: 
         num_shared = both_masked.sum(dim=1)
         difference = disagreement(prediction[:, i], prediction[:, j], kind).mean(dim=-1)  # (B, L)
         # torch.where instead of a product, because NaN times 0 is NaN.
-        total = total + torch.where(both_masked, difference, 0.0).sum(dim=1) / num_shared.clamp(min=1)
-        num_pairs = num_pairs + (num_shared > 0)
+        count = num_shared.clamp(min=1) if mean == "overlap" else masked.shape[2]
+        total = total + torch.where(both_masked, difference, 0.0).sum(dim=1) / count
+        num_pairs = num_pairs + (num_shared > 0 if mean == "overlap" else 1)
     return (total / num_pairs.clamp(min=1)).mean()
 
 

@@ -3,7 +3,16 @@
 Invariant: equal noise gives equal masks on every device; ties in the noise are broken by position.
 """
 
+import math
+
 import torch
+
+MIN_BLOCK = 16
+"""Smallest area of a block of `block_split`, in patches, unless fewer are left to mask (BEiT's setting)."""
+MIN_BLOCK_ASPECT = 0.3
+"""Smallest height over width of a block; its inverse is the largest (BEiT's setting)."""
+BLOCK_TRIES = 32
+"""Blocks that `block_split` draws for an image."""
 
 
 def random_split(noise: torch.Tensor, num_visible: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,6 +29,60 @@ def random_split(noise: torch.Tensor, num_visible: int) -> tuple[torch.Tensor, t
         raise ValueError(f"num_visible: {num_visible}; must be from 0 to {num_patches}")
     order = noise.argsort(dim=1, stable=True)
     return order[:, :num_visible], order[:, num_visible:]
+
+
+def grid_split(noise: torch.Tensor, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make the top left patch of each 2 x 2 patches visible, MAE's grid-wise sampling.
+
+    Args:
+        noise: (B, L); it determines only the batch size and the device.
+        grid: Patches along one side of the image, even; L = grid^2.
+
+    Returns:
+        visible_ids (B, L/4) and masked_ids (B, 3L/4), int64, both in raster order.
+    """
+    is_odd = torch.arange(grid, device=noise.device) % 2
+    order = (is_odd[:, None] | is_odd).flatten().argsort(stable=True).expand(len(noise), -1)
+    return order[:, : grid**2 // 4], order[:, grid**2 // 4 :]
+
+
+def block_noise_size(grid: int) -> int:
+    """Return the uniform numbers per image that `block_split` needs."""
+    return grid**2 + 4 * BLOCK_TRIES
+
+
+def block_split(noise: torch.Tensor, grid: int, num_visible: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split patches by block-wise masking ("BEiT", Bao et al., ICLR 2022, Algorithm 1) with an exact mask ratio.
+
+    Blocks are masked in turn. The area of each is uniform from MIN_BLOCK to the number of patches that are left to
+    mask, its aspect ratio log-uniform. A block that covers a whole side of the image, no new patch, or more new
+    patches than are left is skipped. Patches that are left after BLOCK_TRIES blocks are drawn at random.
+
+    Args:
+        noise: (B, grid^2 + 4 BLOCK_TRIES).
+        grid: Patches along one side of the image.
+        num_visible: V.
+
+    Returns:
+        visible_ids (B, V) and masked_ids (B, L - V), int64, both in ascending order of noise.
+    """
+    patch_noise, block_noise = noise.split([grid**2, 4 * BLOCK_TRIES], dim=1)
+    area, aspect, top, left = block_noise.double().unflatten(1, (4, BLOCK_TRIES)).unbind(1)  # (B, BLOCK_TRIES)
+    aspect = (math.log(MIN_BLOCK_ASPECT) * (1 - 2 * aspect)).exp()
+    index = torch.arange(grid, device=noise.device)
+    masked = torch.zeros(len(noise), grid, grid, dtype=torch.bool, device=noise.device)
+    for block in range(BLOCK_TRIES):
+        num_left = grid**2 - num_visible - masked.sum(dim=(1, 2))
+        target = MIN_BLOCK + (num_left - MIN_BLOCK) * area[:, block]
+        height, width = (target * aspect[:, block]).sqrt().round(), (target / aspect[:, block]).sqrt().round()
+        row, column = (top[:, block] * (grid - height + 1)).floor(), (left[:, block] * (grid - width + 1)).floor()
+        in_rows = (index >= row[:, None]) & (index < (row + height)[:, None])
+        in_columns = (index >= column[:, None]) & (index < (column + width)[:, None])
+        inside = in_rows[:, :, None] & in_columns[:, None, :]
+        num_new = (inside & ~masked).sum(dim=(1, 2))
+        is_used = (height < grid) & (width < grid) & (num_new > 0) & (num_new <= num_left)
+        masked = masked | (inside & is_used[:, None, None])
+    return random_split(patch_noise + masked.flatten(1), num_visible)
 
 
 def parallel_parts(noise: torch.Tensor, num_parts: int) -> torch.Tensor:
@@ -70,6 +133,18 @@ def draw_windows(noise: torch.Tensor, grid: int, window: int, num_windows: int) 
     top = noise[:, :num_positions].argsort(dim=1, stable=True)[:, index]
     left = noise[:, num_positions:].argsort(dim=1, stable=True)[:, index]
     return (top * grid + left)[:, :, None] + _window_offsets(grid, window, noise.device)
+
+
+def pair_windows_as_released(windows: torch.Tensor, batch: int) -> torch.Tensor:
+    """Pair images with shared windows as LoMaR's released code does: (K, S) -> (B, K, S).
+
+    The code repeats the images as a whole, but lists the windows anew for each image, so copy j of image b is paired
+    with window (b + j B) mod K. If K divides B, an image has one window K times, and images b and b + K share it.
+    """
+    num_windows = len(windows)
+    image = torch.arange(batch, device=windows.device)
+    copy = torch.arange(num_windows, device=windows.device)
+    return windows[(image[:, None] + copy * batch) % num_windows]
 
 
 def tile_windows(grid: int, window: int, device: torch.device) -> torch.Tensor:

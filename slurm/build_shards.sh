@@ -22,7 +22,7 @@
 #SBATCH --output=%x-%A.%a.out
 
 # ==== Set these, here or in the environment =================================================================
-SOURCE=${SOURCE:-} # folder, imagenet, imagenet21k, openimages, coco
+SOURCE=${SOURCE:-} # folder, imagenet, imagenet21k, openimages, coco, webdataset, parquet; adopt indexes the tars in OUT
 SRC=${SRC:-}
 OUT=${OUT:-}
 OPTIONS=${OPTIONS:-}
@@ -31,9 +31,11 @@ OPTIONS=${OPTIONS:-}
 [ -f "${SHARDMAE:=${SLURM_SUBMIT_DIR:-$PWD}}/slurm/launch.sh" ] ||
   { echo "error: $SHARDMAE is not ShardMAE's repository; set SHARDMAE" >&2; exit 2; }
 . "$SHARDMAE/slurm/launch.sh"
-require_choice SOURCE "$SOURCE" folder imagenet imagenet21k openimages coco
-require SRC "the folder of archives or images"
+require_choice SOURCE "$SOURCE" folder imagenet imagenet21k openimages coco webdataset parquet adopt
+[ "$SOURCE" = adopt ] || require SRC "the folder of archives or images"
 require OUT "the shard set's directory, on storage that all nodes see"
+paths=("$SRC" "$OUT")
+[ "$SOURCE" != adopt ] || paths=("$OUT")
 set_up
 if [ -n "${FINALIZE:-}" ]; then
   run_single -m data_prep finalize "$OUT"
@@ -53,5 +55,5 @@ if [ "$SLURM_ARRAY_TASK_ID" = "$SLURM_ARRAY_TASK_MIN" ]; then
     log "error: cannot submit the last job; when all tasks are done, run: $PYTHON -m data_prep finalize $OUT"
 fi
 read -ra options <<<"$OPTIONS"
-run_single -m data_prep "$SOURCE" "$SRC" "$OUT" "${options[@]}" --workers "${SLURM_CPUS_PER_TASK:-1}" \
+run_single -m data_prep "$SOURCE" "${paths[@]}" "${options[@]}" --workers "${SLURM_CPUS_PER_TASK:-1}" \
   --task-index "$SLURM_ARRAY_TASK_ID" --num-tasks "${TASKS:-$((SLURM_ARRAY_TASK_MAX + 1))}"

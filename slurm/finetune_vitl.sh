@@ -6,7 +6,7 @@
 #
 # WEIGHTS is a run directory, an exported file or an official checkpoint. RECIPE, SETS, RETRIES, SHARDMAE, options of
 # sbatch and requeueing are as in slurm/pretrain_vitl.sh. To start after a pre-training job: --dependency=afterok:JOBID.
-# The accuracy is in RUN/accuracy.json.
+# The accuracy is in RUN/results.json.
 
 #SBATCH --job-name=finetune-vitl16
 #SBATCH --nodes=1

@@ -12,7 +12,7 @@ RETRIES=${RETRIES:-3}
 SRUN_OPTIONS=()
 INSIDE=()
 SHARDS="a shard set that python -m data_prep made"
-LABELED="a labeled shard set"
+LABELED="an annotated shard set"
 ENCODER="a run directory, an exported .safetensors or the official MAE's .pth"
 RUN_DIRECTORY="the run directory, on storage that all nodes see"
 
@@ -45,6 +45,16 @@ find_python() {
   fi
 }
 
+has_gpu_driver() { [ -e /proc/driver/nvidia/version ]; }
+
+# choose_device: train on the CPU if the job has no GPUs. Fail if the node has some that the job did not ask for.
+choose_device() {
+  [ -z "${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-}${DS_ACCELERATOR:-}" ] || return 0
+  ! has_gpu_driver || fail "this node has GPUs, but the job asked for none: add --gres=gpu:8 or --gpus-per-node=8;" \
+    "where Slurm does not manage GPUs, export DS_ACCELERATOR=cuda; to train on the CPU, export DS_ACCELERATOR=cpu"
+  export DS_ACCELERATOR=cpu
+}
+
 # Read the site's settings and export the environment of the job's tasks.
 set_up() {
   [[ $RETRIES =~ ^[0-9]+$ ]] || fail "RETRIES=$RETRIES: give a number of starts"
@@ -60,7 +70,8 @@ set_up() {
   export PYTHONUNBUFFERED=1 PYTHONPATH=$SHARDMAE${PYTHONPATH:+:$PYTHONPATH}
   # srun does not inherit --cpus-per-task from sbatch since Slurm 22.05.
   [ -n "${SLURM_CPUS_PER_TASK:-}" ] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-  [ -n "${SLURM_JOB_GPUS:-}${SLURM_GPUS_ON_NODE:-}" ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+  # Memory that torch has freed can be used for blocks of another size, beside that of DALI.
+  export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
   # The rendezvous address. Looked up here, because a container may not have scontrol.
   local first
@@ -70,9 +81,9 @@ set_up() {
 }
 
 # run_ranks COMMAND...: run a pipeline command with one task per GPU. If one rank fails, the others save and stop by
-# themselves; srun kills those that still run a minute later.
+# themselves; srun kills those that still run a minute later. Consecutive ranks share a socket, as consecutive GPUs do.
 run_ranks() {
-  srun --kill-on-bad-exit=0 --wait=60 --cpu-bind=cores "${SRUN_OPTIONS[@]}" \
+  srun --kill-on-bad-exit=0 --wait=60 --cpu-bind=cores --distribution=block:block "${SRUN_OPTIONS[@]}" \
     "${INSIDE[@]}" "$PYTHON" -m pipeline "$@"
 }
 
@@ -106,6 +117,7 @@ evaluate() {
   require VAL "$LABELED to evaluate on"
   require RUN "a directory for the probe, on storage that all nodes see"
   set_up
+  choose_device
   local overrides=() pair code=0 precision=bf16
   [ "${DS_ACCELERATOR:-}" != cpu ] || precision=fp32
   for pair in ${SETS:-}; do overrides+=(--set "$pair"); done
@@ -122,6 +134,7 @@ train() {
   local command=$1 overrides=() pair code=0
   shift
   set_up
+  choose_device
   for pair in ${SETS:-}; do overrides+=(--set "$pair"); done
   set -- "$RECIPE" ${DATA:+--data "$DATA"} --run "$RUN" "$@" "${overrides[@]}"
   log "$RECIPE on ${SLURM_JOB_NUM_NODES} nodes, $SLURM_NTASKS tasks, start $((${SLURM_RESTART_COUNT:-0} + 1))"

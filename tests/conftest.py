@@ -11,7 +11,9 @@ from pathlib import Path
 
 import forkserver
 import hypothesis
+import numpy as np
 import pytest
+from painted import paint
 from PIL import Image
 
 from pipeline.distributed.logging import setup_logging
@@ -107,6 +109,31 @@ def shards(photographs, tmp_path_factory) -> Path:
 def other_shards(photographs, tmp_path_factory) -> Path:
     """The same photographs in another order."""
     return build(photographs, tmp_path_factory.mktemp("shards") / "other", "--seed", "5")
+
+
+@pytest.fixture(scope="session")
+def label_map_sets(tmp_path_factory) -> tuple[Path, Path]:
+    """Two shard sets with label maps, 10 and 5 images of several sizes, painted in the colors of their labels."""
+    folder = tmp_path_factory.mktemp("label-maps")
+    rng = np.random.default_rng(0)
+    for split, count in (("training", 10), ("validation", 5)):
+        for number in range(count):
+            width, height = ((90, 70), (64, 101), (150, 64), (80, 80), (47, 33))[number % 5]
+            numbers = rng.integers(0, 5, (-(-height // 20), -(-width // 20)), np.uint8)
+            numbers = numbers.repeat(20, 0).repeat(20, 1)[:height, :width]
+            for kind, image, ending in (
+                ("images", paint(numbers), "jpg"),
+                ("annotations", Image.fromarray(numbers), "png"),
+            ):
+                path = folder / "src" / kind / split / f"{split}_{number}.{ending}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path, **({"quality": 95, "subsampling": 0} if ending == "jpg" else {}))
+    (folder / "src" / "classes.txt").write_text("red\ngreen\nblue\nyellow\n")
+    for split in ("training", "validation"):
+        options = ["--split", split, "--shard-size", "4"]
+        built = forkserver.run(["-m", "data_prep", "ade20k", folder / "src", folder / split, *options])
+        assert built.returncode == 0, built.stderr
+    return folder / "training", folder / "validation"
 
 
 @pytest.fixture

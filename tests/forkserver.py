@@ -34,6 +34,9 @@ ROOT = Path(__file__).parents[1]
 PRELOAD = [
     "pipeline.tasks.pretraining",
     "pipeline.tasks.classification",
+    "pipeline.tasks.detection",
+    "pipeline.tasks.segmentation",
+    "pipeline.tasks.registry",
     "pipeline.train.preflight",
     "pipeline.estimate.plan",
     "pipeline.estimate.bench_loader",

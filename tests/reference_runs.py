@@ -353,12 +353,12 @@ def _describe_run(run: Path) -> dict:
     traces = sorted((run / "samples").glob("*.txt")) if (run / "samples").exists() else []
     last = run / "checkpoints" / (run / "checkpoints/latest").read_text()
     weights = [*sorted(last.glob("weights*.safetensors")), *sorted(last.glob("heads*.safetensors"))]
-    accuracy = run / "accuracy.json"
+    results = [path for name in ("results.json", "accuracy.json") if (path := run / name).exists()]
     return {
         "metrics": [{name: repr(value) for name, value in line.items()} for line in _lines(run)],
         "traces": {path.name: path.read_text().splitlines() for path in traces},
         "weights": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights},
-        "accuracy": json.loads(accuracy.read_text())["top1"]["correct"] if accuracy.exists() else None,
+        "accuracy": json.loads(results[0].read_text())["top1"]["correct"] if results else None,
     }
 
 

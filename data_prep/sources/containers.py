@@ -1,24 +1,27 @@
 """List the files of folders, tar, tar.gz and zip archives, and of tars inside tars, without unpacking.
 
-Invariant: only regular files with names inside the archive are offered for reading; links, devices, absolute
-and climbing names become rejected entries. A damaged archive raises UserError; it never causes an endless
-loop, nor a read of more than a header's size into memory.
+Invariant: only regular files with names inside the archive are offered for reading; links, devices, sparse files,
+absolute and climbing names become rejected entries. Of tars joined by `cat`, the members of all are listed. A damaged
+archive raises UserError; it never causes an endless loop, nor a read of more than a header's size into memory.
 """
 
 import functools
 import io
+import logging
 import os
 import stat
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from data_prep.errors import UserError
 from data_prep.sources.folder import iter_files
 from data_prep.sources.sample import Location, Storage
+
+logger = logging.getLogger(__name__)
 
 _HEADER_LIMIT = 1 << 20  # bytes; tarfile reads pax and long-name headers at once
 _ZIP_LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -34,6 +37,7 @@ class Entry:
     name: str
     location: Location
     rejection_reason: str | None = None
+    stored_name: str = ""  # of a tar member: its name with a leading "./", which `name` lacks
 
     @property
     def basename(self) -> str:
@@ -45,7 +49,8 @@ def iter_entries(root: str | os.PathLike, container: str) -> Iterator[Entry]:
 
     Args:
         root: The source's root.
-        container: Path of the folder or archive below `root`; "" for `root` itself.
+        container: Path of the folder or archive below `root`; "" for `root` itself, of whose
+            entries the quarantine would not show the name if it is an archive.
 
     Raises:
         UserError: If it cannot be read to its end.
@@ -60,7 +65,8 @@ def iter_entries(root: str | os.PathLike, container: str) -> Iterator[Entry]:
     else:
         file, storage = open_container(path)
         size = os.path.getsize(path) if storage == Storage.STORED else None
-        yield from _tar_entries(file, size, container, storage)
+        for entry in tar_entries(file, size, container or path, storage):
+            yield entry if container else replace(entry, location=entry.location._replace(container=""))
 
 
 def iter_nested_entries(root: str | os.PathLike, outer: Entry) -> Iterator[Entry]:
@@ -78,7 +84,7 @@ def iter_nested_entries(root: str | os.PathLike, outer: Entry) -> Iterator[Entry
     path = os.path.join(root, location.container) if location.container else os.fspath(root)
     file, storage = open_container(path)
     part = _Part(file, location.offset, location.size)
-    for entry in _tar_entries(part, location.size, str(location), storage):
+    for entry in tar_entries(part, location.size, str(location), storage):
         offset = location.offset + entry.location.offset
         member = f"{location.member}/{entry.name}"
         place = entry.location._replace(container=location.container, member=member, offset=offset)
@@ -115,29 +121,73 @@ def _unsafe_name(name: str) -> str | None:
     return None
 
 
-def _tar_entries(file: "BinaryIO | _Part", size: int | None, where: str, storage: Storage) -> Iterator[Entry]:
-    """Yield a tar's entries; `size` is the archive's in bytes if known, to detect a truncated one."""
+def tar_entries(file: "BinaryIO | io.RawIOBase", size: int | None, where: str, storage: Storage) -> Iterator[Entry]:
+    """Yield the entries of a tar, or of several joined by `cat`; `size` is the archive's in bytes if known.
+
+    Raises:
+        UserError: After the last complete entry of a damaged or truncated archive; it names `where`.
+    """
     part = _Part(file, 0, size)
-    last = -1
+    start: int | None = 0
     try:
-        with tarfile.open(fileobj=part, mode="r:", errorlevel=2) as tar:
-            while (member := tar.next()) is not None:
-                # tarfile keeps every header in this list, which typeshed lacks.
-                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-                # Python 3.11's tarfile follows negative sizes backwards in an endless loop.
-                if member.size < 0 or tar.offset <= last:
-                    raise tarfile.ReadError("a member of negative size")
-                last = tar.offset
-                if member.isdir():
-                    continue
-                name = member.name.removeprefix("./")
-                location = Location(where, name, member.offset_data, member.size, storage)
-                if size is not None and location.offset + location.size > size:
-                    raise tarfile.ReadError("unexpected end of data")
-                yield Entry(name, location, _tar_rejection_reason(member) or _unsafe_name(name))
-            _check_end(part, tar.offset)
+        while start is not None:
+            end = yield from _members(part, start, where, storage)
+            start = _find_next_tar(part, end, where)
     except (tarfile.TarError, *_READ_ERRORS) as error:
         raise _damaged(where, error) from error
+
+
+def _members(part: "_Part", start: int, where: str, storage: Storage) -> Generator[Entry, None, int]:
+    """Yield the entries of the tar that begins at byte `start`; return the position of its end-of-archive mark."""
+    last = -1
+    with tarfile.open(fileobj=part.tail(start), mode="r:", errorlevel=2) as tar:
+        while (member := tar.next()) is not None:
+            # tarfile keeps every header in this list, which typeshed lacks.
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            # Python 3.11's tarfile follows negative sizes backwards in an endless loop.
+            if member.size < 0 or tar.offset <= last:
+                raise tarfile.ReadError("a member of negative size")
+            last = tar.offset
+            if member.isdir():
+                continue
+            name = member.name.removeprefix("./")
+            location = Location(where, name, start + member.offset_data, member.size, storage)
+            rejection_reason = _tar_rejection_reason(member) or _unsafe_name(name)
+            # The size of a sparse file includes its holes, which are not stored.
+            if rejection_reason is None and part.size is not None and location.offset + location.size > part.size:
+                raise tarfile.ReadError("unexpected end of data")
+            yield Entry(name, location, rejection_reason, member.name)
+        end = start + tar.offset
+    # tarfile also stops at a damaged header and at the end of the file; members may be missing then.
+    block = part.read_at(end, tarfile.BLOCKSIZE)
+    if block != bytes(tarfile.BLOCKSIZE):
+        problem = "no end-of-archive mark" if len(block) < tarfile.BLOCKSIZE else "a damaged header"
+        raise tarfile.ReadError(f"{problem} at byte {end:,}")
+    return end
+
+
+def _find_next_tar(part: "_Part", end: int, where: str) -> int | None:
+    """Return where another tar begins behind the end-of-archive mark at byte `end`; None if there is none."""
+    position = end
+    while data := part.read_at(position, _HEADER_LIMIT):
+        content = data.lstrip(b"\0")
+        if not content:
+            position += len(data)
+            continue
+        position += (len(data) - len(content)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        try:
+            tarfile.TarInfo.frombuf(part.read_at(position, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        except tarfile.TarError:
+            _log_once(f"{where}: ignoring what follows its end, from byte {position:,}; it is no tar")
+            return None
+        return position
+    return None
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    """Log a warning, although archives are listed several times."""
+    logger.warning(message)
 
 
 def _damaged(where: str, error: Exception) -> UserError:
@@ -150,14 +200,6 @@ def _tar_rejection_reason(member: tarfile.TarInfo) -> str | None:
     if not member.isreg() or member.issparse():
         return "special_file: no regular file"
     return None
-
-
-def _check_end(part: "_Part", offset: int) -> None:
-    """Check for the block of zeros at the end of an archive; without it, members may be missing."""
-    part.seek(max(0, offset - tarfile.BLOCKSIZE))
-    tail = part.read(2 * tarfile.BLOCKSIZE)
-    if bytes(tarfile.BLOCKSIZE) not in tail:
-        raise tarfile.ReadError("no end-of-archive mark")
 
 
 def _zip_entries(path: str, container: str) -> Iterator[Entry]:
@@ -204,8 +246,16 @@ def _starts_with(path: str, magic: bytes) -> bool:
 class _Part(io.RawIOBase):
     """A read-only view of a range of a file for tarfile; rejects reads that no header needs."""
 
-    def __init__(self, file: "BinaryIO | _Part", start: int, size: int | None):
-        self._file, self._start, self._size, self._position = file, start, size, 0
+    def __init__(self, file: "BinaryIO | io.RawIOBase", start: int, size: int | None):
+        self._file, self._start, self.size, self._position = file, start, size, 0
+
+    def tail(self, start: int) -> "_Part":
+        """Return a view from byte `start` of this one."""
+        return _Part(self._file, self._start + start, None if self.size is None else self.size - start)
+
+    def read_at(self, position: int, count: int) -> bytes:
+        self.seek(position)
+        return self.read(count)
 
     def seek(self, position: int, whence: int = 0) -> int:
         if whence or position < 0:
@@ -219,8 +269,8 @@ class _Part(io.RawIOBase):
     def read(self, count: int = -1) -> bytes:
         if not 0 <= count <= _HEADER_LIMIT:
             raise tarfile.ReadError("a header of impossible size")
-        if self._size is not None:
-            count = max(0, min(count, self._size - self._position))
+        if self.size is not None:
+            count = max(0, min(count, self.size - self._position))
         self._file.seek(self._start + self._position)
         data = self._file.read(count)
         self._position += len(data)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.images import is_image
+from data_prep.shard_set import BUILD_DIRECTORY, FORMAT, MANIFEST
 from data_prep.sources.sample import Classes, Location, Sample, Source, Storage, make_key
 
 HIDDEN = "hidden: its name begins with a dot"
@@ -27,14 +28,22 @@ class FolderSource(Source):
     def __init__(self, root: Path, labels: str = "auto"):
         if not root.is_dir():
             raise UserError(f"SRC {root}: not a folder")
+        self._src = root
         entries = [entry for entry in _scan(root) if not entry.name.startswith(".")]
         folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for path in (root, *(root / name for name in folders)):
+            if _is_shard_set(path):
+                raise UserError(f"SRC {path}: already a shard set; pass it to --data, or the folder of its images here")
         files = (entry.path for entry in entries if entry.is_file(follow_symlinks=False))
         labeled = labels == "folders" or (
             labels == "auto" and bool(folders) and not any(_is_image_file(path) for path in files)
         )
         names = tuple(name for name in folders if next(iter_files(root, name), None)) if labeled else ()
         super().__init__("folder", "class folders" if names else "plain folder", str(root), Classes(names))
+        self._empty_folders = [name for name in folders if names and name not in names]
+
+    def notes(self) -> list[str]:
+        return [f"not a class, because it has no file: {name}" for name in self._empty_folders]
 
     def samples(self) -> Iterator[Sample]:
         label_of = {name: label for label, name in enumerate(self.classes.names)}
@@ -46,7 +55,7 @@ class FolderSource(Source):
                 rejection_reason = "no_class: lies beside the class folders"
             yield Sample(make_key(name), location, label, rejection_reason)
         if empty:
-            raise UserError(f"SRC {self.root}: contains no file")
+            raise UserError(f"SRC {self._src}: contains no file")
 
     def _inputs(self) -> Iterator[tuple[str, Location, str | None]]:
         """Yield (name, location, rejection reason or None) of every file."""
@@ -79,6 +88,17 @@ def _scan(folder: str | os.PathLike) -> list[os.DirEntry]:
             return sorted(entries, key=lambda entry: entry.name.encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
+
+
+def _is_shard_set(folder: Path) -> bool:
+    """Return whether a folder holds a shard set, complete or not."""
+    if (folder / BUILD_DIRECTORY / "build.json").is_file():
+        return True
+    try:
+        with open(folder / MANIFEST, "rb") as file:
+            return FORMAT.encode() in file.read(100)
+    except OSError:
+        return False
 
 
 def _is_image_file(path: str) -> bool:

@@ -10,15 +10,26 @@ from pathlib import Path
 from data_prep.errors import UserError
 from data_prep.images import is_image
 from data_prep.pixels import ImageError
+from data_prep.shard_plan import IMAGE_ENDINGS
 from data_prep.source_reader import SourceReader
 from data_prep.sources.containers import TAR_ENDINGS, Entry, iter_entries
-from data_prep.sources.folder import HIDDEN, FolderSource
+from data_prep.sources.folder import HIDDEN, FolderSource, iter_files
 from data_prep.sources.sample import Classes, Location, Source
+from data_prep.suggested_command import suggest_command
 
 
 def open_folder_or_archive(root: Path, split: str, labels: str) -> Source:
-    """Open SRC of the `folder` command. `split` only names the shards."""
-    return ArchiveSource(root, labels) if root.is_file() else FolderSource(root, labels)
+    """Open SRC of the `folder` command. `split` only names the shards.
+
+    Raises:
+        UserError: If there is nothing to build from, or only files that another command reads.
+    """
+    if root.is_file():
+        _check_holds_images(root)
+        return ArchiveSource(root, labels)
+    source = FolderSource(root, labels)
+    _check_holds_images(root)
+    return source
 
 
 class ArchiveSource(FolderSource):
@@ -27,7 +38,8 @@ class ArchiveSource(FolderSource):
     def __init__(self, root: Path, labels: str = "auto"):
         if not _is_archive(root):
             raise UserError(f"SRC {root}: neither a folder nor a tar, tar.gz or zip archive")
-        usable = [entry for entry in iter_entries(root, "") if _rejection_reason(entry) is None]
+        self._src, self._container, self._empty_folders = root, root.name, []
+        usable = [entry for entry in iter_entries(root.parent, root.name) if _rejection_reason(entry) is None]
         tops = {entry.name.partition("/")[:2] for entry in usable}
         self._top = "".join(tops.pop()) if len(tops) == 1 and ("/" in next(iter(tops))) else ""
         folders, files = set(), []
@@ -37,14 +49,26 @@ class ArchiveSource(FolderSource):
                 folders.add(first)
             else:
                 files.append(entry)
-        labeled = labels == "folders" or (labels == "auto" and folders and not _any_image(root, files))
+        labeled = labels == "folders" or (labels == "auto" and folders and not _any_image(root.parent, files))
         names = sorted(folders, key=lambda name: name.encode("utf-8", "surrogateescape")) if labeled else ()
         layout = "archive of class folders" if names else "archive"
-        Source.__init__(self, "folder", layout, str(root), Classes(tuple(names)))
+        Source.__init__(self, "folder", layout, str(root.parent), Classes(tuple(names)))
 
     def _inputs(self) -> Iterator[tuple[str, Location, str | None]]:
-        for entry in iter_entries(self.root, ""):
+        for entry in iter_entries(self.root, self._container):
             yield entry.name.removeprefix(self._top), entry.location, _rejection_reason(entry)
+
+
+def _check_holds_images(root: Path) -> None:
+    """Raise a UserError that names the right command if a folder holds tar or parquet files, and no images."""
+    other_files = False
+    for name, _, _ in iter_files(root) if root.is_dir() else [(root.name, 0, None)]:
+        name = name.lower()
+        if name.endswith(IMAGE_ENDINGS):
+            return
+        other_files |= name.endswith((".parquet", *TAR_ENDINGS) if root.is_dir() else ".parquet")
+    if other_files:
+        raise UserError(f"SRC {root}: no images in files; {suggest_command(root)}")
 
 
 def _is_archive(path: Path) -> bool:

@@ -23,7 +23,8 @@ class ImageNet21kSource(Source):
 
     def __init__(self, root: Path, split: str):
         self._tars: dict[str, list[Entry]] = {}
-        for entry in iter_entries(root, ""):
+        parent, container = (root, "") if root.is_dir() else (root.parent, root.name)
+        for entry in iter_entries(parent, container):
             wnid = entry.basename.partition(".")[0]
             is_tar = entry.basename.endswith(TAR_ENDINGS)
             if entry.rejection_reason is None and WNID.fullmatch(wnid) and is_tar:
@@ -35,7 +36,7 @@ class ImageNet21kSource(Source):
             names = sorted(path.name for path in root.iterdir() if WNID.fullmatch(path.name) and path.is_dir())
         if not names:
             raise UserError(f"SRC {root}: no synset; expected n01440764.tar, ... or n01440764/, ...")
-        super().__init__("imagenet21k", layout, str(root), Classes(tuple(names), _read_words(root, names)))
+        super().__init__("imagenet21k", layout, str(parent), Classes(tuple(names), _read_words(root, names)))
 
     def samples(self) -> Iterator[Sample]:
         for label, wnid in enumerate(self.classes.names):

@@ -1,7 +1,8 @@
 """Source: OpenImages V4 to V7. Image folders or archives by split, and metadata CSVs anywhere below SRC.
 
 Invariant: attribution is kept; each sample's json has the image's license, author and source. The CSVs are
-recognized by their columns, and belong to a split by their name.
+recognized by their columns, and belong to a split by their name. One that matches no image is an error, and what cannot
+be read of the others is counted.
 
 The json of a sample, each part only if SRC has its CSV:
     image_id; license, author, author_profile_url, title, original_url, landing_url; rotation (degrees
@@ -10,14 +11,17 @@ The json of a sample, each part only if SRC has its CSV:
     0 to 1 of the image before `rotation`), and the CSV's flags, -1 for unknown}]
 """
 
-import csv
+import math
 import os
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from data_prep.errors import UserError
 from data_prep.sources.containers import TAR_ENDINGS, iter_entries
-from data_prep.sources.csv_rows import CsvRows
+from data_prep.sources.csv_rows import CsvRows, hash_value, read_csv
 from data_prep.sources.sample import Details, Sample, Source, make_key
 
 _ATTRIBUTION = {
@@ -28,6 +32,14 @@ _ATTRIBUTION = {
     "original_url": "OriginalURL",
     "landing_url": "OriginalLandingURL",
 }
+_SIDES = ("XMin", "XMax", "YMin", "YMax")
+_COLUMNS = {  # by table: columns by any of which it is recognized, and those that it must have
+    "attribution": ({"License", "Author", "OriginalURL", "Rotation"}, {"License", "Author", "OriginalURL"}),
+    "boxes": (set(_SIDES), {"LabelName", *_SIDES}),
+    "labels": ({"Confidence"}, {"Source", "LabelName", "Confidence"}),
+}
+_MIN_MATCHES = 0.01
+"""Share of the images, or of a table's images if they are fewer, that the table must match."""
 _BOX_FLAGS = ("IsOccluded", "IsTruncated", "IsGroupOf", "IsDepiction", "IsInside")
 
 
@@ -43,65 +55,117 @@ class OpenImagesSource(Source):
         archives = [name for name in self._containers if name.endswith(TAR_ENDINGS)]
         super().__init__("openimages", "archives" if archives else "folder", str(root))
         self._names: dict[str, str] = {}
-        self._images: list[CsvRows] = []
-        self._labels: list[CsvRows] = []
-        self._boxes: list[CsvRows] = []
+        self._tables: dict[str, list[CsvRows]] = {table: [] for table in _COLUMNS}
+        self._unused: list[Path] = []
+        self._hashes = array("Q")  # of the images' ids
         for path in sorted(root.rglob("*.csv")):
-            self._add_csv(path, split)
+            if path.is_file():
+                self._add_csv(path, split)
 
     def samples(self) -> Iterator[Sample]:
+        self._hashes = array("Q")
         for container in self._containers:
             for entry in iter_entries(self.root, container):
-                yield Sample(make_key(entry.basename), entry.location, -1, entry.rejection_reason)
+                key = make_key(entry.basename)
+                if entry.rejection_reason is None:
+                    self._hashes.append(hash_value(key.encode()))
+                yield Sample(key, entry.location, -1, entry.rejection_reason)
+
+    def notes(self) -> list[str]:
+        hashes = np.unique(np.asarray(self._hashes, np.uint64))
+        counts = []
+        for name, tables in self._tables.items():
+            matched = np.zeros(len(hashes), bool)
+            for table in tables:
+                in_table = table.contains(hashes)
+                _check_matches(table, int(in_table.sum()), len(hashes))
+                matched |= in_table
+            counts.append(f"{int(matched.sum()):,} {name}")
+        notes = [f"metadata of {len(hashes):,} images: {', '.join(counts)}"]
+        skipped = [table for tables in self._tables.values() for table in tables if table.skipped]
+        notes += [f"{table.path}: rows left out: {table.describe_skipped()}" for table in skipped]
+        return notes + [f"{path}: not used; it is no table of attribution, boxes or labels" for path in self._unused]
 
     def details(self, key: str) -> Details:
         metadata: dict = {"image_id": key}
-        rotation = 0
-        for row in (row for table in self._images for row in table.rows(key)):
+        rotation, unreadable = 0, []
+        for row in self._rows("attribution", key):
             metadata |= {name: row[column] for name, column in _ATTRIBUTION.items() if row.get(column)}
-            rotation = _parse_degrees(row.get("Rotation", ""), key) or rotation
+            try:
+                rotation = _parse_degrees(row.get("Rotation", ""), key) or rotation
+            except ValueError:
+                unreadable.append("rotation")
+            if not row:
+                unreadable.append("attribution_row")
         if rotation:
             metadata["rotation"] = rotation
-        if self._labels:
-            metadata["labels"] = self._read_labels(key)
-        if self._boxes:
-            metadata["boxes"] = [self._box(row) for table in self._boxes for row in table.rows(key)]
-        return Details(metadata, rotation)
+        if self._tables["labels"]:
+            metadata["labels"] = self._read_labels(key, unreadable)
+        if self._tables["boxes"]:
+            metadata["boxes"] = self._read_boxes(key, unreadable)
+        return Details(metadata, rotation, tuple(unreadable))
 
-    def _read_labels(self, key: str) -> dict[str, list]:
+    def _rows(self, table: str, key: str) -> Iterator[dict[str, str]]:
+        for rows in self._tables[table]:
+            yield from rows.rows(key)
+
+    def _read_labels(self, key: str, unreadable: list[str]) -> dict[str, list]:
         labels: dict[str, list] = {"positive": [], "negative": [], "machine": []}
-        for row in (row for table in self._labels for row in table.rows(key)):
-            confidence = float(row["Confidence"])
+        for row in self._rows("labels", key):
+            try:
+                confidence, label = _parse_finite(row["Confidence"]), self._label(row)
+            except (KeyError, ValueError):
+                unreadable.append("label_row")
+                continue
             if row["Source"] == "machine":
-                labels["machine"].append([*self._label(row), confidence])
+                labels["machine"].append([*label, confidence])
             else:
-                labels["positive" if confidence > 0 else "negative"].append(self._label(row))
+                labels["positive" if confidence > 0 else "negative"].append(label)
         return labels
 
-    def _box(self, row: dict[str, str]) -> dict:
-        box: dict = {"label": self._label(row)}
-        box |= {side.lower(): float(row[side]) for side in ("XMin", "XMax", "YMin", "YMax")}
-        return box | {flag: int(row[flag]) for flag in _BOX_FLAGS if row.get(flag)}
+    def _read_boxes(self, key: str, unreadable: list[str]) -> list[dict]:
+        boxes = []
+        for row in self._rows("boxes", key):
+            try:
+                box: dict = {"label": self._label(row)} | {side.lower(): _parse_finite(row[side]) for side in _SIDES}
+                boxes.append(box | {flag: int(row[flag]) for flag in _BOX_FLAGS if row.get(flag)})
+            except (KeyError, ValueError):
+                unreadable.append("box_row")
+        return boxes
 
     def _label(self, row: dict[str, str]) -> list[str]:
         return [row["LabelName"], self._names.get(row["LabelName"], "")]
 
     def _add_csv(self, path: Path, split: str) -> None:
         if "class-descriptions" in path.name:
-            with open(path, newline="", encoding="utf-8", errors="replace") as file:
-                self._names |= {row[0]: row[1] for row in csv.reader(file) if len(row) == 2 and row[0][:1] == "/"}
+            names = {row[0]: row[1] for row in read_csv(path) if len(row) == 2 and row[0][:1] == "/"}
+            if not names:
+                raise UserError(f"{path}: no class descriptions (/m/011k07,Tortoise); download it again")
+            self._names |= names
             return
         words = path.name.lower().replace(".", "-").replace("_", "-").split("-")
         if split not in words and not (split == "validation" and "val" in words):
             return
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            columns = file.readline().strip().split(",")
-        if "OriginalURL" in columns:
-            self._images.append(CsvRows(path, "ImageID"))
-        elif "XMin" in columns and "LabelName" in columns:
-            self._boxes.append(CsvRows(path, "ImageID"))
-        elif columns[:4] == ["ImageID", "Source", "LabelName", "Confidence"]:
-            self._labels.append(CsvRows(path, "ImageID"))
+        header = {name.strip() for name in next(read_csv(path), [])}
+        for name, (typical, required) in _COLUMNS.items():
+            if header & typical:
+                if missing := sorted({"ImageID", *required} - header):
+                    raise UserError(f"{path}: lacks the columns {', '.join(missing)} of {name}; download it again")
+                self._tables[name].append(CsvRows(path, "ImageID"))
+                return
+        if not header or not all(map(str.isidentifier, header)):
+            raise UserError(f"{path}: its first line is no header (ImageID,...); add it, or remove the file from SRC")
+        self._unused.append(path)
+
+
+def _check_matches(table: CsvRows, matches: int, num_images: int) -> None:
+    """Raise UserError if hardly any image is in the table."""
+    possible = min(num_images, table.count_values())
+    if num_images and matches <= _MIN_MATCHES * possible:
+        raise UserError(
+            f"{table.path}: has {matches:,} of the {num_images:,} images in SRC; its ImageID must be their file names "
+            "without ending; repair it, or remove it from SRC"
+        )
 
 
 def _find_containers(root: Path, split: str) -> list[str]:
@@ -117,10 +181,16 @@ def _find_containers(root: Path, split: str) -> list[str]:
 
 
 def _parse_degrees(text: str, key: str) -> int:
-    try:
-        degrees = float(text or 0)
-    except ValueError:
-        return 0
+    """Return a rotation in degrees. Raises ValueError if it is no number, UserError if no right angle."""
+    degrees = _parse_finite(text or "0")
     if degrees % 90:
         raise UserError(f"image {key}: Rotation is {text}, not 0, 90, 180 or 270 degrees")
     return int(degrees) % 360
+
+
+def _parse_finite(text: str) -> float:
+    """Return a number. Raises ValueError if it is none that JSON can represent."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.labels import LABEL_CHOICES
 from data_prep.sources.sample import Source
 
 
@@ -23,14 +24,25 @@ class SourceType:
     splits: tuple[str, ...] | None = None  # values of --split, the default first; None: any name, default "train"
     orientation: str = "ignore"  # default of --orientation
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # flag: arguments of add_argument()
+    accepts_patterns: bool = False  # whether SRC may be a brace pattern or URL; then the factory gets it as text
 
-    def open(self, root: Path, split: str, arguments: Mapping[str, Any]) -> Source:
+    def open(self, root: Path | str, split: str, arguments: Mapping[str, Any]) -> Source:
         """Open the source at `root` with the parsed command line. Raises UserError if there is none."""
         module, _, name = self.factory.partition(":")
         factory = getattr(importlib.import_module(module), name)
         names = [flag.removeprefix("--").replace("-", "_") for flag in self.options]
         return factory(root, split, **{name: arguments[name] for name in names})
 
+
+LABEL_OPTIONS: dict[str, dict[str, Any]] = {
+    "--labels": {
+        "choices": LABEL_CHOICES,
+        "default": "auto",
+        "help": "cls: KEY.cls files; folders: the folder of a key; none: no labels; auto: cls files if the first tar "
+        "has any, else folders if its samples are in several folders (default)",
+    },
+    "--label-key": {"metavar": "KEY", "help": "the label is this key of KEY.json"},
+}
 
 SOURCES = {
     "folder": SourceType(
@@ -69,5 +81,36 @@ SOURCES = {
         factory="data_prep.sources.coco:CocoSource",
         help="build COCO from its zips or folders, with instances and captions",
         example="coco ~/coco shards/ --split train",
+    ),
+    "ade20k": SourceType(
+        factory="data_prep.sources.ade20k:Ade20kSource",
+        help="build ADE20K, or a data set in its layout, with label maps",
+        example="ade20k ~/ADEChallengeData2016.zip shards/ --split training",
+        splits=("training", "validation"),
+        orientation="apply",
+        options={
+            "--classes": {
+                "type": Path,
+                "metavar": "FILE",
+                "help": "class names in the order of their numbers, one per line or a table (default: "
+                "objectInfo150.txt or classes.txt of SRC)",
+            }
+        },
+    ),
+    "webdataset": SourceType(
+        factory="data_prep.sources.webdataset:WebDatasetSource",
+        help="rebuild WebDataset tars (a folder, a brace pattern or a URL): repair, re-encode, shuffle, re-shard",
+        example="webdataset 'laion/{00000..00127}.tar' shards/ --resize 256",
+        options=LABEL_OPTIONS,
+        accepts_patterns=True,
+    ),
+    "parquet": SourceType(
+        factory="data_prep.sources.parquet:ParquetSource",
+        help="build from parquet files of images as Hugging Face publishes them",
+        example="parquet ~/imagenet-1k/data shards/ --split train",
+        options={
+            "--image-column": {"metavar": "NAME", "help": "default: the column of images, if there is one"},
+            "--label-column": {"metavar": "NAME", "help": "default: the ClassLabel, or label; none: no labels"},
+        },
     ),
 }

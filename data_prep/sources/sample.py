@@ -15,10 +15,15 @@ To add a source:
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # imports pydantic
+    from data_prep.parquet_staging import StageJob
+    from data_prep.shard_set import Annotation
 
 KEY_LIMIT = 90
 """Characters; with the longest extension a name still fits USTAR's limit of 100."""
@@ -33,6 +38,7 @@ class Storage(IntEnum):
     STORED = 1  # the bytes container[offset : offset + size]
     DEFLATED = 2  # the same range, compressed with deflate (a zip member)
     GZIPPED = 3  # the same range of the container's decompressed content
+    PARQUET = 4  # row `offset` of a parquet file; the size is an estimate
 
 
 class Location(NamedTuple):
@@ -66,6 +72,8 @@ class Details:
 
     metadata: Mapping[str, Any] | None = None  # content of KEY.json; None for no such file
     rotation: int = 0  # degrees counter-clockwise, a multiple of 90, by which to turn the pixels
+    unreadable: tuple[str, ...] = ()  # a code for each part of the metadata that was left out because it is damaged
+    label_map: Location | None = None  # of KEY.png, which is checked against the image and `Classes.names`
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +82,8 @@ class Classes:
 
     names: tuple[str, ...] = ()
     readable: tuple[str, ...] = ()  # for people, position by position, or empty
+    annotation: "Annotation" = "label"
+    category_ids: tuple[int, ...] = ()  # COCO's ids, position by position, or empty
 
 
 @dataclass
@@ -82,9 +92,10 @@ class Source(ABC):
 
     kind: str  # name in shard names; lower case letters and digits
     layout: str  # which form of the data set was found; part of the build's identity
-    root: str  # path below which containers are found
+    root: str  # path or URL below which containers are found
     classes: Classes = field(default_factory=Classes)
     expected: int | None = None  # number of images of the data set as published, if known
+    annotations_digest: str = ""  # of the inputs besides images that the set depends on; part of the build's identity
 
     @abstractmethod
     def samples(self) -> Iterator[Sample]:
@@ -97,6 +108,22 @@ class Source(ABC):
     def details(self, key: str) -> Details:
         """Return the metadata of one sample. Called by the workers, when the sample is written."""
         return Details()
+
+    def read_files(self, sample: Sample, read: Callable[[Location], bytes]) -> list[tuple[str, bytes]]:
+        """Return (extension, content) of files to copy into the sample; `read` returns the bytes of a location."""
+        return []
+
+    def staging_job(self, directory: Path) -> "StageJob | None":
+        """Return the job that stages the images for the set in `directory`; None if they are read in place."""
+        return None
+
+    def notes(self) -> list[str]:
+        """Return what the user should know about SRC, a line each, once all `samples` were read.
+
+        Raises:
+            UserError: If metadata in SRC do not belong to its images.
+        """
+        return []
 
 
 def make_key(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Commands that evaluate a frozen encoder on labeled shard sets."""
+"""Commands that evaluate a frozen encoder or a fine-tuned model on annotated shard sets."""
 
 import argparse
 from pathlib import Path
@@ -55,6 +55,38 @@ def add_to(commands) -> None:
     add_json_argument(command)
     add_override_argument(command)
 
+    command = add_command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "evaluate a fine-tuned model",
+        "Evaluate a run of finetune on a shard set, without training: accuracy of a classifier, COCO's average\n"
+        "precision of a detector, mean IoU of a segmentation model. Under a launcher the ranks share the work.",
+        "examples:\n"
+        "  python -m pipeline evaluate runs/l16-tuned --val shards/val\n"
+        "  deepspeed --module pipeline evaluate ema:runs/b16-detection --val shards/coco-val --json\n",
+    )
+    add = command.add_argument
+    add("run", metavar="RUN", help="run directory of finetune, or ema:RUN for the moving average of its weights")
+    add("--val", required=True, metavar="VAL", help="annotated shard set to evaluate on")
+    text = "write detections.json, or a label map KEY.png per sample, to this folder"
+    add("--save-predictions", type=Path, metavar="DIR", help=text)
+    add_json_argument(command)
+
+    command = add_command(
+        commands,
+        "predict",
+        _predict,
+        "draw what a fine-tuned model predicts",
+        "Write a PNG for each image: a classifier's likeliest classes, a detector's boxes and masks with class\n"
+        "names, or the classes of all pixels with a legend.",
+        "example:\n  python -m pipeline predict runs/b16-detection --images photos/ --out predictions/\n",
+    )
+    add = command.add_argument
+    add("run", metavar="RUN", help="run directory of finetune, or ema:RUN for the moving average of its weights")
+    add("--images", type=Path, nargs="+", required=True, metavar="PATH", help="image files, or folders")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
+
 
 def _add_encoder_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
@@ -62,7 +94,8 @@ def _add_encoder_arguments(command: argparse.ArgumentParser) -> None:
         "--weights",
         required=True,
         metavar="WEIGHTS",
-        help="run directory, ema:RUN, exported .safetensors, official MAE .pth, random:RECIPE, or pixels[:SIZE]",
+        help="run directory, ema:RUN, exported .safetensors, official MAE .pth, folder of transformers' ViT or ViTMAE, "
+        "random:RECIPE, or pixels[:SIZE]",
     )
     add_labeled_set_arguments(command)
     add("--labels", type=fraction, metavar="SHARE", help="train on this class-balanced share of the labels, e.g. 0.01")
@@ -99,6 +132,22 @@ def _linprobe(args: argparse.Namespace) -> None:
     result = linprobe(recipe, args.data, args.val, args.run, args.image_size, _cache_directory(args))
     if not env_rank():
         print(json.dumps(result, indent=1) if args.json else format_probe(result))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import json
+
+    from pipeline.tasks.registry import evaluate, format_results
+
+    result = evaluate(args.run, args.val, args.save_predictions)
+    if not env_rank():
+        print(json.dumps(result, indent=1) if args.json else format_results(result))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from pipeline.tasks.registry import predict
+
+    print(predict(args.run, args.images, args.out))
 
 
 def _cache_directory(args: argparse.Namespace) -> Path | None:

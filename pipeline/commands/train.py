@@ -41,14 +41,18 @@ exit codes:
   75  stopped early by a signal with everything saved; the same command resumes
 """
 FINETUNE = """\
-Fine-tune an encoder with a classification head on a labeled shard set and evaluate it on another. Launch,
-stop and resume it like pretrain. The accuracy is written to RUN/accuracy.json and RUN/metrics.jsonl.
+Fine-tune an encoder for the recipe's task (classification, detection or segmentation) on an annotated shard
+set and evaluate it on another. Launch, stop and resume it like pretrain. The results are written to
+RUN/results.json and RUN/metrics.jsonl.
 """
 FINETUNE_EXAMPLES = """\
 examples:
   a pre-trained ViT-L, on all GPUs of this machine:
     deepspeed --module pipeline finetune finetune_vitl16 --weights runs/l16 \\
       --data shards/train --val shards/val --run runs/l16-tuned
+  a detector with masks:
+    deepspeed --module pipeline finetune detect_vitb16 --weights runs/b16 \
+      --data shards/coco-train --val shards/coco-val --run runs/b16-detection
   with 1 % of the labels:
     python -m pipeline finetune ... --set data.subset=0.01 --set data.subset_by_class=true
   from scratch, as a baseline:
@@ -62,14 +66,15 @@ def add_to(commands) -> None:
     summary = "pre-train a recipe on shard sets"
     add_training_arguments(add_command(commands, "pretrain", _pretrain, summary, PRETRAIN, PRETRAIN_EXAMPLES))
 
-    summary = "train a classifier on labels"
+    summary = "train a classifier, detector or segmentation model"
     command = add_command(commands, "finetune", _finetune, summary, FINETUNE, FINETUNE_EXAMPLES)
     add_recipe_arguments(command)
     command.add_argument(
         "--weights",
         required=True,
         metavar="WEIGHTS",
-        help="run directory, ema:RUN, exported .safetensors, the official MAE's .pth, or random:RECIPE",
+        help="run directory, ema:RUN, exported .safetensors, the official MAE's .pth, a folder of transformers' ViT or "
+        "ViTMAE, or random:RECIPE",
     )
     add_labeled_set_arguments(command)
     add_run_argument(command)
@@ -99,11 +104,11 @@ def _pretrain(args: argparse.Namespace) -> None:
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    from pipeline.recipe.finetune import load_finetune_recipe
+    from pipeline.recipe.tasks import load_finetune_recipe
 
     recipe = load_finetune_recipe(args.recipe, args.weights, _overrides(args))
     _check_early(recipe, [args.data], args.run)
-    from pipeline.tasks.classification import finetune
+    from pipeline.tasks.registry import finetune
 
     finetune(recipe, args.data, args.val, args.run, args.deepspeed_config)
 
@@ -123,10 +128,10 @@ def _make_task(args: argparse.Namespace) -> "Task":
     if (args.weights is None) != (args.val is None):
         raise UserError("--weights, --val: give both, as for finetune, or neither")
     if args.weights is not None:
-        from pipeline.recipe.finetune import load_finetune_recipe
-        from pipeline.tasks.classification import Finetuning
+        from pipeline.recipe.tasks import load_finetune_recipe
+        from pipeline.tasks.registry import make_task
 
-        return Finetuning(load_finetune_recipe(args.recipe, args.weights, _overrides(args)), args.val)
+        return make_task(load_finetune_recipe(args.recipe, args.weights, _overrides(args)), args.val)
     from pipeline.recipe import load_recipe
     from pipeline.tasks.pretraining import Pretraining
 

@@ -8,17 +8,19 @@ evaluation.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 
-from pipeline.data.dali import Decoder, Inputs, eval_pipeline_def
-from pipeline.data.loader import prefetch_depth
+from pipeline.data.dali import Inputs, PipelineDef, eval_pipeline_def
+from pipeline.data.decode_options import decode_options, prefetch_depth
+from pipeline.data.decoder import Decoder
 from pipeline.data.pixels import jpeg_size
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
 from pipeline.data.sampler import SampleLocation
+from pipeline.data.transfer import pin_for
 from pipeline.errors import UserError
 from pipeline.recipe.sections import DataSection
 
@@ -38,7 +40,8 @@ class EvalBatchSpec(NamedTuple):
     """A batch of n images before decoding."""
 
     locations: SampleLocation
-    labels: np.ndarray | None
+    labels: torch.Tensor | None
+    """(n,) on the host, pinned if the device is a GPU."""
     encoded: list[np.ndarray]
     sizes: np.ndarray
     """(n, 2): height and width after the resize."""
@@ -51,7 +54,7 @@ class EvalBatchSpec(NamedTuple):
 
 
 class EvalLoader:
-    """Iterates over a rank's part of a shard set; can be iterated repeatedly.
+    """Iterates over a rank's part of a shard set, in `EvalBatch`es; can be iterated repeatedly.
 
     Args:
         reader: of a single shard set; several would each have their own classes.
@@ -60,6 +63,7 @@ class EvalLoader:
         threads: decoding threads.
         resize: pixels of the shorter side, at least the image size.
         samples: number of samples from the start of the set; None: all.
+        deterministic: on a GPU, decode an image to the same pixels whatever its batch is; see `decode_options`.
     """
 
     def __init__(
@@ -73,12 +77,14 @@ class EvalLoader:
         threads: int = 1,
         resize: int = 256,
         samples: int | None = None,
+        deterministic: bool = False,
     ):
         if resize < data.image_size:
             raise ValueError(f"resize: {resize} px is less than the image size, {data.image_size}")
-        self.classes = reader.manifest.classes
+        self.has_labels = reader.manifest.has_labels
+        self._labels: dict[int, np.ndarray] = {}  # by shard
         self.reader, self.data, self.batch, self.device = reader, data, batch, device
-        self.threads, self.resize = threads, resize
+        self.threads, self.resize, self.deterministic = threads, resize, deterministic
         samples = min(samples or reader.num_samples, reader.num_samples)
         batches = -(-samples // batch)
         self.first, self.end = (min(samples, batch * (batches * part // world_size)) for part in (rank, rank + 1))
@@ -87,42 +93,61 @@ class EvalLoader:
         """Return the number of samples, not batches, of this rank."""
         return self.end - self.first
 
-    def __iter__(self) -> Iterator[EvalBatch]:
-        """Yield the batches. Raise UserError if a sample cannot be read or decoded."""
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches.
+
+        Raises:
+            UserError: If a sample cannot be read or decoded, or the device has not enough memory.
+            DeviceError: If the device failed.
+        """
         depth = prefetch_depth(self.data, self.device)
         specs = PrefetchThread(self._build_batches(), depth)
-        pipeline_def = eval_pipeline_def(self.data, self.device.type == "cuda")
-        decoder = Decoder(pipeline_def, specs, self._replace, self.batch, self.device, self.threads, depth)
+        decoder = Decoder(self._pipeline_def(), specs, self._replace, self.batch, self.device, self.threads, depth)
         try:
             for _ in range(self.first, self.end, self.batch):
-                spec, images = decoder.next()
-                labels = spec.labels
-                if labels is not None:
-                    labels = torch.from_numpy(labels).to(self.device, non_blocking=True)
-                yield EvalBatch(images, labels, spec.locations.sample_id)
+                yield self._make_batch(*decoder.next())
         finally:
             decoder.close()
             specs.close()
 
-    def _build_batches(self) -> Iterator[EvalBatchSpec]:
+    def _build_batches(self) -> Iterator[Any]:
         ends = np.cumsum(self.reader.shard_sizes)
         starts = ends - self.reader.shard_sizes
-        shard_labels: dict[int, np.ndarray] = {}  # of the last shard
         for start in range(self.first, self.end, self.batch):
             sample_id = np.arange(start, min(start + self.batch, self.end))
             shard = np.searchsorted(ends, sample_id, side="right")
             locations = SampleLocation(np.zeros_like(sample_id), shard, sample_id - starts[shard], sample_id)
-            encoded, labels = [], []
-            for number in np.unique(shard).tolist():
-                indexes = locations.index_in_shard[shard == number]
-                encoded += self.reader.read_many(number, indexes.tolist())
-                if self.classes:
-                    if number not in shard_labels:
-                        shard_labels = {number: self.reader.labels(number)}
-                    labels.append(shard_labels[number][indexes])
+            encoded = self._read_all(locations)
             sizes = np.array([self._size(locations, row, image) for row, image in enumerate(encoded)])
-            geometry = resize_and_crop_geometry(sizes, self.resize, self.data.image_size)
-            yield EvalBatchSpec(locations, np.concatenate(labels) if labels else None, encoded, *geometry)
+            yield self._make_spec(locations, encoded, sizes)
+
+    def _pipeline_def(self) -> PipelineDef:
+        return eval_pipeline_def(self.data, decode_options(self.data, self.device, self.deterministic))
+
+    def _make_spec(self, locations: SampleLocation, encoded: list[np.ndarray], sizes: np.ndarray) -> Any:
+        """Return what the decoder needs for a batch of images with these sizes (n, 2), width and height."""
+        labels = []
+        for number in np.unique(locations.shard).tolist() if self.has_labels else ():
+            if number not in self._labels:
+                self._labels = {number: self.reader.labels(number)}  # of the last shard only
+            labels.append(self._labels[number][locations.index_in_shard[locations.shard == number]])
+        geometry = resize_and_crop_geometry(sizes, self.resize, self.data.image_size)
+        host_labels = pin_for(torch.from_numpy(np.concatenate(labels)), self.device) if labels else None
+        return EvalBatchSpec(locations, host_labels, encoded, *geometry)
+
+    def _make_batch(self, spec: Any, images: torch.Tensor) -> Any:
+        labels = spec.labels
+        if labels is not None:
+            labels = labels.to(self.device, non_blocking=True)
+        return EvalBatch(images, labels, spec.locations.sample_id)
+
+    def _read_all(self, locations: SampleLocation, extension: str = "jpg") -> list[np.ndarray]:
+        """Return files of the samples, which are in the order of the shards."""
+        files = []
+        for number in np.unique(locations.shard).tolist():
+            indexes = locations.index_in_shard[locations.shard == number]
+            files += self.reader.read_many(number, indexes.tolist(), extension)
+        return files
 
     def _size(self, locations: SampleLocation, row: int, image: np.ndarray) -> tuple[int, int]:
         try:
@@ -130,7 +155,7 @@ class EvalLoader:
         except ValueError as error:
             raise self._undecodable_error(locations, row, str(error)) from error
 
-    def _replace(self, spec: EvalBatchSpec, row: int, reason: str) -> NoReturn:
+    def _replace(self, spec: Any, row: int, reason: str) -> NoReturn:
         raise self._undecodable_error(spec.locations, row, reason)
 
     def _undecodable_error(self, locations: SampleLocation, row: int, reason: str) -> UserError:

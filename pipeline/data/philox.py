@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     FLIP = 3
     MASK = 4
     MIXTURE = 5
+    COLOR = 6
 
 
 def philox(counter: np.ndarray, key: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Pixel operations on the CPU: image size, Pillow's resize, normalization.
+"""Pixel operations on the CPU: image size, checks of JPEGs, Pillow's resize, normalization.
 
 torch's resize of uint8 images is Pillow's arithmetic (bicubic, antialiased, rounded to integer levels),
 vectorized. It and numpy release the GIL, so a thread pool can process the images of a batch in parallel; each
@@ -30,16 +30,32 @@ def jpeg_size(encoded: np.ndarray) -> tuple[int, int]:
             raise error from None
 
 
+def can_decode(encoded: np.ndarray) -> bool:
+    """Return whether Pillow decodes a JPEG to its end."""
+    try:
+        with Image.open(io.BytesIO(encoded.data), formats=["JPEG"]) as image:
+            image.load()
+    except Exception:  # Pillow raises many kinds
+        return False
+    return True
+
+
+def known_good_jpeg() -> np.ndarray:
+    """Return a JPEG, uint8 (bytes,), that every working decoder decodes: 64 x 48 pixels, baseline, 4:2:0."""
+    gray = np.full((48, 64, 3), 128, np.uint8)
+    return np.frombuffer(simplejpeg.encode_jpeg(gray, colorsubsampling="420"), np.uint8)
+
+
 def single_threaded() -> None:
     """Run torch operators in the calling thread only; torch.set_num_threads would affect all threads."""
     torch.get_num_threads()  # makes torch initialize this thread's setting now and not override it later
     threadpool_limits(limits=1, user_api="openmp")
 
 
-def resize(image: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """Resize (h, w, 3) uint8 to (*size, 3) uint8."""
+def resize(image: torch.Tensor, size: list[int], mode: str = "bicubic") -> torch.Tensor:
+    """Resize (h, w, 3) uint8 to (*size, 3) uint8 by Pillow's "bicubic" or "bilinear" filter."""
     channels_last = image.contiguous().permute(2, 0, 1)[None]
-    return F.interpolate(channels_last, size=size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    return F.interpolate(channels_last, size=size, mode=mode, antialias=True)[0].permute(1, 2, 0)
 
 
 def normalize(image: torch.Tensor, data: DataSection, out: torch.Tensor, flip: int = 0) -> None:

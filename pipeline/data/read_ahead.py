@@ -29,6 +29,7 @@ class _PendingBatch:
     def __init__(self, locations: SampleLocation, expected_bytes: int):
         self.locations = locations
         self.images: list[np.ndarray] = [np.empty(0, np.uint8)] * len(locations.sample_id)
+        self.annotations = list(self.images)
         self.num_missing = len(self.images)
         self.bytes = expected_bytes
         self.error: Exception | None = None
@@ -48,17 +49,25 @@ class _Task(NamedTuple):
 
 
 class ReadAhead(Iterator):
-    """Iterates endlessly over the (locations, encoded images) of micro batches.
+    """Iterates endlessly over the (locations, encoded images) of micro batches; with annotations, over triples.
 
     Args:
         reader: closed together with this iterator.
         batches: endless; consumed by the thread that iterates.
         threads: number of reading threads.
         max_bytes: limit of the buffered images.
+        annotation: extension of the samples' annotations ("json", "png") to read as well; None reads only images.
     """
 
-    def __init__(self, reader: ShardReader, batches: Iterator[SampleLocation], threads: int, max_bytes: int):
-        self._reader, self._batches, self._max_bytes = reader, batches, max_bytes
+    def __init__(
+        self,
+        reader: ShardReader,
+        batches: Iterator[SampleLocation],
+        threads: int,
+        max_bytes: int,
+        annotation: str | None = None,
+    ):
+        self._reader, self._batches, self._max_bytes, self._annotation = reader, batches, max_bytes, annotation
         self._pending: deque[_PendingBatch] = deque()
         self._next_batch: _PendingBatch | None = None
         self._group_bytes = 0
@@ -71,7 +80,7 @@ class ReadAhead(Iterator):
         for thread in self._threads:
             thread.start()
 
-    def __next__(self) -> tuple[SampleLocation, list[np.ndarray]]:
+    def __next__(self) -> tuple:
         """Return the next micro batch; raise its read error, or Cancelled after `close`."""
         self._schedule()
         batch = self._pending[0]
@@ -83,6 +92,8 @@ class ReadAhead(Iterator):
                 raise batch.error
             self._pending.popleft()
             self.buffered_bytes -= batch.bytes
+        if self._annotation:
+            return batch.locations, batch.images, batch.annotations
         return batch.locations, batch.images
 
     def close(self) -> None:
@@ -146,7 +157,9 @@ class ReadAhead(Iterator):
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None and not self._closed:
             try:
-                images = self._reader.read_many(task.shard, [request.index_in_shard for request in task.requests])
+                indexes = [request.index_in_shard for request in task.requests]
+                images = self._reader.read_many(task.shard, indexes)
+                annotations = self._reader.read_many(task.shard, indexes, self._annotation) if self._annotation else []
             except Cancelled:
                 return
             except Exception as error:  # raised by the thread that requests the micro batch
@@ -155,9 +168,9 @@ class ReadAhead(Iterator):
                         request.batch.error = request.batch.error or error
                     self._changed.notify_all()
             else:
-                self._store(task, images)
+                self._store(task, images, annotations)
 
-    def _store(self, task: _Task, images: list[np.ndarray]) -> None:
+    def _store(self, task: _Task, images: list[np.ndarray], annotations: list[np.ndarray]) -> None:
         expected = self._reader.mean_bytes(task.shard)
         with self._changed:
             for request, image in zip(task.requests, images, strict=True):
@@ -165,4 +178,6 @@ class ReadAhead(Iterator):
                 request.batch.num_missing -= 1
                 request.batch.bytes += len(image) - expected
                 self.buffered_bytes += len(image) - expected
+            for request, annotation in zip(task.requests, annotations, strict=False):
+                request.batch.annotations[request.row] = annotation
             self._changed.notify_all()

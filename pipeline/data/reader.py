@@ -94,12 +94,15 @@ class ShardReader:
         self._check_duplicates()
         self._cache = self._open_cache()
         self._shards = [(shard_set, shard) for shard_set in self.sets for shard in shard_set.manifest.shards]
-        cached_indexes = 4 + 2 * self.data.shuffle_window_shards * len(self.sets)
+        # Of images and of annotations.
+        cached_indexes = 2 * (4 + 2 * self.data.shuffle_window_shards * len(self.sets))
         self._index = lru_cache(cached_indexes)(self._load_selected_index)
         self.shard_sizes = np.array([shard.samples for _, shard in self._shards], np.int64)
         """(S,) samples in each shard."""
         self._selected: list[np.ndarray] | None = None  # for each shard, one bit a sample; None: all samples
-        if self.data.subset < 1 or self.data.holdout > 0 or split == "held_out":
+        self._filter_digest: str | None = None
+        self._is_split = self.data.subset < 1 or self.data.holdout > 0 or split == "held_out"
+        if self._is_split:
             self._selected = self._select_by_class() if self.data.subset_by_class else self._select_by_key()
             self.shard_sizes[:] = [int.from_bytes(bits.tobytes()).bit_count() for bits in self._selected]
             self._check_not_empty()
@@ -125,12 +128,30 @@ class ShardReader:
         """Digest of the shards' checksums in order, the sources' shares, the subset and the holdout."""
         content = "".join(shard.sha256 for _, shard in self._shards)
         weights = self._weights()
-        if weights or self._selected is not None:
+        if weights or self._is_split:
             num_shards = [len(shard_set.manifest.shards) for shard_set in self.sets]
             shares = [str(weight / sum(weights)) for weight in weights]
-            selection = [self.split, self.data.subset, self.data.holdout]
+            selection: list = [self.split, self.data.subset, self.data.holdout]
             content += json.dumps([num_shards, shares, *selection, *["by class"] * self.data.subset_by_class])
+        if self._filter_digest:
+            content += f"filtered {self._filter_digest}"
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def filter_samples(self, keep: Sequence[np.ndarray]) -> None:
+        """Restrict the reader to some of its samples. Call it before samplers are made.
+
+        Args:
+            keep: For each shard, bool (n,) over the samples that the reader has of it; at least one is True.
+        """
+        selected, digest = [], hashlib.sha256()
+        for shard, kept in enumerate(keep):
+            bits = np.zeros(self._shards[shard][1].samples, bool)
+            bits[self._selected_rows(shard)[kept]] = True
+            selected.append(np.packbits(bits))
+            digest.update(selected[-1].tobytes())
+        self._selected, self._filter_digest = selected, digest.hexdigest()
+        self.shard_sizes[:] = [int(kept.sum()) for kept in keep]
+        self._index.cache_clear()
 
     def source_info(self) -> list[dict]:
         """Return path, source, split, selected samples and all samples of each set, for the run's metadata."""
@@ -181,8 +202,8 @@ class ShardReader:
         """Return the encoded image of one sample, uint8 (bytes,)."""
         return self.read_many(shard, [index])[0]
 
-    def read_many(self, shard: int, indexes: Sequence[int]) -> list[np.ndarray]:
-        """Return the encoded images of samples of one shard, uint8 (bytes,) each.
+    def read_many(self, shard: int, indexes: Sequence[int], extension: str = "jpg") -> list[np.ndarray]:
+        """Return the encoded images of samples of one shard, or their files of another kind, uint8 (bytes,) each.
 
         Ascending indexes are cheapest, because neighbors are read together.
 
@@ -190,15 +211,15 @@ class ShardReader:
             UserError: If a sample cannot be read.
             Cancelled: After `close`.
         """
-        index = self._index(shard)
+        index = self._index(shard, extension)
         starts = (index.offsets[indexes] - TAR_HEADER_BYTES).tolist()
         ends = (index.offsets[indexes] + index.sizes[indexes]).tolist()
         images = []
         for row, data in zip(indexes, self._read_ranges(shard, starts, ends), strict=True):
-            key, size = index.keys[row], len(data) - TAR_HEADER_BYTES
-            if not is_header_of(data[:TAR_HEADER_BYTES], f"{key}.jpg", size):
+            name, size = index.names[row], len(data) - TAR_HEADER_BYTES
+            if not is_header_of(data[:TAR_HEADER_BYTES], name, size):
                 raise UserError(
-                    f"{self.shard_path(shard)}: no longer holds sample {key!r} at its indexed offset: the file was "
+                    f"{self.shard_path(shard)}: no longer holds sample {name!r} at its indexed offset: the file was "
                     f"replaced; {self.repair_hint(shard)}"
                 )
             images.append(np.frombuffer(data, np.uint8, size, TAR_HEADER_BYTES))
@@ -206,13 +227,16 @@ class ShardReader:
 
     def labels(self, shard: int) -> np.ndarray:
         """Return the classes of a shard's samples, int64 (n,): indexes of `manifest.classes`."""
-        index = self._load_selected_index(shard, "cls")
-        ends = index.offsets + index.sizes
-        texts = self._read_ranges(shard, index.offsets.tolist(), ends.tolist())
+        manifest = self._shards[shard][0].manifest
+        extension = manifest.label_extension
+        index = self._load_selected_index(shard, extension or "jpg")
+        contents = [b""] * len(index.keys)
+        if extension:
+            contents = self._read_ranges(shard, index.offsets.tolist(), (index.offsets + index.sizes).tolist())
         try:
-            return np.array([int(text) for text in texts], np.int64)
+            return np.array(manifest.read_labels(index.keys, contents), np.int64)
         except ValueError as error:
-            message = f"{self.shard_path(shard)}: a label is not a number; {self.repair_hint(shard)}"
+            message = f"{self.shard_path(shard)}: a label cannot be read ({error}); {self.repair_hint(shard)}"
             raise UserError(message) from error
 
     def mean_bytes(self, shard: int) -> int:
@@ -222,7 +246,13 @@ class ShardReader:
 
     def key(self, shard: int, index: int) -> str:
         """Return the key of a sample in its shard set."""
-        return self._index(shard).keys[index]
+        return self._index(shard, "jpg").keys[index]
+
+    def key_of(self, sample_id: int) -> str:
+        """Return the key of the sample at a position in [0, num_samples), in the order of the shards."""
+        ends = np.cumsum(self.shard_sizes)
+        shard = int(np.searchsorted(ends, sample_id, side="right"))
+        return self.key(shard, int(sample_id - ends[shard] + self.shard_sizes[shard]))
 
     def shard_path(self, shard: int) -> str:
         """Return the file or URL of a shard, for messages."""
@@ -301,7 +331,7 @@ class ShardReader:
         ]
 
     def _select_by_class(self) -> list[np.ndarray]:
-        if not self.manifest.classes:
+        if not self.manifest.has_labels:
             raise UserError(f"data.subset_by_class: {self.paths[0]} has no labels; build it from class folders")
         with ThreadPoolExecutor(self.data.read_threads) as pool:
             shards = range(len(self._shards))
@@ -336,12 +366,19 @@ class ShardReader:
     def _weights(self) -> list[Fraction]:
         return [Fraction(str(source.weight)) for source in self.sources if source.weight is not None]
 
+    def _selected_rows(self, shard: int) -> np.ndarray:
+        samples = self._shards[shard][1].samples
+        if self._selected is None:
+            return np.arange(samples)
+        return np.flatnonzero(np.unpackbits(self._selected[shard], count=samples))
+
     def _load_selected_index(self, shard: int, extension: str = "jpg") -> ShardIndex:
         index = self._load_index(shard, extension)
         if self._selected is None:
             return index
-        rows = np.flatnonzero(np.unpackbits(self._selected[shard], count=len(index.keys)))
-        return ShardIndex([index.keys[row] for row in rows], index.offsets[rows], index.sizes[rows])
+        rows = self._selected_rows(shard)
+        keys, names = ([column[row] for row in rows] for column in (index.keys, index.names))
+        return ShardIndex(keys, names, index.offsets[rows], index.sizes[rows])
 
     def _load_index(self, shard: int, extension: str = "jpg") -> ShardIndex:
         shard_set, entry = self._shards[shard]

@@ -5,7 +5,8 @@ first), so it is a function of the data alone, not of ranks or restarts. It is c
 the random numbers of the sample it replaces, and the sample trace names that sample.
 
 Each rank counts and logs a sample once, and appends {"shard", "sample", "reason"} to RUN/replaced/rank-R.jsonl,
-which all ranks read when the run resumes.
+which all ranks read when the run resumes. A sample on which DALI failed is logged and written only when its batch has
+been decoded with the substitute, so that a failing device leaves no record.
 """
 
 import json
@@ -33,6 +34,7 @@ class UndecodableSamples:
         self._reader, self._limit = reader, limit
         self._names: set[tuple[str, str]] = set()
         self._reasons: dict[tuple[int, int], str] = {}
+        self._unconfirmed: list[tuple[str, str, str]] = []
         self._lock = threading.Lock()
         self._path = directory / f"rank-{rank}.jsonl" if directory else None
         for path in sorted(directory.glob("rank-*.jsonl")) if directory else ():
@@ -40,11 +42,15 @@ class UndecodableSamples:
 
     @property
     def count(self) -> int:
-        """Samples known so far, including those of earlier starts of the run."""
-        return len(self._names)
+        """Samples known so far, including those of earlier starts of the run, without unconfirmed ones."""
+        return len(self._names) - len(self._unconfirmed)
 
-    def add(self, shard: int, index: int, reason: str) -> None:
-        """Record that a sample cannot be decoded. Raise UserError if there are more than `limit`."""
+    def add(self, shard: int, index: int, reason: str, confirmed: bool = True) -> None:
+        """Record that a sample cannot be decoded. Raise UserError if there are more than `limit`.
+
+        Args:
+            confirmed: Log and write it now, not at the next `confirm`.
+        """
         with self._lock:
             if (shard, index) in self._reasons:
                 return
@@ -52,13 +58,23 @@ class UndecodableSamples:
             path, key = self._reader.shard_path(shard), self._reader.key(shard, index)
             if (path, key) not in self._names:
                 self._names.add((path, key))
-                self._report(path, key, reason)
+                if confirmed:
+                    self._report(path, key, reason)
+                else:
+                    self._unconfirmed.append((path, key, reason))
             if len(self._names) > self._limit:
                 names = join_names([f"{path} sample {key!r}" for path, key in sorted(self._names)])
                 raise UserError(
                     f"data.max_undecodable: more than {self._limit} samples cannot be decoded: {names}; "
                     f"{self._reader.repair_hint(shard)}"
                 )
+
+    def confirm(self) -> None:
+        """Log and write the samples that were added without confirmation."""
+        with self._lock:
+            for sample in self._unconfirmed:
+                self._report(*sample)
+            self._unconfirmed.clear()
 
     def substitute(self, shard: int, index: int) -> int:
         """Return the index to read for a sample: its own, unless it is known to be undecodable."""

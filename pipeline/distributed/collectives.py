@@ -12,10 +12,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed.launch import DistInfo, init_dist_env
+from pipeline.distributed.launch import DistInfo, init_dist_env, wait_for_rank_0
 from pipeline.errors import AllRanksError, Diverged, StoppedEarly, UserError
 
 T = TypeVar("T")
+PIECE_BYTES = 64 * 2**20
+"""Bytes of each rank that `all_gather_uneven` sends at a time."""
 
 
 @contextmanager
@@ -27,6 +29,7 @@ def init_distributed(timeout_minutes: float) -> Iterator[DistInfo]:
     """
     dist_info = init_dist_env()
     with destroy_process_group_on_exit():
+        wait_for_rank_0(dist_info.rank, 60 * timeout_minutes)
         init_process_group(dist_info, timeout_minutes)
         yield dist_info
 
@@ -94,16 +97,44 @@ def all_gather_object(value: T) -> list[T]:
     return outputs
 
 
-def all_gather_uneven(rows: torch.Tensor) -> torch.Tensor:
-    """Concatenate the rows (n, ...) of every rank, in rank order; n may differ between ranks."""
+def gather_object(value: T) -> list[T] | None:
+    """Return every rank's value, in rank order, on rank 0; None on the others."""
     if not dist.is_initialized():
+        return [value]
+    outputs: list | None = None if dist.get_rank() else [None] * dist.get_world_size()
+    dist.gather_object(value, outputs)
+    return outputs
+
+
+def all_gather_uneven(rows: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """Concatenate the rows (n, ...) of every rank, in rank order; n may differ between ranks.
+
+    Args:
+        rows: This rank's rows.
+        device: Device of the process group's backend, if the rows are elsewhere. They pass through it in pieces, of
+            which it holds one per rank at a time.
+
+    Returns:
+        All rows, on the device of `rows`; on one rank `rows` itself.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
     counts = all_gather_object(len(rows))
-    padded = rows.new_zeros(max(counts), *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    starts = [sum(counts[:rank]) for rank in range(len(counts))]
+    gathered = rows.new_empty(sum(counts), *rows.shape[1:])
+    row_bytes = gathered[:1].nbytes
+    piece_rows = max(1, PIECE_BYTES // max(1, row_bytes))
+    for first in range(0, max(counts), piece_rows):
+        length = min(piece_rows, max(counts) - first)
+        local = rows[first : first + length]
+        piece = torch.zeros(length, *rows.shape[1:], dtype=rows.dtype, device=device or rows.device)
+        piece[: len(local)] = local
+        parts = [torch.empty_like(piece) for _ in counts]
+        dist.all_gather(parts, piece)
+        for start, count, part in zip(starts, counts, parts, strict=True):
+            valid = max(0, min(length, count - first))
+            gathered[start + first : start + first + valid] = part[:valid]
+    return gathered
 
 
 def raise_on_all_ranks(function: Callable[[], T]) -> T:

@@ -1,22 +1,29 @@
 """The launcher's environment: rank, world size and device of this process.
 
 The only module that reads launcher variables. Supported are DeepSpeed's launcher and torchrun (RANK, WORLD_SIZE,
-LOCAL_RANK), srun (SLURM_*), and no launcher. Afterwards the environment has the variables that DeepSpeed reads.
+LOCAL_RANK), srun (SLURM_*), and no launcher, in which case a MASTER_ADDR is ignored. Afterwards the environment has the
+variables that DeepSpeed reads.
 """
 
+import logging
 import os
 import platform
 import socket
 import subprocess
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
 
-from pipeline.distributed.hardware import keep_freed_memory
-from pipeline.errors import UserError
+from pipeline.distributed.hardware import disable_tf32, keep_freed_memory
+from pipeline.errors import StoppedEarly, UserError
 
+logger = logging.getLogger(__name__)
+SELF_CONNECT_S, CONNECT_ATTEMPT_S = 60.0, 5.0
 PORTS = range(20000, 32768)
 """Rendezvous ports of Slurm jobs, below the usual range of ephemeral ports."""
 
@@ -36,7 +43,8 @@ class DistInfo(NamedTuple):
 def init_dist_env() -> DistInfo:
     """Read the launcher's environment, complete it for DeepSpeed, and select the device.
 
-    On a CPU it also sets the number of threads and makes malloc keep freed memory.
+    Also limits torch's CPU threads to this rank's share of the cores, unless OMP_NUM_THREADS is set; turns TF32 off on
+    a GPU, and makes malloc keep freed memory on a CPU.
 
     Raises:
         UserError: If a launcher variable is invalid, or the node has a GPU that torch cannot use.
@@ -59,8 +67,7 @@ def init_dist_env() -> DistInfo:
         env.setdefault("MASTER_PORT", str(PORTS[_env_int("SLURM_JOB_ID") % len(PORTS)]))
     else:
         rank, world_size, local_rank, local_world_size = 0, 1, 0, 1
-        env.setdefault("MASTER_ADDR", "127.0.0.1")
-        env.setdefault("MASTER_PORT", str(_free_port()))
+        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())  # others may be left over
     env.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     port = _env_int("MASTER_PORT")
     if world_size > local_world_size and "GLOO_SOCKET_IFNAME" not in env:
@@ -72,19 +79,57 @@ def init_dist_env() -> DistInfo:
         device = torch.device("cuda", _device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         env["LOCAL_RANK"] = str(device.index)  # DeepSpeed uses it as the device index
+        disable_tf32()
     else:
-        if Path("/proc/driver/nvidia/version").exists() and "DS_ACCELERATOR" not in env:
+        accelerator = env.get("DS_ACCELERATOR")
+        if accelerator == "cuda" or (accelerator is None and Path("/proc/driver/nvidia/version").exists()):
+            has = "DS_ACCELERATOR is cuda" if accelerator else "this machine has an NVIDIA driver"
             raise UserError(
-                f"this machine has an NVIDIA driver, but torch {torch.__version__} finds no usable GPU; "
-                "install a torch for the driver's CUDA version, or set DS_ACCELERATOR=cpu"
+                f"{has}, but torch {torch.__version__} finds no usable GPU; install a torch for the driver's CUDA "
+                "version, or set DS_ACCELERATOR=cpu"
             )
         device = torch.device("cpu")
         env["DS_ACCELERATOR"] = "cpu"
         keep_freed_memory()
     num_cpus = num_cpus or max(1, len(os.sched_getaffinity(0)) // local_world_size)
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in env:
+    if "OMP_NUM_THREADS" not in env:  # else every rank of a node would use all of its cores
         torch.set_num_threads(num_cpus)
     return DistInfo(rank, world_size, local_rank, local_world_size, device, num_cpus)
+
+
+def wait_for_rank_0(rank: int, timeout_s: float, check_stop: Callable[[], None] = lambda: None) -> None:
+    """Wait until the rendezvous address can be reached: torch would try for its own timeout, ignoring signals.
+
+    Args:
+        rank: This rank. Rank 0 checks whether the address is its own.
+        timeout_s: Time that the other ranks wait for rank 0 to start.
+        check_stop: Called several times per second; it may raise.
+
+    Raises:
+        UserError: If the address is not rank 0's.
+        StoppedEarly: If rank 0 cannot be reached.
+    """
+    address, port = os.environ.get("MASTER_ADDR", ""), _env_int("MASTER_PORT")
+    deadline = time.monotonic() + (timeout_s if rank else min(timeout_s, SELF_CONNECT_S))
+    with _listener(port) if rank == 0 else nullcontext():
+        while True:
+            check_stop()
+            try:
+                socket.create_connection((address, port), timeout=CONNECT_ATTEMPT_S).close()
+                return
+            except OSError as error:
+                reason = error.strerror or str(error)
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+            if rank == 0:
+                raise UserError(
+                    f"MASTER_ADDR {address}: rank 0 cannot reach itself there ({reason}); set this machine's address, "
+                    "or start by a launcher"
+                )
+            message = f"rendezvous failed: rank 0 cannot be reached at {address}:{port} ({reason})"
+            logger.error(f"{message}; check MASTER_ADDR and MASTER_PORT, and that rank 0 runs")
+            raise StoppedEarly(message)  # printed by rank 0 alone
 
 
 def node_name() -> str:
@@ -141,6 +186,15 @@ def _interface_to(host: str, port: int) -> str | None:
         if any(entry.address == address for entry in addresses):
             return name
     return None
+
+
+def _listener(port: int) -> AbstractContextManager:
+    """Accept connections at a port; if it is taken, as by torchrun, whoever has it does."""
+    ipv6 = socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(("", port), family=socket.AF_INET6 if ipv6 else socket.AF_INET, dualstack_ipv6=ipv6)
+    except OSError:
+        return nullcontext()
 
 
 def _free_port() -> int:

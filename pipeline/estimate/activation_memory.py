@@ -1,39 +1,85 @@
 """Memory that a training step's backward pass needs, counted on torch's meta device."""
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pipeline.methods import build_method
-from pipeline.methods.method import Method
+from pipeline.methods import Method, build_method
 from pipeline.recipe import Recipe
 
 
+def activation_bytes(recipe: Recipe, build: Callable[[Recipe], Method] = build_method) -> int:
+    """Return the bytes that autograd saves per image of a micro batch of pre-training, in the recipe's precision.
+
+    `build` builds the method.
+    """
+    return _activation_bytes(recipe.with_micro_batch(1), build)  # whose size does not matter
+
+
 @lru_cache
-def activation_bytes(recipe: Recipe) -> int:
-    """Return the bytes that autograd saves per image of a micro batch, in the recipe's precision.
+def _activation_bytes(recipe: Recipe, build: Callable[[Recipe], Method]) -> int:
+    engine = recipe.engine.model_copy(update={"activation_checkpointing": False})
+    with torch.device("meta"):
+        method = build(recipe.model_copy(update={"engine": engine}))
+    if recipe.engine.precision != "fp32":
+        method = method.to(torch.bfloat16)
+    blocks = [
+        block for part in (method.encoder, getattr(method, "decoder", None)) for block in getattr(part, "blocks", ())
+    ]
+
+    def forward(batch: int) -> None:
+        images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size)
+        method(images, torch.empty(batch, method.noise_size))
+
+    return count_activation_bytes(method, blocks, forward, recipe.engine.activation_checkpointing)
+
+
+def count_activation_bytes(
+    module: nn.Module, blocks: Sequence[nn.Module], forward: Callable[[int], object], activation_checkpointing: bool
+) -> int:
+    """Return the bytes that autograd saves per image of a micro batch.
 
     With activation checkpointing: the inputs of all blocks, everything outside the blocks, and the inside of
     the largest block.
+
+    Args:
+        module: On the meta device, without activation checkpointing.
+        blocks: Its transformer blocks.
+        forward: Runs the module on a number of images.
     """
-    one, two = (_saved_bytes(recipe, batch) for batch in (1, 2))
+    one, two = (_saved_bytes(module, blocks, forward, batch, activation_checkpointing) for batch in (1, 2))
     return two - one
 
 
-def _saved_bytes(recipe: Recipe, batch: int) -> int:
-    engine = recipe.engine.model_copy(update={"activation_checkpointing": False})
-    with torch.device("meta"):
-        method = build_method(recipe.model_copy(update={"engine": engine}))
-        if recipe.engine.precision != "fp32":
-            method = method.to(torch.bfloat16)
-        images = torch.empty(batch, 3, recipe.data.image_size, recipe.data.image_size)
-        noise = torch.empty(batch, method.noise_size)
-        counter = _SavedTensorCounter(method)
-        with torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor), _FusedAttentionMode():
-            method(images, noise)
-    if not recipe.engine.activation_checkpointing:
+def _saved_bytes(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    forward: Callable[[int], object],
+    batch: int,
+    activation_checkpointing: bool,
+) -> int:
+    counter = _SavedTensorCounter(module)
+    handles = [
+        handle
+        for block in blocks
+        for handle in (
+            block.register_forward_pre_hook(counter.enter_block),
+            block.register_forward_hook(counter.leave_block),
+        )
+    ]
+    with (
+        torch.device("meta"),
+        torch.autograd.graph.saved_tensors_hooks(counter.save, lambda tensor: tensor),
+        _FusedAttentionMode(),
+    ):
+        forward(batch)
+    for handle in handles:
+        handle.remove()
+    if not activation_checkpointing:
         return counter.outside + sum(counter.inside)
     return counter.outside + sum(counter.inputs) + max(counter.inside)
 
@@ -41,24 +87,20 @@ def _saved_bytes(recipe: Recipe, batch: int) -> int:
 class _SavedTensorCounter:
     """Counts the bytes saved outside the transformer blocks and inside each, without weights."""
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.outside = 0
         self.inside: list[int] = []
         self.inputs: list[int] = []
         self._in_block = False
-        self._seen = {p.untyped_storage()._cdata for p in method.parameters()}
+        self._seen = {p.untyped_storage()._cdata for p in module.parameters()}
         self._alive: list[torch.UntypedStorage] = []  # the address of a freed storage could be reused
-        for part in (method.encoder, getattr(method, "decoder", None)):
-            for block in getattr(part, "blocks", ()):
-                block.register_forward_pre_hook(self._enter_block)
-                block.register_forward_hook(self._leave_block)
 
-    def _enter_block(self, block: torch.nn.Module, inputs: tuple) -> None:
+    def enter_block(self, block: nn.Module, inputs: tuple) -> None:
         self._in_block = True
         self.inside.append(0)
         self.inputs.append(inputs[0].numel() * inputs[0].element_size())
 
-    def _leave_block(self, *_: object) -> None:
+    def leave_block(self, *_: object) -> None:
         self._in_block = False
 
     def save(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,12 @@
 """Benchmark of the loader without a model.
 
 Each stage is measured alone, on batches held in memory: reading, planning, decoding, decoding and augmenting;
-then the whole loader, and a copy of a batch on its device (on a CPU the model uses DALI's memory without a
-copy). A model's consumption is `plan`'s estimate: peak FLOP/s x MFU. CPU time is this process's, all threads
-together.
+then the whole loader, and a copy of a batch on its device. On a GPU, decoding is measured with all, none and the
+recipe's share of the JPEGs on the hardware decoder, and by regions if data.roi_decode is set. A model's consumption is
+`plan`'s estimate: peak FLOP/s x MFU. CPU time is this process's, all threads together.
 """
 
 import itertools
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -17,21 +16,22 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pipeline.data.dali import Decoder, training_pipeline_def
-from pipeline.data.loader import BatchBuilder, BatchSpec, Loader, prefetch_depth
+from pipeline.data.dali import training_pipeline_def
+from pipeline.data.decode_options import DecodeOptions, decode_options, prefetch_depth
+from pipeline.data.decoder import Decoder
+from pipeline.data.gpu_decoder import nvjpeg_version
+from pipeline.data.loader import BatchBuilder, BatchSpec, Loader
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.read_ahead import ReadAhead
 from pipeline.data.reader import ShardReader
+from pipeline.data.timing import time_steps
 from pipeline.data.undecodable import UndecodableSamples
 from pipeline.estimate.plan import plan
 from pipeline.recipe import Recipe
-from pipeline.recipe.sections import Source
+from pipeline.recipe.sections import DataSection, Source
 
 LastStage = Literal["decode", "augment"]
-DALI_STAGES: dict[str, LastStage] = {"decode": "decode", "decode and augment": "augment"}
-"""Stages that are a DALI pipeline, and the operator after which it ends."""
 NUM_HELD = 8  # micro batches held in memory
-NUM_WARMUP = 3  # micro batches before a measurement
 NOISE_SIZE = 196  # random numbers per image, about as many as a method needs
 
 
@@ -75,7 +75,9 @@ def bench_loader(
     """
     needed = plan(recipe, gpus=1, gpu=gpu, mfu=mfu).images_per_s  # first: it validates gpu and mfu
     data = recipe.data
-    timer = _StageTimer(seconds / 4, recipe.engine.micro_batch, device)
+    options, variants = decode_options(data, device), decode_variants(data, device)
+    warmup = prefetch_depth(data, device) + 2
+    timer = _StageTimer(seconds / (3 + len(variants)), recipe.engine.micro_batch, device, warmup)
     reader = ShardReader(sources, data)
     builder = BatchBuilder(reader, recipe, NOISE_SIZE, UndecodableSamples(reader, data.max_undecodable))
     with closing(_read_ahead(ShardReader(sources, data), recipe)) as read_ahead:
@@ -85,8 +87,12 @@ def bench_loader(
     results.append(timer.measure("plan", 1, lambda: builder.build(*next(inputs))))
     images = None
     for number in sorted(threads):
-        for stage, last in DALI_STAGES.items():
-            with closing(_decoder(specs, builder, device, number, last)) as decoder:
+        stages: list[tuple[str, DecodeOptions, LastStage]] = [
+            *((stage, variant, "decode") for stage, variant in variants.items()),
+            ("decode and augment", options, "augment"),
+        ]
+        for stage, variant, last in stages:
+            with closing(_decoder(specs, builder, device, number, variant, last)) as decoder:
                 results.append(timer.measure(stage, number, decoder.next))
         with closing(Loader(ShardReader(sources, data), recipe, NOISE_SIZE, device, threads=number)) as loader:
             images = loader.next().images
@@ -100,6 +106,7 @@ def bench_loader(
         "samples": reader.num_samples,
         "mean_bytes": round(np.mean([image.size for spec in specs for image in spec.encoded])),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+        "nvjpeg": nvjpeg_version() if device.type == "cuda" else None,
         "micro_batch": recipe.engine.micro_batch,
         "prefetch": prefetch_depth(data, device),
         "measured": [asdict(result) for result in results],
@@ -114,14 +121,24 @@ def bench_loader(
     }
 
 
+def decode_variants(data: DataSection, device: torch.device) -> dict[str, DecodeOptions]:
+    """Return the ways of decoding to compare on a device, by the name of their stage."""
+    options = decode_options(data, device)
+    if options.backend == "cpu":
+        return {"decode": options}
+    shares = sorted({0.0, options.hw_decoder_load, 1.0})
+    variants = {f"decode, hardware {share:.2f}": options._replace(roi=False, hw_decoder_load=share) for share in shares}
+    return variants | ({"decode, regions": options} if options.roi else {})
+
+
 def format_bench(result: dict[str, Any]) -> str:
     """Format the results as a table."""
     lines = [
         "{samples:,} samples, {mean_bytes:,} bytes on average, on {device}; micro batch {micro_batch}, "
         "prefetch {prefetch}".format(**result),
-        f"{'stage':<22}{'threads':>8}{'images/s':>12}{'CPU ms/image':>18}",
+        f"{'stage':<24}{'threads':>8}{'images/s':>12}{'CPU ms/image':>18}",
     ]
-    row = "{stage:<22}{threads:>8}{images_per_s:>12,.0f}{cpu_ms:>18.2f}"
+    row = "{stage:<24}{threads:>8}{images_per_s:>12,.0f}{cpu_ms:>18.2f}"
     lines += [row.format(**stage) for stage in result["measured"]]
     lines.append(
         "{method} on {encoder}: one {gpu} at {mfu:.0%} MFU consumes {images_per_s:,.0f} images/s;\n"
@@ -139,14 +156,19 @@ def _read_ahead(reader: ShardReader, recipe: Recipe) -> ReadAhead:
 
 
 def _decoder(
-    specs: list[BatchSpec], builder: BatchBuilder, device: torch.device, threads: int, last: LastStage
+    specs: list[BatchSpec],
+    builder: BatchBuilder,
+    device: torch.device,
+    threads: int,
+    options: DecodeOptions,
+    last: LastStage,
 ) -> Decoder:
     data = builder.recipe.data
     with warnings.catch_warnings():
         # A pipeline that ends early does not use all of its inputs.
         warnings.filterwarnings("ignore", "The external source node")
         return Decoder(
-            training_pipeline_def(data, device.type == "cuda", last),
+            training_pipeline_def(data, options, last),
             PrefetchThread(itertools.cycle(specs), 1),
             builder.replace,
             len(specs[0].encoded),
@@ -159,22 +181,10 @@ def _decoder(
 class _StageTimer:
     """Measures stages that process `images` per step, each for a number of seconds."""
 
-    def __init__(self, seconds: float, images: int, device: torch.device):
-        self.seconds, self.images, self.device = seconds, images, device
+    def __init__(self, seconds: float, images: int, device: torch.device, warmup: int):
+        self.seconds, self.images, self.device, self.warmup = seconds, images, device, warmup
 
     def measure(self, stage: str, threads: int, step: Callable[[], object]) -> StageResult:
-        for _ in range(NUM_WARMUP):
-            step()
-        self._synchronize()
-        steps, start, cpu_start = 0, time.perf_counter(), time.process_time()
-        while not steps or time.perf_counter() - start < self.seconds:
-            step()
-            steps += 1
-        self._synchronize()
-        elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-        images = steps * self.images
-        return StageResult(stage, threads, images / elapsed, 1000 * cpu / images)
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        timing = time_steps(step, self.device, warmup=self.warmup, min_seconds=self.seconds)
+        images = timing.steps * self.images
+        return StageResult(stage, threads, images / timing.seconds, 1000 * timing.cpu_seconds / images)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.distributed.hardware import GPUS
 from pipeline.errors import UserError
-from pipeline.estimate.plan import peak_flops, step_flops_per_image
+from pipeline.estimate.plan import peak_flops, resolve_recipe, step_flops_per_image
 from pipeline.methods import build_method
 from pipeline.recipe import Recipe
 from pipeline.train.sharded_state import checkpoint_bytes
@@ -35,7 +36,7 @@ class Scale:
     gpus: int
     """GPUs of all nodes."""
     micro_batch: int
-    """The recipe's, limited to a GPU's share of the global batch."""
+    """As in `Plan`."""
     accumulation: int
     """Gradient accumulation steps."""
     compute_s: float
@@ -64,28 +65,39 @@ class Scaling:
 
 
 def estimate_scaling(
-    recipe: Recipe, *, gpus: int, nodes: int, gpu: str, mfu: float, link_gbit: float, storage_gb: float
+    recipe: Recipe, *, gpus: int, nodes: int, gpu: str, mfu: float, link_gbit: float | None = None, storage_gb: float
 ) -> Scaling:
     """Estimate 1, 2, 4, ... and `nodes` nodes of `gpus` GPUs, if the global batch divides among them.
 
-    The arguments are those of `plan`, already validated, and of `Scaling`.
+    The arguments are those of `plan`, already validated, and of `Scaling`. Without `link_gbit` a node has the adapters
+    that `GPUS` lists.
 
     Raises:
         UserError: If a rate is not positive.
     """
+    link_gbit = GPUS[gpu].link_gbit if link_gbit is None else link_gbit
     for name, value in {"--link": link_gbit, "--storage": storage_gb}.items():
         if not value > 0:
             raise UserError(f"{name} {value}: must be positive")
     with torch.device("meta"):
         parameters = sum(p.numel() for p in build_method(recipe).parameters())
-    image_s = step_flops_per_image(recipe) / (peak_flops(recipe, gpu) * mfu)
     weight_bytes = parameters * (4 if recipe.engine.precision == "fp32" else 2)
     gradient_bytes = parameters * (2 if recipe.engine.precision == "fp16" else 4)
     counts = sorted({nodes, *(2**power for power in range(nodes.bit_length()) if 2**power < nodes)})
+    counts = [count for count in counts if recipe.data.global_batch % (count * gpus) == 0]
+    largest = resolve_recipe(recipe, counts[-1] * gpus, gpu) if counts else recipe
+    image_s = step_flops_per_image(largest) / (peak_flops(recipe, gpu) * mfu)
     scales = [
-        _estimate_scale(recipe, count, gpus, image_s, weight_bytes, gradient_bytes, link_gbit * 1e9 / 8)
+        _estimate_scale(
+            resolve_recipe(recipe, count * gpus, gpu),
+            count,
+            gpus,
+            image_s,
+            weight_bytes,
+            gradient_bytes,
+            link_gbit * 1e9 / 8,
+        )
         for count in counts
-        if recipe.data.global_batch % (count * gpus) == 0
     ]
     size = checkpoint_bytes(recipe, parameters)
     return Scaling(link_gbit, storage_gb, size / 1e9, size / storage_gb / 1e9, scales)
@@ -95,7 +107,7 @@ def _estimate_scale(
     recipe: Recipe, nodes: int, gpus: int, image_s: float, weight_bytes: int, gradient_bytes: int, bytes_per_s: float
 ) -> Scale:
     share = recipe.data.global_batch // (nodes * gpus)
-    micro_batch = min(share, recipe.engine.micro_batch)
+    micro_batch = recipe.engine.micro_batch
     accumulation = -(-share // micro_batch)
     compute = share * image_s
     gather = (nodes - 1) / nodes * weight_bytes

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-RESULT = "accuracy.json"
-"""File of a run directory that holds the accuracies."""
 TOP_K = 5
 
 

@@ -42,26 +42,39 @@ def open_labeled_sets(train: str | Path, val: str | Path, data: DataSection) -> 
     return sets
 
 
+def check_labeled(option: str, reader: ShardReader) -> None:
+    """Raise UserError if a set has no labels."""
+    if not reader.manifest.has_labels:
+        raise UserError(
+            f"{option} {reader.paths[0]}: its samples have no labels; build it from class folders or a labeled source"
+        )
+
+
 def check_labeled_sets(train: ShardReader, val: ShardReader) -> None:
     """Raise UserError if a set has no labels or one class only, or if classes differ or shards are shared."""
     for option, reader in (("--data", train), ("--val", val)):
-        if not reader.manifest.classes:
-            raise UserError(
-                f"{option} {reader.paths[0]}: its samples have no labels; build it from class folders or a "
-                "labeled source"
-            )
-    data_option, val_option = f"--data {train.paths[0]}", f"--val {val.paths[0]}"
+        check_labeled(option, reader)
+    if len(classes := train.manifest.classes) == 1:
+        raise UserError(f"--data {train.paths[0]}: all samples have one class, {classes[0]!r}; give at least two")
+    check_same_classes(train, val)
+    check_disjoint(train, val)
+
+
+def check_same_classes(train: ShardReader, val: ShardReader) -> None:
+    """Raise UserError if the classes of two sets or their order differ."""
     classes, val_classes = train.manifest.classes, val.manifest.classes
-    if len(classes) == 1:
-        raise UserError(f"{data_option}: all samples have one class, {classes[0]!r}; give at least two")
     if val_classes != classes:
         raise UserError(
-            f"{val_option}: its classes differ from those of {data_option}: "
+            f"--val {val.paths[0]}: its classes differ from those of --data {train.paths[0]}: "
             f"{_describe_difference(classes, val_classes)}"
         )
+
+
+def check_disjoint(train: ShardReader, val: ShardReader) -> None:
+    """Raise UserError if two sets have a shard in common."""
     checksums = [{shard.sha256 for shard in reader.manifest.shards} for reader in (train, val)]
     if checksums[0] & checksums[1]:
-        raise UserError(f"{val_option}: shares shards with {data_option}; evaluate on other images")
+        raise UserError(f"--val {val.paths[0]}: shares shards with --data {train.paths[0]}; evaluate on other images")
 
 
 def verify_checksums(dist_info: DistInfo, **sets: ShardReader) -> None:

@@ -70,8 +70,7 @@ class FeatureExtractor:
             assert cached is not None
             return cached
         local = raise_on_all_ranks(lambda: self._extract_local(reader))
-        device = self.dist_info.device
-        features = Features(*(all_gather_uneven(rows.to(device)).cpu() for rows in local))
+        features = Features(*(all_gather_uneven(rows, self.dist_info.device) for rows in local))
         if self._cache and self.dist_info.rank == 0:
             self._cache.save(key, features)
         return features

@@ -2,7 +2,7 @@
 
 Invariant: parameters have no gradient, and `digest` changes if anything that determines the features does.
 
-    run directory, .safetensors, .pth, random:RECIPE    class token of an encoder, or mean of its patch tokens
+    run, .safetensors, .pth, HF folder, random:RECIPE   class token of an encoder, or mean of its patch tokens
     pixels, pixels:SIZE                                 the image itself, 32 px or SIZE, as a baseline
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.recipe.sections import DataSection
 from pipeline.weights.encoder import ImageEncoder, load_encoder
 
@@ -54,7 +55,11 @@ class PooledTokens(FrozenEncoder):
 
     @cached_property
     def digest(self) -> str:
-        return module_digest(self, self.name, self.encoder.heads, self.image_size, self.mean, self.std)
+        encoder = self.encoder
+        settings = [self.name, encoder.heads, self.image_size, self.mean, self.std]
+        if encoder.norm_eps != LAYER_NORM_EPS:  # a weights file of transformers
+            settings.append(encoder.norm_eps)
+        return module_digest(self, *settings)
 
 
 class Pixels(FrozenEncoder):

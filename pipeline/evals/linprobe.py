@@ -1,6 +1,6 @@
 """`python -m pipeline linprobe`: linear classifiers on a frozen encoder.
 
-    RUN/accuracy.json    top-1 and top-5 of every learning rate on --val, and which rate was chosen
+    RUN/results.json     top-1 and top-5 of every learning rate on --val, and which rate was chosen
     RUN/metrics.jsonl, checkpoints/, ... as for pre-training (docs/architecture.md)
 
 Invariant: every rank trains every head on the features of the whole global batch, gathered in stream order; so
@@ -58,7 +58,7 @@ def linprobe(
         cache: Directory for features; None to keep none.
 
     Returns:
-        The content of accuracy.json.
+        The content of results.json.
 
     Raises:
         UserError: If the user has to fix something.
@@ -153,8 +153,7 @@ class LinearProbe(TrainLoop[ProbeRecipe, CachedFeatures | RandomCropFeatures]):
             )
 
     def train_step(self) -> bool:
-        step, batch = self.state.step, self.recipe.data.global_batch
-        parts = []
+        step, parts = self.state.step, []
         for _ in range(self.accumulation_steps):
             part = self.session.preemption.next_batch(self.loader)
             if part is None:
@@ -162,13 +161,16 @@ class LinearProbe(TrainLoop[ProbeRecipe, CachedFeatures | RandomCropFeatures]):
             parts.append(part)
             self.session.watchdog.heartbeat()
         features, labels = (all_gather_uneven(torch.cat(rows)) for rows in zip(*parts, strict=True))
-        self._lr = learning_rate(step, self.total_steps, self.warmup_steps, batch / 256)
+        self._lr = self.learning_rate_at(step, self.total_steps)
         with self.throughput.time_compute():
             losses = self.heads.train_step(features, labels, self._lr)
         self.state.step += 1
         metrics = {f"loss_{rate:g}": loss for rate, loss in zip(self.heads.rates, losses, strict=True)}
         self.state.metrics.add({**metrics, "skipped": torch.zeros((), device=losses.device)})
         return True
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        return learning_rate(step, total_steps, self.warmup_steps, self.recipe.data.global_batch / 256)
 
     def current_lr(self) -> float:
         return self._lr
@@ -186,7 +188,7 @@ class LinearProbe(TrainLoop[ProbeRecipe, CachedFeatures | RandomCropFeatures]):
         save_tensors(self.heads.state_dict(), directory / HEADS)
 
     def on_train_end(self) -> None:
-        """Evaluate all heads and write accuracy.json."""
+        """Evaluate all heads and write results.json."""
         recipe, classes, device = self.recipe, self.sets.classes, self.session.dist_info.device
         self.result = {
             "weights": recipe.probe.weights,
@@ -206,14 +208,14 @@ class LinearProbe(TrainLoop[ProbeRecipe, CachedFeatures | RandomCropFeatures]):
             "recipe": recipe.model_dump(mode="json"),
             **evaluate_heads(self.heads, classes, self.val, self.held_out, device),
         }
-        self.session.on_rank_0(lambda: write_json(self.run.accuracy, self.result))
+        self.session.on_rank_0(lambda: write_json(self.run.results, self.result))
 
     def close(self) -> None:
         self.loader.close()
 
 
 def format_probe(result: dict) -> str:
-    """Return accuracy.json as a table."""
+    """Return results.json as a table."""
     train = result["train"]
     share = "" if train["labels"] == 1 else f" ({train['labels']:g} of the labels"
     share += (", class-balanced" if train["by_class"] else "") + ")" if share else ""

@@ -40,7 +40,7 @@ class OnlineKnn:
         place = dist_info.device, dist_info.rank, dist_info.world_size
         threads, resize = recipe.data.decode_threads or dist_info.num_cpus, eval_resize_size(size)
         options = recipe.engine.micro_batch, *place, threads, resize, recipe.evals.knn_samples
-        self.loader = EvalLoader(reader, recipe.data, *options)
+        self.loader = EvalLoader(reader, recipe.data, *options, deterministic=recipe.engine.deterministic)
         self.dummy_batch = torch.zeros(1, 3, size, size, device=dist_info.device)
 
     def __call__(self, heartbeat: Callable[[], None]) -> dict[str, float]:
@@ -72,7 +72,7 @@ def check_knn_data(recipe: Recipe, reader: ShardReader) -> None:
     """Raise UserError if k-NN during training is enabled and the data has no labels or too few samples."""
     if recipe.evals.knn_every is None:
         return
-    if not reader.manifest.classes:
+    if not reader.manifest.has_labels:
         raise UserError(f"evals.knn_every: {reader.paths[0]} has no labels; set the key to null")
     samples = min(reader.num_samples, recipe.evals.knn_samples)
     if samples - int(QUERY_SHARE * samples) < K:

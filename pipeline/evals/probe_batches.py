@@ -10,6 +10,7 @@ import torch
 from pipeline.data.loader import Loader
 from pipeline.data.reader import ShardReader
 from pipeline.data.sampler import rank_positions
+from pipeline.data.transfer import copy_to_device
 from pipeline.evals.feature_extractor import FeatureExtractor
 from pipeline.recipe.linear_probe import ProbeRecipe
 
@@ -63,7 +64,7 @@ class CachedFeatures:
         positions = rank_positions(self.step, self.global_batch, rank, world_size)
         rows = torch.from_numpy(self.sampler.locate(positions).sample_id)
         self.step += 1
-        return FeatureBatch(*(tensor[rows].to(self.dist_info.device) for tensor in self.features))
+        return FeatureBatch(*(copy_to_device(tensor[rows], self.dist_info.device) for tensor in self.features))
 
     def close(self) -> None:
         pass

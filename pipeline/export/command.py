@@ -20,9 +20,11 @@ from pipeline.export.onnx_file import ONNX
 from pipeline.export.target import Exportable, Target
 from pipeline.export.timm_folder import TIMM
 from pipeline.export.transformers_folder import HF, HF_MAE
+from pipeline.recipe.tasks import recipe_kind
 from pipeline.tasks.loaded_classifier import LoadedClassifier, load_classifier
 from pipeline.train.checkpoint import fsync_and_hash
-from pipeline.weights.run import LoadedRun, is_classifier, load_run
+from pipeline.train.run_directory import RunDirectory
+from pipeline.weights.run import LoadedRun, load_run, run_command
 
 TARGETS: dict[str, Target[LoadedRun]] = {"timm": TIMM, "hf": HF, "hf-mae": HF_MAE, "official": OFFICIAL, "onnx": ONNX}
 CLASSIFIER_TARGETS: dict[str, Target[LoadedClassifier]] = {"timm": TIMM, "official": OFFICIAL_VIT, "onnx": ONNX}
@@ -98,9 +100,11 @@ def export(
 
 
 def _load(run: Path, target: str, encoder_only: bool, ema: bool) -> tuple[Target[Any], Exportable]:
-    if not is_classifier(run):
+    if run_command(run) != "finetune":
         chosen = OFFICIAL_VIT if encoder_only and target == "official" else TARGETS[target]
         return chosen, load_run(run, ema)
+    if (task := recipe_kind(RunDirectory(run).recipe_file).TASK) != "classification":
+        raise UserError(f"{run}: is a run of {task}, which has no export; use weights.safetensors of its checkpoint")
     if encoder_only:
         raise UserError("--encoder-only: a fine-tuned classifier has no decoder; omit the option")
     if target not in CLASSIFIER_TARGETS:

@@ -198,9 +198,10 @@ def _describe_classifier(run: LoadedClassifier) -> Description:
 
 def _accuracy_table(run: RunDirectory, ema: bool) -> str:
     """Return the last evaluation of the run. Raises UserError if it cannot be read."""
-    if not run.accuracy.is_file():
+    path = run.existing_results
+    if not path.is_file():
         return f"Accuracy: {NOT_RECORDED}."
-    result = read_json(run.accuracy)
+    result = read_json(path)
     try:
         names = ["top1", "top5"] if "top5" in result else ["top1"]  # no top5 with few classes
         tops = {name: Accuracy(result[name]["correct"], result[name]["total"]) for name in names}
@@ -208,7 +209,7 @@ def _accuracy_table(run: RunDirectory, ema: bool) -> str:
         where = f"after step {result['step']:,} on {Path(result['val']['place']).name}"
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(
-            f"{run.accuracy}: damaged ({error!r}); restore it, or remove it to export without an accuracy"
+            f"{path}: damaged ({error!r}); restore it, or remove it to export without an accuracy"
         ) from error
     average = "; of the weights, not of their moving average, which is exported" if ema else ""
     return f"{table}\n\nMeasured {where}{average}. The interval covers sampling, not variance between runs."

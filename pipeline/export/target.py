@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, missing_package_error
 from pipeline.losses import patchify
 from pipeline.masking import gather_tokens
 from pipeline.methods.method import Method
@@ -45,7 +45,7 @@ def import_library(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise UserError(f"this format needs {name}; pip install 'shardmae[export]'") from error
+        raise (missing_package_error(name) or error) from error
 
 
 def check_images(data: DataSection) -> torch.Tensor:
@@ -79,7 +79,7 @@ def mask_ratio(recipe: Recipe) -> float:
     name = recipe.method.name
     if name == "emae":
         return mask_ratio_for(recipe.num_visible, recipe.num_patches)
-    return {"mae": recipe.method.mae, "efficient_mae": recipe.method.efficient_mae}[name].mask_ratio
+    return getattr(recipe.method, name).mask_ratio
 
 
 def mask_ratio_for(num_visible: int, num_patches: int) -> float:

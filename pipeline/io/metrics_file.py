@@ -13,6 +13,7 @@ TIMING_COLUMNS = {
     "data_wait",
     "mfu",
     "memory",
+    "memory_used",
     "rank_time",
     "slowest_time",
     "slowest_rank",
@@ -29,8 +30,12 @@ NON_LOSS_COLUMNS = TIMING_COLUMNS | {
     "skipped_steps",
     "undecodable",
     "decoded_patches",
+    "miou",
+    "macc",
+    "aacc",
+    "iou",
 }
-"""Columns that are neither the loss, nor a term of it, nor an accuracy."""
+"""Columns that are neither the loss, nor a term of it, nor an accuracy with an interval."""
 RENAMED_COLUMNS = {"skips": "skipped_steps", "replaced": "undecodable", "trouble": "bad_span"}
 """Old names of columns, in files of earlier versions, and the present names."""
 

@@ -5,14 +5,13 @@ difficulty P2Dist (Eq. 1, Algorithm 1, Eq. 2). Decoder masking drops patches wit
 (Section 4.2). The ablations of Table 5 (`metric`) and Table 6 (`scheduler`) are options.
 
 The threshold keeps a different number of patches in each image. For static shapes, the decoder predicts the
-same number for every image, the easiest `prediction_ratio` * L masked patches, and applies the threshold as
-an attention mask. The loss equals that of really dropping the patches, and an image's loss does not depend on
-other images. This number is not in the paper: if more patches are within the threshold, the hardest are
-dropped (docs/methods.md). If `prediction_ratio` is null, only the threshold drops patches.
+same number for every image, the easiest `num_predicted` masked patches, and applies the threshold as an
+attention mask. The loss equals that of really dropping the patches, and an image's loss does not depend on
+other images. By default the number is the mean that the threshold keeps: if an image has more patches within
+it, the hardest are dropped (docs/methods.md). If `prediction_ratio` is null, only the threshold drops patches.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Self
 
 import torch
@@ -23,7 +22,9 @@ from pipeline.masking import as_mask, gather_tokens, random_split
 from pipeline.methods.backbone import build_decoder, build_encoder
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.methods.registry import register_method
+from pipeline.methods.targets import build_target
 from pipeline.recipe import Recipe
+from pipeline.recipe.mask_statistics import sample_difficulties
 from pipeline.recipe.method_options import SCHEDULE_START_BETA
 
 REFERENCE_MASK_RATIO = 0.75  # MAE's, with which Table 6 (c) compares
@@ -86,7 +87,7 @@ class EfficientMAE(Method):
         self.num_visible, self.num_predicted = recipe.num_visible, recipe.num_predicted
         self.difficulty_flatten = DifficultyFlatten.from_recipe(recipe)
         self.scheduler = recipe.method.efficient_mae.scheduler
-        self.normalize_targets = recipe.method.normalize_targets
+        self.target = build_target(recipe)
         self.grid, self.patch_size = recipe.grid, recipe.model.patch_size
         self.noise_size = recipe.num_patches
         if self.scheduler == "schedule":
@@ -154,24 +155,16 @@ def interval_index(distance: torch.Tensor, patch_size: int) -> torch.Tensor:
     return (distance * 4 / patch_size).clamp(max=NUM_INTERVALS - 1).long()
 
 
-@lru_cache
-def compute_interval_weights(
-    grid: int, num_visible: int, difficulty_flatten: DifficultyFlatten, num_masks: int = 256
-) -> torch.Tensor:
+def compute_interval_weights(grid: int, num_visible: int, difficulty_flatten: DifficultyFlatten) -> torch.Tensor:
     """Compute the weights of Table 6 (c) from random masks with a fixed seed: float32 (NUM_INTERVALS,).
 
     A weight is the number of masked patches in an interval at MAE's mask ratio divided by that with
     `num_visible` visible patches; 1 if the latter is 0.
     """
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(2, NUM_INTERVALS, device="cpu")
-    reference_visible = max(1, int(grid * grid * (1 - REFERENCE_MASK_RATIO)))
-    with torch.device("cpu"):
-        for noise in torch.rand(num_masks, grid * grid, generator=generator).split(64):
-            for row, visible in enumerate((reference_visible, num_visible)):
-                visible_ids, masked_ids = random_split(noise, visible)
-                distance = difficulty_flatten.compute_difficulty(visible_ids, grid).gather(1, masked_ids)
-                index = interval_index(distance, difficulty_flatten.patch_size).flatten()
-                counts[row] += torch.bincount(index, minlength=NUM_INTERVALS)
+    settings, counts = difficulty_flatten, []
+    for visible in (max(1, int(grid * grid * (1 - REFERENCE_MASK_RATIO))), num_visible):
+        distance = sample_difficulties(grid, visible, settings.patch_size, settings.metric, settings.exact, settings.k)
+        index = interval_index(distance, settings.patch_size).flatten()
+        counts.append(torch.bincount(index, minlength=NUM_INTERVALS).float())
     reference, actual = counts
     return torch.where(actual > 0, reference / actual, 1.0)

@@ -8,7 +8,8 @@ The loss is our reading of the abstract's description and the figure captions; t
 hyperparameters were not available. It is MAE's loss on each part's masked patches, averaged over parts, plus
 `consistency_weight` (1) times the mean absolute difference of the predictions of parts i < j over the patches
 masked in both, averaged over pairs. Stop-gradients are not needed: the two-sided form with them has the same
-gradient.
+gradient. `consistency_mean: all` is a second reading, that of a third-party implementation: its mean is over
+all patches, with 0 for those that are not masked in both.
 """
 
 from itertools import combinations
@@ -21,6 +22,7 @@ from pipeline.methods.backbone import build_decoder, build_encoder
 from pipeline.methods.efficient_mae import DifficultyFlatten, select_easiest
 from pipeline.methods.method import Method, MethodOutput, Reconstruction
 from pipeline.methods.registry import register_method
+from pipeline.methods.targets import build_target
 from pipeline.recipe import Recipe
 
 
@@ -41,9 +43,9 @@ class EMAE(Method):
         super().__init__()
         options = recipe.method.emae
         self.encoder, self.decoder = build_encoder(recipe), build_decoder(recipe)
-        self.num_parts, self.normalize_targets = options.num_parts, recipe.method.normalize_targets
+        self.num_parts, self.target = options.num_parts, build_target(recipe)
         self.consistency_weight = options.consistency_weight
-        self.consistency_kind = options.consistency_kind
+        self.consistency_kind, self.consistency_mean = options.consistency_kind, options.consistency_mean
         flatten = options.difficulty_flatten
         self.difficulty_flatten = DifficultyFlatten.from_recipe(recipe) if flatten else None
         self.grid, self.patch_size = recipe.grid, recipe.model.patch_size
@@ -51,7 +53,7 @@ class EMAE(Method):
         part_size = recipe.num_patches // options.num_parts
         self.num_decoded = max(1, round(options.decode_share * part_size))  # of each part, by each other part
         num_candidates = (options.num_parts - 1) * self.num_decoded
-        self.num_predicted = min(recipe.num_predicted, num_candidates)
+        self.num_predicted = min(recipe.num_predicted, num_candidates) if flatten else num_candidates
         self.drops_hardest = flatten and self.num_predicted < num_candidates
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
@@ -125,7 +127,7 @@ class EMAE(Method):
             full = prediction.new_zeros(*prediction.shape[:2], self.noise_size, prediction.shape[3])
             full = full.scatter(2, predicted_ids[..., None].expand_as(prediction), prediction)
             predicted = keep.new_zeros(*keep.shape[:2], self.noise_size).scatter(2, predicted_ids, keep)
-            return self_consistency_loss(full, predicted, self.consistency_kind)
+            return self_consistency_loss(full, predicted, self.consistency_kind, self.consistency_mean)
         # Element s of part k predicts part k + 1 + s. Roll back so that index k of every list entry is part k
         # as predicted by part k - 1 - s.
         by_offset = prediction.unflatten(2, (self.num_parts - 1, self.num_decoded))
@@ -134,4 +136,6 @@ class EMAE(Method):
         total = prediction.new_zeros(())
         for first, second in pairs:
             total = total + disagreement(first, second, self.consistency_kind).mean()
+        if self.consistency_mean == "all":
+            total = total * ((self.num_parts - 2) * self.num_decoded / self.noise_size)
         return total / max(len(pairs), 1)

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pipeline.losses import denormalize, normalize_targets, patchify
-from pipeline.masking import as_mask, gather_tokens
+from pipeline.losses import patchify
+from pipeline.masking import as_mask
+from pipeline.methods.targets import Target
 from pipeline.models.trainable_module import TrainableModule
 
 
@@ -24,9 +25,9 @@ class MethodOutput(NamedTuple):
     loss: torch.Tensor
     """float32 scalar, the mean over images of a per-image loss."""
     prediction: torch.Tensor
-    """float32 (B, [K,] M, P*P*3), on the scale of the target."""
+    """float32 (B, [K,] M, W), W numbers per patch: on the scale of the target, or the logits of its classes."""
     target: torch.Tensor
-    """float32 (B, [K,] M, P*P*3): pixels, normalized per patch if the recipe says so."""
+    """float32 (B, [K,] M, W), or classes int64 (B, [K,] M)."""
     visible_ids: torch.Tensor
     """int64 (B, [K,] V), positions of the visible patches in raster order of the image."""
     predicted_ids: torch.Tensor
@@ -57,7 +58,8 @@ class Method(TrainableModule):
     """Patches along one side of the image."""
     patch_size: int
     """P, in pixels."""
-    normalize_targets: bool
+    target: Target
+    """What is predicted."""
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
         """Compute the loss of a batch.
@@ -96,21 +98,23 @@ class Method(TrainableModule):
         return torch.arange(patches.shape[1], device=patches.device).expand(patches.shape[:2])
 
     def make_targets(self, patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Compute the targets at ids (B, M) or (B, K, M) of patches (B, L, D) -> (B, [K,] M, D)."""
-        targets = gather_tokens(patches, ids.flatten(1))
-        return (normalize_targets(targets) if self.normalize_targets else targets).view(*ids.shape, -1)
+        """Compute the truth at ids (B, [K,] M) of patches (B, L, D); see `Target.select`."""
+        return self.target.select(patches, ids)
+
+    @torch.no_grad()
+    def draw_targets(self, images: torch.Tensor) -> torch.Tensor:
+        """Draw the truth of all patches of images (B, 3, H, W): float32 (B, L, P*P*3)."""
+        patches = self.patchify(images)
+        return self.target.draw(self.make_targets(patches, self.all_ids(patches)), patches)
 
     def make_reconstruction(
         self, patches: torch.Tensor, prediction: torch.Tensor, visible_ids: torch.Tensor, predicted_ids: torch.Tensor
     ) -> Reconstruction:
-        """Put predictions (B, K, M, D) at predicted_ids (B, K, M) into the input patches (B, L, D), except at
-        visible_ids (B, K, V)."""
-        batch, num_views, _, pixels = prediction.shape
-        truth = patches[:, None].expand(batch, num_views, -1, pixels)
-        index = predicted_ids[..., None].expand(-1, -1, -1, pixels)
-        prediction = prediction.float()
-        if self.normalize_targets:
-            prediction = denormalize(prediction, truth.gather(2, index))
+        """Put predictions (B, K, M, W), drawn as pixels, at predicted_ids (B, K, M) into the input patches (B, L, D),
+        except at visible_ids (B, K, V)."""
+        truth = patches[:, None].expand(-1, predicted_ids.shape[1], -1, -1)
+        index = predicted_ids[..., None].expand(-1, -1, -1, patches.shape[2])
+        prediction = self.target.to_pixels(prediction.float(), truth.gather(2, index))
         visible = as_mask(visible_ids, patches.shape[1])
         filled = truth.scatter(2, index, prediction)
         return Reconstruction(visible, torch.where(visible[..., None], truth, filled))

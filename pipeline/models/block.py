@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 LAYER_NORM_EPS = 1e-6  # MAE's value; PyTorch's default is 1e-5
+ROW_ALIGNMENT = 8
+"""Fused attention kernels need rows of a mask that start at multiples of this many elements, and copy other masks."""
 
 
 class TransformerBlock(Block):
@@ -37,7 +39,7 @@ class TransformerBlock(Block):
 
         Args:
             tokens: (N, T, D).
-            attn_mask: bool, broadcastable to (N, heads, queries, keys), true for keys to attend to.
+            attn_mask: Added to the attention logits; broadcastable to (N, heads, queries, keys).
             num_queries: Compute only the last `num_queries` outputs. The other tokens are only attended to.
             mask_tokens: (L, D), the mask token of every position. The ones that `mask_ids` selects are
                 appended to `tokens`; each is normalized and projected once for the whole batch.

@@ -12,6 +12,8 @@ from timm.layers.attention import Attention
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline.models.block import ROW_ALIGNMENT
+
 RATIO = 1.9
 ALPHA, BETA, GAMMA = 1 * RATIO, 2 * RATIO, 8 * RATIO
 
@@ -42,6 +44,12 @@ def bucket_ids(window_size: int) -> torch.Tensor:
     return ids
 
 
+def one_hot_buckets(window_size: int) -> torch.Tensor:
+    """Return `bucket_ids` in one-hot form: bool (NUM_BUCKETS, T, T'), with T' - T keys of no bucket for alignment."""
+    ids = F.pad(bucket_ids(window_size), (0, -(1 + window_size**2) % ROW_ALIGNMENT), value=-1)
+    return torch.arange(NUM_BUCKETS)[:, None, None] == ids
+
+
 class ContextualProduct(nn.Module):
     """Product of each query with the learned encoding of its offset to each key, an additive attention bias.
 
@@ -54,18 +62,20 @@ class ContextualProduct(nn.Module):
     def __init__(self, head_width: int, window_size: int) -> None:
         super().__init__()
         self.lookup_table_weight = nn.Parameter(torch.zeros(1, head_width, NUM_BUCKETS))  # 1: for all heads
-        self.register_buffer("buckets", bucket_ids(window_size), persistent=False)
+        self.register_buffer("buckets", one_hot_buckets(window_size), persistent=False)
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
         """Map queries (N, heads, T, d) of a class token and T - 1 patches of a square to (N, heads, T, T)."""
-        tokens = query.shape[2]
-        buckets = self.buckets
-        if tokens != len(buckets):
-            buckets = bucket_ids(math.isqrt(tokens - 1)).to(query.device)
+        tokens, buckets = query.shape[2], self.buckets
+        if tokens != buckets.shape[1]:
+            buckets = one_hot_buckets(math.isqrt(tokens - 1)).to(query.device)
+        # The encoding of each (query, key) pair, (d, T, T'): a product, which selects exactly, because the backward
+        # pass of an index adds to few rows from many places. T' is padded so that the bias has aligned rows.
+        table = self.lookup_table_weight[0]
+        encoding = (table @ buckets.flatten(1).to(table.dtype)).unflatten(1, buckets.shape[1:])
         # One dense product per query position: as many keys as buckets (50 for a 7 x 7 window), so it costs
-        # no more than the product with all buckets, and it avoids a gather whose backward pass is slow.
-        encoding = self.lookup_table_weight[0][:, buckets]  # (d, T, T)
-        return torch.einsum("nhid,dij->nhij", query, encoding)
+        # no more than the product with all buckets.
+        return torch.einsum("nhid,dij->nhij", query, encoding)[..., :tokens]
 
 
 class RelativeAttention(Attention):

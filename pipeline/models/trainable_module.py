@@ -1,11 +1,13 @@
 """Interface between the trainer and a model: a module that maps a batch and its noise to a loss.
 
-Invariant: a trainable module has no state but its weights, and all randomness enters through the noise. The
-loss is the mean over images of a per-image loss, so it does not depend on how a batch is split.
+Invariant: a trainable module has no state but its weights and persistent buffers, which checkpoints hold, and all
+randomness enters through the noise. The loss is the mean over images of a per-image loss, so it does not depend on how
+a batch is split (with batch normalization, see `distributed.sync_batch_norm`).
 """
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -13,8 +15,8 @@ class TrainableModule(nn.Module):
     """Module that the trainer can train.
 
     Its forward takes images, float32 (B, 3, H, W); noise, float32 (B, noise_size) in [0, 1); and, for a
-    labeled task, labels, int64 (B,). It returns a named tuple with `loss`, a float32 scalar, and `metrics`, a
-    dictionary of detached 0-d tensors.
+    labeled task, labels, int64 (B,), or, for a task with a `transform`, the targets, a list of B dictionaries. It
+    returns a named tuple with `loss`, a float32 scalar, and `metrics`, a dictionary of detached 0-d tensors.
     """
 
     noise_size: int
@@ -23,6 +25,13 @@ class TrainableModule(nn.Module):
     def set_training_progress(self, progress: float) -> None:
         """Receive the fraction of training that is done, in [0, 1], before each step. Must not synchronize
         with the device."""
+
+    def update_buffers(self, skipped: torch.Tensor) -> None:
+        """Update buffers such as running statistics, after each optimizer step. Must not synchronize with the device.
+
+        Args:
+            skipped: 0-d; 1.0 if the step was skipped, and buffers must not change; else 0.0.
+        """
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Return the trained parameters, each in exactly one group, in the format of torch's optimizers.

@@ -77,7 +77,7 @@ def render_grid(
     """Draw columns of equally many square tiles of one size, and below them scales, chart and caption."""
     rows, tile = len(columns[0].tiles), _tile_side(columns[0].tiles[0].shape[0])
     width = len(columns) * (tile + GAP) - GAP
-    style = _text_style(width, tile)
+    style = text_style(width, tile)
     titles = [wrap_text(column.title, tile, style) for column in columns]
     caption_lines = wrap_text(caption, width, style)
     scale_width, scale_height = 15 * style.size, 4 * style.line_height
@@ -117,7 +117,7 @@ def split_columns(picture: Image.Image, size: int) -> list[Image.Image]:
     """
     tile = _tile_side(size)
     width = picture.width - 2 * MARGIN
-    top = MARGIN + _text_style(width, tile).line_height
+    top = MARGIN + text_style(width, tile).line_height
     rows = (picture.height - top) // (tile + GAP)
     edges = range(MARGIN, MARGIN + width, tile + GAP)
     return [picture.crop((x, top, x + tile, top + rows * (tile + GAP) - GAP)) for x in edges]
@@ -138,7 +138,7 @@ def _tile_side(size: int) -> int:
     return size * max(1, math.ceil(MIN_TILE / size))
 
 
-def _text_style(width: int, tile: int) -> TextStyle:
+def text_style(width: int, tile: int) -> TextStyle:
     size = max(MIN_FONT, min(round(width * FONT_PER_WIDTH), tile // 8))  # the words of a title have to fit
     font, small = (ImageFont.load_default(pixels) for pixels in (size, round(0.86 * size)))
     assert isinstance(font, ImageFont.FreeTypeFont) and isinstance(small, ImageFont.FreeTypeFont)

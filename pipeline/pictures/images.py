@@ -2,9 +2,10 @@
 
 import contextlib
 import io
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,25 +28,32 @@ def open_images(paths: Sequence[Path], count: int) -> list[Image.Image]:
     Raises:
         UserError: If no image is left, or if a file given by name is not an image.
     """
-    files = [file for path in paths for file in (_list_folder(path) if path.is_dir() else [path])]
-    images: list[Image.Image] = []
-    damaged = []
-    for file in files:
-        if len(images) == count:
-            break
-        try:
-            with Image.open(file) as image:
-                images.append(to_rgb(ImageOps.exif_transpose(image)))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            if file in paths:
-                raise UserError(f"--images {file}: not a readable image") from error
-            if file.suffix.lower() in Image.registered_extensions():
-                damaged.append(f"{file} ({str(error).splitlines()[0]})")
-    if damaged:
-        logger.warning(f"--images: skipped unreadable {join_names(damaged)}")
+    images = [image for _, image in itertools.islice(iter_images(paths), count)]
     if not images:
         raise UserError(f"--images {', '.join(map(str, paths))}: no readable image found")
     return images
+
+
+def iter_images(paths: Sequence[Path]) -> Iterator[tuple[str, Image.Image]]:
+    """Yield the images of files and folders as `open_images`, with a unique name for each, without an extension."""
+    damaged: list[str] = []
+    names: Counter[str] = Counter()
+    try:
+        for file in [file for path in paths for file in (_list_folder(path) if path.is_dir() else [path])]:
+            try:
+                with Image.open(file) as image:
+                    upright = to_rgb(ImageOps.exif_transpose(image))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                if file in paths:
+                    raise UserError(f"--images {file}: not a readable image") from error
+                if file.suffix.lower() in Image.registered_extensions():
+                    damaged.append(f"{file} ({str(error).splitlines()[0]})")
+                continue
+            names[file.stem] += 1
+            yield file.stem + f"-{names[file.stem]}" * (names[file.stem] > 1), upright
+    finally:
+        if damaged:
+            logger.warning(f"--images: skipped unreadable {join_names(damaged)}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -16,6 +16,7 @@ from pipeline.pictures.images import open_images, to_batch
 from pipeline.pictures.reconstruction import plot_reconstruction
 from pipeline.weights.encoder import load_encoder
 from pipeline.weights.run import LoadedRun, load_run
+from pipeline.weights.tokenizer import attach_tokenizer
 
 MAX_TILES = 16
 
@@ -47,6 +48,7 @@ def reconstruct(
     opened, lines = open_images(images, count), []
     for run in runs:
         loaded = load_run(run)
+        attach_tokenizer(loaded.method, loaded.recipe)
         batch = to_batch(opened, loaded.recipe.data, tiles * loaded.recipe.data.image_size)
         for kind in kinds:
             path = outputs[run, kind]

@@ -32,6 +32,9 @@ def plot_reconstruction(method: Method, recipe: Recipe, batch: torch.Tensor, see
     per_side = batch.shape[-1] // recipe.data.image_size
     tiles, result = reconstruct_tiles(method, split_tiles(batch, per_side), seed)
     columns = [_column("original", tiles, recipe, per_side)]
+    if not method.target.is_image:
+        truth = method.draw_targets(split_tiles(batch, per_side)).cpu()
+        columns.append(_column("target", unpatchify(truth, recipe.model.patch_size), recipe, per_side))
     views = result.pixels.shape[1]
     for view in range(views):
         suffix = f" {view + 1}" if views > 1 else ""

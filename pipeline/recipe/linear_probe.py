@@ -85,6 +85,7 @@ class ProbeRecipe(RecipeFile):
         for key, value in {
             "data.sources": self.data.sources,
             "data.trace": self.data.trace,
+            "data.augmentation": self.data.augmentation != "random_size",
             "data.max_undecodable": self.data.max_undecodable,
             "data.crops_per_image": self.data.crops_per_image > 1,
             "train.profile_steps": self.train.profile_steps,

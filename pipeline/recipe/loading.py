@@ -61,7 +61,7 @@ def load(kind: type[AnyRecipe], name_or_path: str | Path, overrides: Sequence[st
     Raises:
         UserError: If the recipe is invalid or of another kind.
     """
-    path = _find_recipe(name_or_path)
+    path = find_recipe(name_or_path)
     tree = read_yaml(path)
     for section in kind.FOREIGN_SECTIONS.keys() & tree.keys():
         raise UserError(
@@ -130,6 +130,15 @@ def mutable_keys(kind: type[BaseModel]) -> set[str]:
     return keys
 
 
+def recipe_keys(kind: type[BaseModel]) -> set[str]:
+    """Return the keys, as "a.b.c", of a kind of recipe."""
+    keys = set()
+    for name, field in kind.model_fields.items():
+        section = _section_in(field.annotation)
+        keys |= {f"{name}.{key}" for key in recipe_keys(section)} if section else {name}
+    return keys
+
+
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Parse "a.b=c" strings to keys "a.b" and values; a mapping c gives one key for each of its leaves.
 
@@ -176,7 +185,8 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def _find_recipe(name_or_path: str | Path) -> Path:
+def find_recipe(name_or_path: str | Path) -> Path:
+    """Return the file of a recipe: the path itself, or a preset. Raises UserError if there is none."""
     path = Path(name_or_path)
     if path.is_file():
         return path

@@ -1,14 +1,16 @@
 """The recipe's `method` section: one class per paper.
 
-Invariant: the defaults are the paper's settings, and options that no paper has are off. The exception is
-Efficient MAE's `prediction_ratio`, which keeps shapes static.
+Invariant: the defaults are the paper's settings; the papers' ablations and options that no paper has are off.
 """
 
-from typing import Literal
+import logging
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from pipeline.recipe.sections import Section
+
+logger = logging.getLogger(__name__)
 
 SCHEDULE_START_BETA = 9 / 16
 """First threshold of the scheduler `schedule` (Table 6 (b)), in patch sides: the smallest beta of Table 8."""
@@ -19,6 +21,11 @@ class MaeOptions(Section):
 
     mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0)
     """Share of an image's patches to mask."""
+    mask_sampling: Literal["random", "block", "grid"] = "random"
+    """Table 1 (f): random patches; BEiT's random blocks; or one visible patch in each 2 x 2, which requires
+    mask_ratio 0.75 and an even number of patches along a side."""
+    mask_tokens_in_encoder: bool = False
+    """Table 1 (c): the encoder also processes a mask token for every masked patch."""
 
 
 class EmaeOptions(Section):
@@ -31,6 +38,9 @@ class EmaeOptions(Section):
     """Weight of the self-consistency loss."""
     consistency_kind: Literal["l1", "l2", "smooth_l1"] = "l1"
     """Distance between the predictions of two parts."""
+    consistency_mean: Literal["overlap", "all"] = "overlap"
+    """Average the distance over the patches masked in both parts, or divide its sum over them by the number of all
+    patches, which is smaller by the factor (num_parts - 2) / num_parts."""
     decode_share: float = Field(default=1.0, gt=0.0, le=1.0)
     """Share of each part's positions that the other parts decode; all of them decode the same positions."""
     difficulty_flatten: bool = False
@@ -48,9 +58,10 @@ class EfficientMaeOptions(Section):
     beta: float | None = Field(default=26.0, gt=0.0)
     """Decoder masking: P2Dist in pixels above which patches are not predicted (Table 8); null: no limit. With
     the scheduler `schedule`, the final threshold."""
-    prediction_ratio: float | None = Field(default=0.765, gt=0.0, lt=1.0)
-    """Decoder slots, for the easiest masked patches, as a share of all patches; null: one per masked patch.
-    Not in the paper; 0.765 is Table 8's number of patches at 26 px, 150 of 196."""
+    prediction_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["auto"] | None = "auto"
+    """Decoder slots, for the easiest masked patches. auto: the mean number of patches that beta keeps, over random
+    masks with a fixed seed, rounded down (Table 8); a number: this share of all patches; null: one slot per masked
+    patch."""
     k: int = Field(default=8, ge=1)
     """Nearest boundary points in Algorithm 1."""
     exact_distance: bool = False
@@ -70,19 +81,77 @@ class LomarOptions(Section):
     """Side of a window, in patches."""
     mask_ratio: float = Field(default=0.8, gt=0.0, lt=1.0)
     """Share of a window's patches to mask."""
+    windows: Literal["per_image", "as_released"] = "per_image"
+    """per_image: every image has its own windows (Figure 2). as_released: the images of a micro batch share
+    num_windows windows and are paired with them as by the released code, so the loss depends on the micro batch."""
+    decoder: bool = False
+    """Figure 4: encode only the visible patches of a window, with absolute positions, and predict the others with
+    MAE's decoder."""
     difficulty_flatten: bool = False
     """Not in the paper: apply Efficient MAE's loss inside the windows, with the options gamma, k,
     exact_distance and metric of method.efficient_mae."""
 
 
+class BeitOptions(Section):
+    """BEiT: BERT Pre-Training of Image Transformers (Bao et al., 2022)."""
+
+    mask_ratio: float = Field(default=75 / 196, gt=0.0, lt=1.0)
+    """Share of an image's patches to mask, in blocks; 75 of 196 in the paper's code."""
+    layer_scale: float = Field(default=0.1, gt=0.0)
+    """Initial scale of each residual branch."""
+    drop_path: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Stochastic depth: probability to drop the branches of the last block; it rises linearly from 0."""
+
+
+class TargetSection(Section):
+    """What is predicted for each masked patch."""
+
+    name: Literal["pixels", "normalized_pixels", "pca", "hog", "tokens"] = "normalized_pixels"
+    """pixels; normalized_pixels: by the patch's own mean and variance (MAE's norm_pix_loss); pca: principal components
+    of the patch's pixels, fitted to the first images of the shard set (MAE, Table 1 (d)); hog: histograms of oriented
+    gradients (MaskFeat); tokens: visual tokens of a discrete VAE (BEiT). emae and efficient_mae predict pixels only."""
+    components: int = Field(default=96, ge=1)
+    """For pca: number of components."""
+    tokenizer: str | None = Field(default=None, min_length=1)
+    """For tokens: folder with transformers' FlavaImageCodebook, DALL-E's tokenizer."""
+    vocabulary: int = Field(default=8192, ge=2)
+    """For tokens: number of tokens of the tokenizer."""
+
+    def _validate(self) -> None:
+        if (self.name == "tokens") != (self.tokenizer is not None):
+            raise ValueError("method.target.tokenizer: give a folder if method.target.name is tokens, and only then")
+
+
 class MethodSection(Section):
     """The pre-training method and the options of each; only those of the named method are used."""
 
-    name: Literal["mae", "emae", "efficient_mae", "lomar"]
+    name: Literal["mae", "emae", "efficient_mae", "lomar", "beit"]
     """Pre-training method."""
-    normalize_targets: bool = True
-    """Normalize each target patch by its own mean and variance (MAE's norm_pix_loss)."""
+    target: TargetSection = TargetSection()
+    """Prediction target."""
+    beit: BeitOptions = BeitOptions()
     mae: MaeOptions = MaeOptions()
     emae: EmaeOptions = EmaeOptions()
     efficient_mae: EfficientMaeOptions = EfficientMaeOptions()
     lomar: LomarOptions = LomarOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, tree: Any) -> Any:
+        """Accept the deprecated key `normalize_targets`."""
+        if not isinstance(tree, dict) or "normalize_targets" not in tree:
+            return tree
+        tree = dict(tree)
+        normalized, target = tree.pop("normalize_targets"), dict(tree.get("target") or {})
+        if "name" in target:
+            raise ValueError("method.normalize_targets: is deprecated; give only method.target.name")
+        if not isinstance(normalized, bool):
+            raise ValueError(f"method.normalize_targets: input should be a valid boolean, got {normalized!r}")
+        target["name"] = "normalized_pixels" if normalized else "pixels"
+        logger.warning(f"method.normalize_targets is deprecated; use method.target.name: {target['name']}")
+        return {**tree, "target": target}
+
+    @property
+    def normalize_targets(self) -> bool:
+        """Whether the target is pixels, normalized per patch."""
+        return self.target.name == "normalized_pixels"

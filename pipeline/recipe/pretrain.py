@@ -21,7 +21,7 @@ class Recipe(TrainingRecipe):
     """Everything that determines a pre-training run; read by `load_recipe`."""
 
     COMMAND: ClassVar[str] = "pretrain"
-    FOREIGN_SECTIONS: ClassVar[dict[str, str]] = {"classifier": "finetune", "probe": "linprobe"}
+    FOREIGN_SECTIONS: ClassVar[dict[str, str]] = {"task": "finetune", "classifier": "finetune", "probe": "linprobe"}
 
     method: MethodSection
     model: ModelSection
@@ -41,11 +41,23 @@ class Recipe(TrainingRecipe):
                 f"method.emae.num_parts: {num_parts} does not divide the {self.num_patches} patches of a "
                 f"{size} px image (patch {patch})"
             )
+        self._validate_target()
         self._validate_mask()
+
+    def _validate_target(self) -> None:
+        name, target, patch = self.method.name, self.method.target.name, self.model.patch_size
+        if "pixels" not in target and name not in ("mae", "lomar", "beit"):
+            raise ValueError(f"method.target.name: {target} is supported by mae, lomar and beit, not by {name}")
+        if target == "pca" and self.method.target.components > 3 * patch**2:
+            raise ValueError(f"method.target.components: a patch has only {3 * patch**2} values")
+        if target == "hog" and patch % 8:
+            raise ValueError(f"method.target.name: hog needs a model.patch_size that is a multiple of 8, not {patch}")
 
     def _validate_mask(self) -> None:
         name, method = self.method.name, self.method
         efficient, lomar = method.efficient_mae, method.lomar
+        if name == "mae":
+            self._validate_mae()
         if name == "lomar" and lomar.window_size > self.grid:
             raise ValueError(
                 f"method.lomar.window_size: {lomar.window_size} patches do not fit into an image of "
@@ -65,6 +77,14 @@ class Recipe(TrainingRecipe):
             )
         if name == "efficient_mae" or (flattens and name == "emae"):
             self._validate_threshold()
+
+    def _validate_mae(self) -> None:
+        mae = self.method.mae
+        if mae.mask_sampling == "grid" and (mae.mask_ratio != 0.75 or self.grid % 2):
+            raise ValueError(
+                f"method.mae.mask_sampling: grid requires method.mae.mask_ratio 0.75, not {mae.mask_ratio:g}, and an "
+                f"even number of patches along a side, not {self.grid}"
+            )
 
     def _validate_threshold(self) -> None:
         efficient, patch = self.method.efficient_mae, self.model.patch_size
@@ -110,13 +130,29 @@ class Recipe(TrainingRecipe):
             patches = method.lomar.window_size**2
             return patches - int(patches * method.lomar.mask_ratio)
         ratio = getattr(method, method.name).mask_ratio
+        if method.name == "beit":  # the number of masked patches is rounded down
+            return self.num_patches - int(self.num_patches * ratio + 1e-9)
         return int(self.num_patches * (1 - ratio))
 
     @property
     def num_predicted(self) -> int:
         """Decoder slots per image, for Efficient MAE and for EMAE with difficulty_flatten."""
-        masked, share = self.num_patches - self.num_visible, self.method.efficient_mae.prediction_ratio
-        return masked if share is None else max(1, min(masked, round(share * self.num_patches)))
+        masked, ratio = self.num_patches - self.num_visible, self.method.efficient_mae.prediction_ratio
+        if ratio is None:
+            return masked
+        slots = int(self.mean_kept_patches) if ratio == "auto" else round(ratio * self.num_patches)
+        return max(1, min(masked, slots))
+
+    @property
+    def mean_kept_patches(self) -> float:
+        """Masked patches per image that Efficient MAE's decoder masking keeps, on average over random masks."""
+        from pipeline.recipe import mask_statistics  # imports torch, which takes seconds
+
+        options = self.method.efficient_mae
+        difficulties = mask_statistics.sample_difficulties(
+            self.grid, self.num_visible, self.model.patch_size, options.metric, options.exact_distance, options.k
+        )
+        return mask_statistics.mean_kept_patches(difficulties, options.beta)
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -5,9 +5,17 @@ other.
 """
 
 import math
-from typing import Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 MIN_SOURCE_SHARE = 1e-6  # smallest weight of a source, of the sum: a block of the mixture draws every source
 FIRST_DELAY_S, MAX_DELAY_S = 0.5, 30.0  # backoff before the first retry, and its limit
@@ -30,6 +38,22 @@ class Section(BaseModel):
 def mutable(default: Any, **constraints: Any) -> Any:
     """Declare a key that may change when a run is resumed: it affects how a run executes, not its result."""
     return Field(default, json_schema_extra={"mutable": True}, **constraints)
+
+
+AUTO = "auto"
+
+
+def _validate_unless_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    return value if value == AUTO else validate(value)
+
+
+IntOrAuto = Annotated[int, Field(ge=1), WrapValidator(_validate_unless_auto), PlainSerializer(lambda value: value)]
+"""A positive integer, or "auto", which is replaced by one before anything but `is_auto` reads it."""
+
+
+def is_auto(value: int) -> bool:
+    """Return whether a key of type `IntOrAuto` is still to be chosen."""
+    return value == AUTO  # pyright: ignore[reportUnnecessaryComparison]
 
 
 class VitSize(NamedTuple):
@@ -133,6 +157,10 @@ class DataSection(Section):
     """Side of the model's input image, in pixels."""
     global_batch: int = Field(default=4096, ge=1, le=2**20)
     """Images per optimizer step, over all ranks and gradient accumulation steps."""
+    augmentation: Literal["random_size", "fixed_size", "none", "color_jitter"] = "random_size"
+    """MAE's Table 1 (e): random resized crops; squares of a fixed size at a random position; evaluation's center
+    crop, never flipped; or random resized crops with color jitter. Crops of a fixed size ignore crop_scale and
+    crop_ratio."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of a random resized crop's area, as a share of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -161,6 +189,12 @@ class DataSection(Section):
     """Decoding threads per rank; null: the rank's share of the machine's cores."""
     prefetch: int | None = mutable(None, ge=1)
     """Batches to decode ahead; null: 2 on a CPU, 3 on a GPU."""
+    roi_decode: bool = mutable(False)
+    """On a GPU, decode only the region of an image that is cropped, instead of the whole image. Less memory and time
+    for photographs of several megapixels, but nvImageCodec 0.9 is reported to crash with it (docs/loader.md)."""
+    hw_decoder_load: float = mutable(0.65, ge=0.0, le=1.0)
+    """On a GPU with a hardware JPEG decoder, share of a batch's JPEGs that it decodes. With 0 or 1, an image's pixels
+    do not depend on its batch."""
     crops_per_image: int = Field(default=1, ge=1, le=256)
     """Consecutive crops of each decoded image (repeated augmentation, Hoffer et al. 2020). The global batch,
     steps and epochs count crops."""
@@ -204,12 +238,15 @@ class EngineSection(Section):
     """optimizer: keep and update fp32 weights and moments on the CPU; requires ZeRO 2 or 3."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of the forward and backward pass; the optimizer always updates fp32 weights."""
-    micro_batch: int = mutable(64, ge=1)
-    """Images per rank and forward pass. The number of gradient accumulation steps follows from it."""
+    micro_batch: IntOrAuto = mutable(64)
+    """Images per rank and forward pass. The number of gradient accumulation steps follows from it. auto: the largest
+    divisor of a rank's share of the global batch that fits into its GPU and still gains speed (docs/engine.md)."""
     activation_checkpointing: bool = mutable(False)
     """Recompute each transformer block's activations in the backward pass: less memory, more time."""
     compile: bool = mutable(False)
-    """Apply torch.compile to the method's forward."""
+    """Apply torch.compile to the transformer blocks."""
+    deterministic: bool = mutable(False)
+    """Use deterministic algorithms only, which are slower: the same GPUs give the same losses, bit for bit."""
     timeout_minutes: float = mutable(10.0, gt=0.0)
     """Minutes without progress after which a rank exits, and the run with it; six times as long for
     checkpoints and rollbacks. Must exceed the time that a read may take (data.timeout_s, data.retries)."""
@@ -220,7 +257,7 @@ class EngineSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW and its schedule: linear warm-up, then a cosine."""
+    """AdamW and its schedule: linear warm-up, then a decay."""
 
     base_lr: float = Field(default=1.5e-4, gt=0.0)
     """Learning rate for a global batch of 256; the peak learning rate is base_lr x global_batch / 256."""
@@ -234,6 +271,10 @@ class OptimSection(Section):
     """Epochs of linear warm-up; or give warmup_steps."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """Steps of linear warm-up."""
+    decay: Literal["cosine", "linear", "steps"] = "cosine"
+    """After the warm-up: half a cosine or a straight line to min_lr, or a division by 10 at each of decay_steps."""
+    decay_steps: tuple[float, ...] = ()
+    """Shares of the run, in (0, 1), at which decay "steps" divides the learning rate by 10."""
     clip_grad: float | None = Field(default=None, gt=0.0)
     """Maximum L2 norm of the gradient; null: no clipping."""
 
@@ -242,6 +283,10 @@ class OptimSection(Section):
             raise ValueError("optim.warmup_steps, optim.warmup_epochs: give at most one of the two")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas: {list(self.betas)} must lie in [0, 1)")
+        if bool(self.decay_steps) != (self.decay == "steps"):
+            raise ValueError("optim.decay, optim.decay_steps: give decay_steps with decay: steps, and only then")
+        if not all(0 < share < 1 for share in self.decay_steps):
+            raise ValueError(f"optim.decay_steps: {list(self.decay_steps)} must lie in (0, 1)")
 
 
 class GuardSection(Section):

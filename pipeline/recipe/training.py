@@ -5,6 +5,7 @@ the world size.
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 from pydantic import Field
 
@@ -18,6 +19,7 @@ from pipeline.recipe.sections import (
     RetryPolicy,
     Source,
     TrainSection,
+    is_auto,
 )
 
 
@@ -37,6 +39,19 @@ def count_micro_batches(global_batch: int, micro_batch: int, world_size: int) ->
     return steps
 
 
+def choose_micro_batch(share: int, unit: int, limit: float) -> int:
+    """Return the largest divisor of `share` that is a multiple of `unit` and at most `limit`; if none is, the smallest.
+
+    Raises:
+        ValueError: If `share` is not a positive multiple of `unit`.
+    """
+    multiples, remainder = divmod(share, unit)
+    if remainder or not multiples:
+        raise ValueError(f"share: {share} is not a positive multiple of {unit}")
+    divisors = [unit * number for number in range(1, multiples + 1) if multiples % number == 0]
+    return max([divisor for divisor in divisors if divisor <= limit] or divisors[:1])
+
+
 class TrainingRecipe(RecipeFile):
     """The sections that the trainer, the loader and the engine read."""
 
@@ -50,7 +65,7 @@ class TrainingRecipe(RecipeFile):
 
     def _validate(self) -> None:
         data, engine = self.data, self.engine
-        if engine.micro_batch % data.crops_per_image:
+        if not is_auto(engine.micro_batch) and engine.micro_batch % data.crops_per_image:
             raise ValueError(
                 f"data.crops_per_image: {data.crops_per_image} does not divide engine.micro_batch, {engine.micro_batch}"
             )
@@ -93,6 +108,30 @@ class TrainingRecipe(RecipeFile):
             return self.optim.warmup_epochs * num_samples / self.data.global_batch
         return self.optim.warmup_steps or 0
 
+    @property
+    def micro_batch_unit(self) -> int:
+        """engine.micro_batch must be a multiple of this."""
+        return self.data.crops_per_image
+
+    def images_per_rank(self, world_size: int) -> int:
+        """Return a rank's share of the global batch.
+
+        Raises:
+            UserError: If the global batch is not a multiple of the ranks and of `micro_batch_unit`.
+        """
+        share, remainder = divmod(self.data.global_batch, world_size)
+        if remainder or not share or share % self.micro_batch_unit:
+            needed = f" x {self.micro_batch_unit}" if self.micro_batch_unit > 1 else ""
+            raise UserError(
+                f"data.global_batch: {self.data.global_batch} is not a multiple of the {world_size} ranks{needed}; "
+                "change one of them"
+            )
+        return share
+
+    def with_micro_batch(self, micro_batch: int) -> Self:
+        """Return this recipe with another engine.micro_batch."""
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"micro_batch": micro_batch})})
+
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Return the micro batches per rank and step; see `count_micro_batches`."""
+        """Return the micro batches per rank and step, unless engine.micro_batch is auto; see `count_micro_batches`."""
         return count_micro_batches(self.data.global_batch, self.engine.micro_batch, world_size)

@@ -6,6 +6,7 @@ Invariant: loss and stochastic depth depend on the images, labels and noise of a
 `data.augment.mixup`); no random generator is used.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 
 from pipeline.data.augment import mixup, rand_augment, random_erasing
 from pipeline.models.block import LAYER_NORM_EPS
+from pipeline.models.drop_path import DropPath
 from pipeline.models.trainable_module import TrainableModule
-from pipeline.recipe.finetune import FinetuneRecipe
+from pipeline.recipe.classification import ClassificationRecipe
 
 HEAD_STD = 2e-5
 
@@ -28,26 +30,10 @@ class ClassifierOutput(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016) of one residual branch, decided by given random numbers."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-        self.keep: torch.Tensor | None = None
-
-    def draw(self, uniform: torch.Tensor) -> None:
-        """Choose which of B images the next forward drops, from numbers (B,) in [0, 1)."""
-        self.keep = ((uniform >= self.rate) / (1 - self.rate))[:, None, None]
-
-    def forward(self, branch: torch.Tensor) -> torch.Tensor:
-        return branch if self.keep is None else branch * self.keep.to(branch.dtype)
-
-
 class Classifier(TrainableModule):
     """Wrap a ViT, which is changed in place: it gets a head, and its final norm moves behind the pooling."""
 
-    def __init__(self, vit: VisionTransformer, num_classes: int, recipe: FinetuneRecipe) -> None:
+    def __init__(self, vit: VisionTransformer, num_classes: int, recipe: ClassificationRecipe) -> None:
         super().__init__()
         self.options, self.num_classes, self.uses_mixup = recipe.classifier, num_classes, recipe.uses_mixup
         self.crops = recipe.data.crops_per_image
@@ -61,6 +47,9 @@ class Classifier(TrainableModule):
         for block, rate in zip(vit.blocks, rates, strict=True):
             block.drop_path1, block.drop_path2 = drop_paths = DropPath(rate), DropPath(rate)
             self.drop_paths += drop_paths
+        for module in vit.modules():  # transformers' weights may come with another one, which no run records
+            if isinstance(module, nn.LayerNorm):
+                module.eps = LAYER_NORM_EPS
         vit.set_grad_checkpointing(recipe.engine.activation_checkpointing)
         self.vit = vit
         parts = rand_augment, random_erasing, mixup
@@ -80,15 +69,19 @@ class Classifier(TrainableModule):
                 images, targets = mixup.mixup_cutmix(images, targets, mixup_noise, *alphas, self.crops)
         for drop_path, uniform in zip(self.drop_paths, drop_noise.unbind(1), strict=True):
             drop_path.draw(uniform)
-        loss = -(targets * self._logits(images).log_softmax(dim=1)).sum(dim=1).mean()
+        loss = -(targets * self.compute_logits(images).log_softmax(dim=1)).sum(dim=1).mean()
         return ClassifierOutput(loss, {})
+
+    def compute_logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Classify augmented images (B, 3, H, W); returns float32 logits (B, C)."""
+        return self.vit(images.to(self.vit.patch_embed.proj.weight.dtype)).float()
 
     @torch.no_grad()
     def predict_logits(self, images: torch.Tensor) -> torch.Tensor:
         """Classify images (B, 3, H, W) without augmentation; returns float32 logits (B, C)."""
         for drop_path in self.drop_paths:
             drop_path.keep = None
-        return self._logits(images)
+        return self.compute_logits(images)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Return timm's groups of layer-wise learning rates, as in MAE's code.
@@ -96,10 +89,25 @@ class Classifier(TrainableModule):
         The head has the schedule's rate, each block `layer_decay` times that of the next one.
         """
         no_decay = self.vit.no_weight_decay()
-        return param_groups_layer_decay(self.vit, weight_decay, no_decay, layer_decay=self.options.layer_decay)
+        groups = param_groups_layer_decay(self.vit, weight_decay, no_decay, layer_decay=self.options.layer_decay)
+        frozen = {id(parameter) for parameter in self._frozen_parameters()}
+        for group in groups:  # a group has parameters of one block
+            if id(group["params"][0]) in frozen:
+                group["lr_scale"] = 0.0
+        return groups
 
-    def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        return self.vit(images.to(self.vit.patch_embed.proj.weight.dtype)).float()
+    def _frozen_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that `trained_blocks` excludes: embeddings and the first blocks.
+
+        Their learning rate is 0. Without gradients they would be no part of the optimizer, and of the checkpoints.
+        """
+        if self.options.trained_blocks is None:
+            return
+        num_frozen = len(self.vit.blocks) - self.options.trained_blocks
+        prefixes = "cls_token", "pos_embed", "patch_embed.", *(f"blocks.{index}." for index in range(num_frozen))
+        for name, parameter in self.vit.named_parameters():
+            if name.startswith(prefixes):
+                yield parameter
 
     def _augment(self, images: torch.Tensor, augment_noise: torch.Tensor, erasing_noise: torch.Tensor) -> torch.Tensor:
         options = self.options

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.recipe.finetune import FinetuneRecipe
+from pipeline.recipe.classification import ClassificationRecipe
 from pipeline.recipe.sections import VitSize
 from pipeline.tasks.classifier import Classifier
 from pipeline.tasks.run_metadata import InitialWeights, load_initial_weights
@@ -21,7 +21,7 @@ PREFIX = "vit."
 class LoadedClassifier(NamedTuple):
     """A fine-tuned classifier, in fp32 on the CPU, in eval mode."""
 
-    recipe: FinetuneRecipe
+    recipe: ClassificationRecipe
     classifier: Classifier
     step: int
     initial: InitialWeights
@@ -56,7 +56,7 @@ def load_classifier(run: Path, ema: bool = False) -> LoadedClassifier:
         UserError: If there is no checkpoint yet, no moving average, or RUN/weights.json does not match.
     """
     initial = load_initial_weights(RunDirectory(run))
-    recipe, weights, step = read_run(run, FinetuneRecipe, ema)
+    recipe, weights, step = read_run(run, ClassificationRecipe, ema)
     num_classes, width = weights[f"{PREFIX}head.weight"].shape
     if len(initial.classes) != num_classes or width % initial.heads:
         raise UserError(

@@ -25,6 +25,8 @@ class InitialWeights(Section):
     """The shard set's classes, in the order of the logits."""
     class_names: tuple[str, ...]
     """Readable names of the classes, or empty."""
+    category_ids: tuple[int, ...] = ()
+    """COCO's ids of the classes, or empty."""
 
     @model_validator(mode="after")
     def _validate_names(self) -> "InitialWeights":

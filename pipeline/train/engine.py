@@ -17,13 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
+from safetensors import safe_open
+from timm.models.vision_transformer import Block
 from torch import nn
 
 from pipeline.errors import Diverged, StoppedEarly, UserError
 from pipeline.io.tensors import save_tensors
 from pipeline.models.trainable_module import TrainableModule
 from pipeline.recipe.training import TrainingRecipe
-from pipeline.train import sharded_state
+from pipeline.train import foreach_gradients, sharded_state
 from pipeline.train.ema import ModelEma
 from pipeline.train.engine_config import ADAM_EPS
 from pipeline.train.watchdog import EXTENDED_FACTOR
@@ -50,6 +52,7 @@ def _environment(**variables: str) -> Iterator[None]:
 _accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
 with redirect_stdout(sys.stderr), _environment(TORCHDYNAMO_DISABLE="1", **_accelerator):
     import deepspeed
+    import deepspeed.runtime.bf16_optimizer
     import deepspeed.runtime.zero.muon.muon_optimizer
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -57,6 +60,7 @@ with redirect_stdout(sys.stderr), _environment(TORCHDYNAMO_DISABLE="1", **_accel
 
 # On a CPU DeepSpeed would compile a shared-memory all_reduce for a minute, which only its inference uses.
 setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 (not declared in its type)
+deepspeed.runtime.bf16_optimizer.get_global_norm_of_tensors = foreach_gradients.global_norm
 
 logger = logging.getLogger(__name__)
 Engine = Any
@@ -131,11 +135,33 @@ def build_engine(recipe: TrainingRecipe, module: TrainableModule, config: dict, 
     """
     optimizer = build_optimizer(recipe, module.to(device))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    if isinstance(engine.optimizer, deepspeed.runtime.bf16_optimizer.BF16_Optimizer):
+        foreach_gradients.use_foreach_accumulation(engine.optimizer)
     if recipe.engine.compile:
         # It warns about a CUDA toolkit on a machine without a GPU.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        engine.compile()
+        compile_blocks(module)
     return engine
+
+
+def compile_blocks(module: nn.Module, backend: str | Callable = "inductor") -> None:
+    """Compile each transformer block in place; blocks of the same shapes share one graph.
+
+    Compiling the whole module would take a graph of all its blocks, and as many times as long.
+    """
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.compile(backend=backend, dynamic=False)
+
+
+@contextmanager
+def without_compilation(recipe: TrainingRecipe) -> Iterator[None]:
+    """Run compiled blocks uncompiled inside the block: other batch sizes would compile them again."""
+    if not recipe.engine.compile:  # torch.compiler takes seconds to import
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def build_optimizer(recipe: TrainingRecipe, module: TrainableModule) -> torch.optim.AdamW:
@@ -227,7 +253,7 @@ def consolidate_fp32_weights(engine: Engine, model_ema: ModelEma | None, path: P
     files = {WEIGHTS: sharded_state.WEIGHT} | ({WEIGHTS_EMA: sharded_state.EMA} if model_ema else {})
     for file, kind in files.items():
         tensors = {name: saved.read_all(name, kind).view(shape) for name, shape in shapes.items()}
-        save_tensors(tensors, path / file)
+        save_tensors(tensors | _persistent_buffers(engine.module), path / file)
 
 
 def load(engine: Engine, model_ema: ModelEma | None, checkpoint: Path) -> None:
@@ -235,6 +261,16 @@ def load(engine: Engine, model_ema: ModelEma | None, checkpoint: Path) -> None:
     scalars = json.loads((checkpoint / ENGINE_STATE).read_text())
     parts = [checkpoint / _rank_file(writer) for writer in range(scalars["writers"])]
     sharded_state.load(engine, parts, scalars, model_ema.tensors if model_ema else [])
+    if buffers := _persistent_buffers(engine.module):
+        with safe_open(checkpoint / WEIGHTS, framework="pt") as saved:
+            for name, buffer in buffers.items():
+                buffer.copy_(saved.get_tensor(name))
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state that is not trained, such as running statistics; equal on all ranks."""
+    trained = {name for name, _ in module.named_parameters()}
+    return {name: tensor for name, tensor in module.state_dict().items() if name not in trained}
 
 
 def _warn_connecting() -> None:

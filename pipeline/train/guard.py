@@ -200,7 +200,10 @@ class Guard:
         return torch.where(torch.isfinite(loss), code, LOSS)
 
     def _as_tensor(self, value: float | torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(value, dtype=torch.float32, device=self._loss.device)
+        device = self._loss.device
+        if isinstance(value, torch.Tensor):
+            return value.to(device, torch.float32)
+        return torch.full((), value, device=device)  # filled on the device: a copy would make the host wait
 
     def _count(self, step: int, code: int, loss: float, grad_norm: float) -> BadSpan | None:
         self._overflows = self._overflows + 1 if code == OVERFLOW else 0

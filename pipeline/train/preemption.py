@@ -1,8 +1,10 @@
 """Stop requests: signals, a launcher that died, data that cannot be read, files that cannot be written.
 
-Invariant: all ranks stop between the same two steps. Before each micro batch the ranks all_reduce their stop
-requests, on the CPU, without waiting for the device. Weights change only after a step's last micro batch, so a
-checkpoint written then is the state after the previous step.
+Invariant: all ranks stop between the same two steps. With each micro batch the ranks start an all_reduce of their stop
+requests, on the CPU; they read its result before the next micro batch, so the network's latency is hidden behind the
+computation, and a request takes effect one micro batch late. Micro batches are loaded one ahead: whether every rank has
+the next one is known before any rank starts it. Weights change only after a step's last micro batch, so a checkpoint
+written then is the state after the previous step.
 
 SIGTERM and SIGUSR1 request a checkpoint and a stop. A thread receives them, also while the main thread waits in a
 collective. Repeated signals change nothing; Ctrl-C or SIGKILL ends the process at once.
@@ -17,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,12 +41,25 @@ WRITE_ERROR = 512
 LAUNCHER_POLL_S = 1.0
 
 Batch = TypeVar("Batch", covariant=True)
+T = TypeVar("T")
 
 
 class BatchSource(Protocol[Batch]):
     """A loader without end."""
 
     def next(self) -> Batch: ...
+
+
+class LoadedBatch(NamedTuple, Generic[T]):
+    """A micro batch that was loaded ahead."""
+
+    loader: BatchSource[T]
+    batch: T | None
+    failure: Exception | None
+    """Why there is no batch."""
+    request: torch.Tensor
+    """The ranks' maximal stop request, when `agreement` is complete."""
+    agreement: dist.Work
 
 
 class Failure(NamedTuple):
@@ -66,6 +81,7 @@ class PreemptionHandler:
         """The stop request that all ranks agreed on; 0 to continue."""
         self._requested = 0
         self._failure: Exception | None = None
+        self._ahead: LoadedBatch | None = None
         self._group: Any = None  # a dist.ProcessGroup
         read_fd, write_fd = os.pipe()
         os.set_blocking(write_fd, False)
@@ -88,20 +104,33 @@ class PreemptionHandler:
                 f"stopped by {_signal_name(self._requested)} before the first step; the same command resumes"
             )
 
-    def next_batch(self, loader: BatchSource[Batch]) -> Batch | None:
-        """Return the loader's next micro batch, or None on all ranks if one has to stop. Collective."""
-        batch = None
-        try:
-            batch = loader.next()
-        except Exception as error:  # all ranks stop for it; `raise_stop_reason` raises it
-            self._failure = storage_error(error) if isinstance(error, OSError) else error
-            self._requested = max(self._requested, DATA_ERROR)
-        self._sync(self._requested)
-        return None if self.stop_reason else batch
+    def next_batch(self, loader: BatchSource[T]) -> T | None:
+        """Return the loader's next micro batch, or None on all ranks if one has to stop. Collective.
+
+        Also loads the micro batch after it, whose result a new loader discards.
+        """
+        ahead = self._ahead
+        if ahead is None or ahead.loader is not loader:
+            self.discard_ahead()
+            ahead = self._load(loader)
+        ahead.agreement.wait()
+        self.stop_reason = int(ahead.request)
+        if self.stop_reason:
+            self._ahead = None
+            self._failure = self._failure or ahead.failure
+            return None
+        self._ahead = self._load(loader)
+        return ahead.batch
+
+    def discard_ahead(self) -> None:
+        """Forget the micro batch that was loaded ahead, also if it could not be read. Collective."""
+        if self._ahead:
+            self._ahead.agreement.wait()
+        self._ahead = None
 
     @contextmanager
     def catch_write_errors(self) -> Iterator[None]:
-        """Turn an OSError inside the block into a stop request: all ranks stop before the next step."""
+        """Turn an OSError inside the block into a stop request: all ranks stop after at most one more step."""
         try:
             yield
         except OSError as error:
@@ -130,6 +159,20 @@ class PreemptionHandler:
             raise StoppedEarly(
                 f"stopped by {_signal_name(self.stop_reason)}, saved at step {saved_step}; the same command resumes"
             )
+
+    def _load(self, loader: BatchSource[T]) -> LoadedBatch[T]:
+        """Load a micro batch and start to agree on it: on the requests so far, and on whether every rank has one."""
+        batch, failure = None, None
+        try:
+            batch = loader.next()
+        except torch.OutOfMemoryError:  # all ranks end at once
+            raise
+        except Exception as error:  # all ranks stop for it; `raise_stop_reason` raises it
+            failure = storage_error(error) if isinstance(error, OSError) else error
+        request = torch.tensor(max(self._requested, DATA_ERROR if failure else 0))
+        agreement = dist.all_reduce(request, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert agreement is not None
+        return LoadedBatch(loader, batch, failure, request, agreement)
 
     def _sync(self, requested: int) -> None:
         reason = torch.tensor(requested)
@@ -172,7 +215,8 @@ def _launcher_depth() -> int:
     """Return how many ancestors of this process belong to the launcher and live as long as the run."""
     if "CROSS_SIZE" in os.environ:  # DeepSpeed: `deepspeed`, which starts launch.py on each node
         return 2
-    return 1 if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    # torchrun; `pipeline paper`, which starts commands one after another
+    return 1 if {"TORCHELASTIC_RUN_ID", "SHARDMAE_WATCH_PARENT"} & os.environ.keys() else 0
 
 
 def _ancestors(depth: int) -> list[int]:

@@ -12,11 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.data.loader import Loader
+from pipeline.data.decode_options import prefetch_depth
+from pipeline.data.gpu_decoder import nvjpeg_version, probe_roi_decoding
+from pipeline.data.loader import BatchBuilder, Loader
 from pipeline.data.reader import ShardReader
+from pipeline.data.timing import time_steps
+from pipeline.data.undecodable import UndecodableSamples
 from pipeline.distributed.collectives import (
     all_gather_object,
     broadcast_object,
@@ -24,19 +29,22 @@ from pipeline.distributed.collectives import (
     raise_on_all_ranks,
     storage_error,
 )
-from pipeline.distributed.hardware import device_name
-from pipeline.distributed.launch import DistInfo, init_dist_env, node_name
-from pipeline.errors import AllRanksError, StoppedEarly, StorageTimeout, UserError
+from pipeline.distributed.hardware import device_name, total_memory_gib
+from pipeline.distributed.launch import DistInfo, init_dist_env, node_name, wait_for_rank_0
+from pipeline.errors import AllRanksError, DeviceError, StoppedEarly, StorageTimeout, UserError
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train import engine
 from pipeline.train.checkpoint import checkpoint_steps
 from pipeline.train.engine_config import engine_config
+from pipeline.train.micro_batch import MicroBatchLimits, resolve_micro_batch
 from pipeline.train.run_directory import RunDirectory, package_versions
 from pipeline.train.sharded_state import checkpoint_bytes
 from pipeline.train.task import Task
 
-MIN_DECODED = 64
-"""Images that each node decodes at least."""
+MIN_DECODE_S, MIN_DECODED_BATCHES = 2.0, 8
+"""Duration of the decoding measurement."""
+NUM_PROBED = 64
+"""Images whose regions are decoded in a child process if data.roi_decode is set."""
 ALL_REDUCE_BYTES = 64 * 2**20
 ROUNDS = 5
 TIMEOUT_MINUTES = 10.0
@@ -73,6 +81,7 @@ def preflight(
     started = time.monotonic()
     dist_info = init_dist_env()
     local = run_checks(make_task, data, run, deepspeed_config, dist_info)
+    wait_for_rank_0(dist_info.rank, 60 * TIMEOUT_MINUTES)
     engine.init_distributed(TIMEOUT_MINUTES, with_watchdog=False)
     with destroy_process_group_on_exit():
         ranks = all_gather_object(local)
@@ -102,12 +111,13 @@ def run_checks(
     run: RunDirectory,
     deepspeed_config: Path | None,
     dist_info: DistInfo,
+    min_decode_s: float = MIN_DECODE_S,
 ) -> Findings:
     """Run this rank's checks. If all pass, the first rank of each node also measures decoding. Not collective."""
     findings = Findings(node_name(), device_name(dist_info.device), package_versions(), {}, [])
     with _collect_errors(findings.errors):
         task = make_task()
-        recipe = task.recipe
+        recipe = task.recipe = _resolve_micro_batch(task, data, run, dist_info)
         checks = {
             "batch": lambda: _check_batch(recipe, dist_info, deepspeed_config),
             "precision": lambda: engine.check_precision(recipe) or recipe.engine.precision,
@@ -118,7 +128,7 @@ def run_checks(
             with _collect_errors(findings.errors):
                 findings.texts[topic] = check()
         if dist_info.local_rank == 0 and not findings.errors:
-            findings.texts["decode"] = _measure_decoding(recipe, data, dist_info)
+            findings.texts["decode"] = _measure_decoding(recipe, data, dist_info, min_decode_s)
     return findings
 
 
@@ -169,6 +179,17 @@ def _check_batch(recipe: TrainingRecipe, dist_info: DistInfo, deepspeed_config: 
     return f"{recipe.data.global_batch} = {dist_info.world_size} ranks x {steps} x {recipe.engine.micro_batch}"
 
 
+def _resolve_micro_batch(task: Task, data: Sequence[str], run: RunDirectory, dist_info: DistInfo) -> TrainingRecipe:
+    """Choose engine.micro_batch if it is auto, for this rank's GPU."""
+    recipe, world_size = task.recipe, dist_info.world_size
+
+    def get_limits(memory_gib: float) -> MicroBatchLimits:
+        reader = ShardReader(recipe.resolve_sources(data), recipe.data)
+        return task.micro_batch_limits(reader, world_size, memory_gib)
+
+    return resolve_micro_batch(recipe, run, world_size, total_memory_gib(dist_info.device), get_limits)
+
+
 def _check_data(recipe: TrainingRecipe, data: Sequence[str]) -> str:
     reader = ShardReader(recipe.resolve_sources(data), recipe.data)
     shards = sum(len(shard_set.manifest.shards) for shard_set in reader.sets)
@@ -198,22 +219,31 @@ def _check_run(task: Task, data: Sequence[str], run: RunDirectory) -> str:
     return f"{state}, {needed / 1e9:.1f} GB needed, {free / 1e9:,.0f} GB free"
 
 
-def _measure_decoding(recipe: TrainingRecipe, data: Sequence[str], dist_info: DistInfo) -> str:
-    reader = ShardReader(recipe.resolve_sources(data), recipe.data)
+def _measure_decoding(recipe: TrainingRecipe, data: Sequence[str], dist_info: DistInfo, min_seconds: float) -> str:
+    """Measure the steady rate of the loader, after the batches that it prefetches while it starts."""
+    reader, device = ShardReader(recipe.resolve_sources(data), recipe.data), dist_info.device
+    on_gpu = device.type == "cuda"
+    if on_gpu and recipe.data.roi_decode:
+        _probe_roi_decoding(reader, recipe, device)
     threads = recipe.data.decode_threads or dist_info.num_cpus
-    loader = Loader(reader, recipe, 1, dist_info.device, dist_info.rank, dist_info.world_size, threads=threads)
+    loader = Loader(reader, recipe, 1, device, dist_info.rank, dist_info.world_size, threads=threads)
     try:
-        loader.next()  # starts the decoder
-        batches = -(-MIN_DECODED // recipe.engine.micro_batch)
-        started = time.perf_counter()
-        for _ in range(batches):
-            loader.next()
-        if dist_info.device.type == "cuda":
-            torch.cuda.synchronize()
-        elapsed = time.perf_counter() - started
+        warmup = prefetch_depth(recipe.data, device) + 2
+        timing = time_steps(loader.next, device, warmup=warmup, min_steps=MIN_DECODED_BATCHES, min_seconds=min_seconds)
+    except DeviceError as error:  # reported with those of the other nodes
+        raise UserError(str(error)) from error
     finally:
         loader.close()
-    return f"{batches * recipe.engine.micro_batch / elapsed:,.0f} images/s ({threads} threads, one rank)"
+    rate = timing.steps * recipe.engine.micro_batch / timing.seconds
+    library = f", nvJPEG {nvjpeg_version()}" if on_gpu else ""
+    return f"{rate:,.0f} images/s ({threads} threads, one rank{library})"
+
+
+def _probe_roi_decoding(reader: ShardReader, recipe: TrainingRecipe, device: torch.device) -> None:
+    locations = reader.sampler(recipe.seed).locate(np.arange(min(NUM_PROBED, reader.num_samples)))
+    encoded = [reader.read(*place) for place in zip(locations.shard, locations.index_in_shard, strict=True)]
+    builder = BatchBuilder(reader, recipe, 1, UndecodableSamples(reader, recipe.data.max_undecodable))
+    probe_roi_decoding(builder.build(locations, encoded).inputs()[:3], device)
 
 
 def _time_all_reduce(dist_info: DistInfo) -> str:

@@ -49,11 +49,19 @@ class RunDirectory:
         self.undecodable = path / "replaced"  # samples that could not be decoded, by rank
         self.bad_samples = path / "offending-samples.txt"  # samples of the steps that caused a rollback
         self.stacks = path / "stacks"  # stack traces of ranks that the watchdog ended
-        self.accuracy = path / "accuracy.json"  # the last evaluation of a fine-tuning or linear probe
+        self.results = path / "results.json"  # the last evaluation of a fine-tuning or linear probe
+        self.predictions = path / "predictions"  # of a detector, on the validation set
+        self.tokenizer = path / "tokenizer.json"  # digest of the tokenizer of a pre-training with token targets
         self.initial_weights = path / "weights.json"  # metadata of the weights that a fine-tuning started with
 
     def __str__(self) -> str:
         return str(self.path)
+
+    @property
+    def existing_results(self) -> Path:
+        """results.json; of runs of earlier versions that have no such file, accuracy.json."""
+        former = self.path / "accuracy.json"
+        return self.results if self.results.exists() or not former.exists() else former
 
     def check(self, recipe: TrainingRecipe | ProbeRecipe) -> None:
         """Check that this is a new directory or a run of this recipe. Writes nothing.

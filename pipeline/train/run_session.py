@@ -8,8 +8,9 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from types import TracebackType
 
+from pipeline.distributed.abort import AbortChannel
 from pipeline.distributed.collectives import destroy_process_group_on_exit, raise_on_all_ranks
-from pipeline.distributed.launch import DistInfo, init_dist_env
+from pipeline.distributed.launch import DistInfo, init_dist_env, wait_for_rank_0
 from pipeline.recipe.linear_probe import ProbeRecipe
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train.preemption import PreemptionHandler
@@ -28,11 +29,13 @@ class RunSession:
     Attributes:
         dist_info: This process among all; set on enter.
         preemption: Stop requests; set on enter.
+        abort: Ends all ranks because of an error of one; set on enter.
         watchdog: Set by `acquire_run_dir`.
     """
 
     dist_info: DistInfo
     preemption: PreemptionHandler
+    abort: AbortChannel
     watchdog: Watchdog
 
     def __init__(self, run: RunDirectory, timeout_minutes: float, connect: Callable[[DistInfo], None]):
@@ -46,7 +49,9 @@ class RunSession:
         with ExitStack() as stack:
             stack.enter_context(self._resources)
             stack.enter_context(destroy_process_group_on_exit())
+            wait_for_rank_0(self.dist_info.rank, 60 * self._timeout_minutes, self.preemption.raise_if_requested)
             self._connect(self.dist_info)
+            self.abort = stack.enter_context(closing(AbortChannel(self.dist_info)))
             self.preemption.connect(self._timeout_minutes)
             self._stack = stack.pop_all()
         return self

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from torch import nn
 
 from pipeline.errors import AllRanksError, join_names
-from pipeline.io.tensors import save_tensors
+from pipeline.io.tensors import save_slices
 from pipeline.recipe.training import TrainingRecipe
 
 WEIGHT, EMA = "fp32", "ema"
@@ -98,6 +98,15 @@ def save(model, path: Path, ema_tensors: list[torch.Tensor]) -> None:
     """
     if not model.zero_optimization_stage() and dist.get_rank():
         return
+    tensors, ranges = _collect_state(model, ema_tensors)
+    save_slices(tensors, path, {"ranges": json.dumps(ranges)})
+    del tensors
+    if torch.cuda.is_initialized():
+        torch._C._host_emptyCache()  # torch would keep the page-locked memory until the process ends
+
+
+def _collect_state(model, ema_tensors: list[torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
+    """Return this rank's tensors by "kind:name", on the host, and the range of each parameter that they have."""
     tensors, ranges = {}, {}
     for number, flat in enumerate(iter_flat_partitions(model)):
         kinds = {WEIGHT: flat.tensor.detach()}
@@ -108,12 +117,19 @@ def save(model, path: Path, ema_tensors: list[torch.Tensor]) -> None:
                 kinds[key] = value
             elif key != "step":
                 raise TypeError(f"optimizer state {key!r} of {flat.names[0]}: not one element per weight")
+        on_host = {kind: copy_to_host(values.reshape(-1)) for kind, values in kinds.items()}
         for name, start, numel, offset in flat.fragments:
             ranges[name] = [start, numel]
-            for kind, values in kinds.items():
-                # A copy, because safetensors rejects tensors that share memory.
-                tensors[f"{kind}:{name}"] = values.reshape(-1)[offset : offset + numel].cpu().clone()
-    save_tensors(tensors, path, {"ranges": json.dumps(ranges)})
+            for kind, values in on_host.items():
+                tensors[f"{kind}:{name}"] = values[offset : offset + numel]
+    return tensors, ranges
+
+
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in host memory: one on a GPU by a single copy to page-locked memory, one on the host itself."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def scalar_state(model) -> dict:

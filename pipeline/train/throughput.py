@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from pipeline.distributed.collectives import all_gather_object, all_gather_scalar
-from pipeline.distributed.hardware import peak_flops, peak_memory_gib
+from pipeline.distributed.hardware import peak_flops, peak_memory_gib, used_memory_gib
 from pipeline.distributed.launch import DistInfo, node_name
 from pipeline.methods.flops import training_flops
 from pipeline.recipe.linear_probe import ProbeRecipe
@@ -74,7 +74,7 @@ class ThroughputMeter:
     def compute(self, step: int) -> dict[str, float | int | str | None]:
         """Return the throughput metrics of the interval (docs/running.md). Collective; the device must be idle.
 
-        `data_wait` and `memory` are this rank's.
+        `data_wait`, `memory` and `memory_used` are this rank's.
         """
         elapsed, waited = time.perf_counter() - self._started, self._loader.wait_s - self._waited
         rate = (step - self._step) * self._global_batch / elapsed
@@ -90,6 +90,7 @@ class ThroughputMeter:
             "data_wait": waited / elapsed,
             "mfu": mfu,
             "memory": peak_memory_gib(self._dist_info.device),
+            "memory_used": used_memory_gib(self._dist_info.device),
             "rank_time": sorted(times)[len(times) // 2],
             "slowest_time": times[slowest],
             "slowest_rank": slowest,

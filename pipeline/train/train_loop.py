@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import torch
+
 from pipeline.distributed.hardware import device_name
 from pipeline.distributed.launch import DistInfo
 from pipeline.errors import AllRanksError
 from pipeline.recipe.linear_probe import ProbeRecipe
+from pipeline.recipe.sections import TrainSection
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train import checkpoint
 from pipeline.train.guard import BadSpan
@@ -68,27 +71,31 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
         """Train until the last step, a stop request, or a failed evaluation. Every rank calls it.
 
         Raises:
-            UserError: If the user has to fix something. Nothing was written, or everything is saved.
+            UserError: If the user has to fix something. Nothing was written, or everything is saved, except that a GPU
+                out of memory loses the steps since the last checkpoint.
             StoppedEarly: After a signal or a transient failure, with everything saved.
             Diverged: If the guard stops the run.
         """
         with RunSession(self.run, self.recipe.engine.timeout_minutes, self.connect) as self.session:
-            self.prepare()
-            self.session.acquire_run_dir(self.recipe)
-            self.resume()
-            while self.should_continue():
-                if not self.train_step():
-                    break
-                if bad_span := self.check_divergence():
-                    self.rollback(bad_span)
-                    continue
-                if self.should_log():
-                    self.log_metrics()
-                if self.metrics_logger:
-                    self.metrics_logger.advance(self.state.step)
-                if self.should_save() and self.session.preemption.sync_write_errors():
-                    self.save_checkpoint()
-            self.finish()
+            try:
+                self.prepare()
+                self.session.acquire_run_dir(self.recipe)
+                self.resume()
+                while self.should_continue():
+                    if not self.train_step():
+                        break
+                    if bad_span := self.check_divergence():
+                        self.rollback(bad_span)
+                        continue
+                    if self.should_log():
+                        self.log_metrics()
+                    if self.metrics_logger:
+                        self.metrics_logger.advance(self.state.step)
+                    if self.should_save() and self.session.preemption.sync_write_errors():
+                        self.save_checkpoint()
+                self.finish()
+            except torch.OutOfMemoryError as error:  # the other ranks may be waiting for this one
+                raise AllRanksError(self.session.abort.announce(self.out_of_memory_message())) from error
 
     # ---- Defined by subclasses
 
@@ -155,6 +162,10 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
         """Return more columns for a logged line, given the metrics' means. Called once per line."""
         return {}
 
+    @abstractmethod
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        """Return the learning rate for the step after `step` completed ones of a run of `total_steps`."""
+
     def current_lr(self) -> float:
         """Return the learning rate of the last step."""
         raise NotImplementedError
@@ -163,6 +174,17 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
     def data_offset(self) -> int:
         """Stream positions that rollbacks skipped."""
         return 0
+
+    def out_of_memory_message(self) -> str:
+        """Describe the error that this rank's GPU is out of memory, with the fix."""
+        saved = f"saved at step {self.state.saved_step}" if self.state.saved_step else "nothing was saved yet"
+        return (
+            f"engine.micro_batch: {self.recipe.engine.micro_batch} images need more memory than the GPU of rank "
+            f"{self.session.dist_info.rank} has; {self.out_of_memory_fix()}; {saved}"
+        )
+
+    def out_of_memory_fix(self) -> str:
+        return "reduce it"
 
     def should_evaluate(self) -> bool:
         return False
@@ -203,6 +225,8 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
             self.session.on_rank_0(lambda: checkpoint.remove_partial(self.run.checkpoints, self.state.step))
             self.session.on_rank_0(self._write_metadata)
             self.on_train_start()
+            if state:
+                self._log_changed_length(state["recipe"]["train"])
         if state.get("eval_failed") and self.should_evaluate():
             self.evaluate()
         self.throughput.start(self.state.step, self.loader)
@@ -269,6 +293,7 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
     def finish(self) -> None:
         """Save and close. Raises the error that ended the run, if there is one. Collective."""
         preemption = self.session.preemption
+        preemption.discard_ahead()
         # Final checkpoint after an early stop or a failed evaluation, unless a write failed or training diverged.
         if (
             self.state.step > self.state.saved_step
@@ -293,6 +318,19 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
             raise AllRanksError(
                 f"{self.eval_error}; saved at step {self.state.saved_step}; the same command evaluates again"
             ) from self.eval_error
+
+    def _log_changed_length(self, train: dict) -> None:
+        """Log how the learning rate changes if the run is longer or shorter than before; `train` is its old section."""
+        before = TrainSection(steps=train["steps"], epochs=train["epochs"])
+        steps = before.total_steps(self.num_samples, self.recipe.data.global_batch)
+        if steps == self.total_steps:
+            return
+        step = self.state.step
+        old, new = (self.learning_rate_at(step, total) for total in (steps, self.total_steps))
+        logger.warning(
+            f"train.steps, train.epochs: the run has {self.total_steps} steps instead of {steps}, so the learning rate "
+            f"after step {step} is {new:.3g} instead of {old:.3g} (docs/running.md, Training longer)"
+        )
 
     def _open_metrics(self) -> None:
         self.metrics_logger = MetricsLogger(self.run, self.recipe, self.state.step, self.total_steps, self.rollbacks())

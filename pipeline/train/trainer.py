@@ -5,7 +5,8 @@ logged losses: bit-identical on the same world size and ZeRO stage, otherwise up
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ import torch
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.reader import ShardReader
 from pipeline.data.undecodable import UndecodableSamples
-from pipeline.distributed.collectives import raise_on_all_ranks
-from pipeline.distributed.hardware import device_name
+from pipeline.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks
+from pipeline.distributed.hardware import device_name, enable_determinism, total_memory_gib
 from pipeline.distributed.launch import DistInfo
 from pipeline.errors import AllRanksError
-from pipeline.recipe.training import TrainingRecipe
+from pipeline.recipe.sections import is_auto
+from pipeline.recipe.training import TrainingRecipe, choose_micro_batch
 from pipeline.train import engine
 from pipeline.train.ema import ModelEma
 from pipeline.train.engine_config import engine_config, ignored_keys
 from pipeline.train.guard import BadSpan, Guard
 from pipeline.train.lr_schedule import learning_rate, warmup_warning
+from pipeline.train.micro_batch import resolve_micro_batch
 from pipeline.train.profiler import Profiler
 from pipeline.train.rollback import rollback, write_bad_samples
 from pipeline.train.run_directory import RunDirectory
@@ -54,29 +57,60 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
         self.trace: SampleTrace | None = None
         self.profiler: Profiler | None = None
         self._lr = 0.0
+        self._is_compiled = not task.recipe.engine.compile
 
     def connect(self, dist_info: DistInfo) -> None:
         engine.init_distributed(self.recipe.engine.timeout_minutes)
 
     def prepare(self) -> None:
         dist_info = self.session.dist_info
+        if self.recipe.engine.deterministic:
+            enable_determinism()
         raise_on_all_ranks(self._prepare)
+        if is_auto(self.recipe.engine.micro_batch):
+            self._resolve_micro_batch()
+            raise_on_all_ranks(self._configure)
         self.unchecked = raise_on_all_ranks(lambda: self.reader.verify_checksums(dist_info.rank, dist_info.world_size))
         raise_on_all_ranks(lambda: engine.check_config(self.config))
         raise_on_all_ranks(lambda: engine.check_precision(self.recipe))
 
     def _prepare(self) -> None:
-        recipe, world_size = self.recipe, self.session.dist_info.world_size
-        self.accumulation_steps = recipe.gradient_accumulation_steps(world_size)
-        self.config = engine_config(recipe, world_size, self.deepspeed_config)
+        recipe = self.recipe
+        if is_auto(recipe.engine.micro_batch):
+            recipe.images_per_rank(self.session.dist_info.world_size)
+        else:
+            self._configure()
         check_installed(recipe)
         self.run.check(recipe)
         self.reader = ShardReader(recipe.resolve_sources(self.data), recipe.data)
+        self.task.select_samples(self.reader)
         self.num_samples, self.fingerprint = self.reader.num_samples, self.reader.fingerprint
         self.total_steps = recipe.total_steps(self.num_samples)
         self.warmup_steps = recipe.warmup_steps(self.num_samples)
         torch.manual_seed(recipe.seed)
         self.module = self.task.build(self.reader)
+
+    def _resolve_micro_batch(self) -> None:
+        """Replace auto by the number that rank 0 chooses for the smallest GPU. Collective."""
+        world_size = self.session.dist_info.world_size
+        memory = [gib for gib in all_gather_object(total_memory_gib(self.session.dist_info.device)) if gib is not None]
+
+        def choose() -> TrainingRecipe:
+            return resolve_micro_batch(
+                self.recipe,
+                self.run,
+                world_size,
+                min(memory, default=None),
+                lambda gib: self.task.micro_batch_limits(self.reader, world_size, gib),
+            )
+
+        chosen = raise_on_all_ranks(lambda: choose().engine.micro_batch if self.session.is_rank_0 else 0)
+        self.recipe = self.task.recipe = self.recipe.with_micro_batch(broadcast_object(chosen))
+
+    def _configure(self) -> None:
+        world_size = self.session.dist_info.world_size
+        self.accumulation_steps = self.recipe.gradient_accumulation_steps(world_size)
+        self.config = engine_config(self.recipe, world_size, self.deepspeed_config)
 
     def build(self) -> None:
         recipe, dist_info = self.recipe, self.session.dist_info
@@ -99,7 +133,7 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
         self.session.on_rank_0(lambda: truncate_after(self.run, step))
         if recipe.data.trace:
             self.trace = raise_on_all_ranks(lambda: SampleTrace(self.run, dist_info.rank))
-        self.loader = Loader(
+        self.loader = self.task.make_loader(
             self.reader,
             recipe,
             self.module.noise_size,
@@ -110,7 +144,6 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
             recipe.data.decode_threads or dist_info.num_cpus,
             self.guard.offset,
             self.undecodable,
-            self.task.labeled,
         )
 
     def on_train_start(self) -> None:
@@ -134,9 +167,7 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
 
     def train_step(self) -> bool:
         step, preemption = self.state.step, self.session.preemption
-        self._lr = learning_rate(
-            step, self.total_steps, self.warmup_steps, self.recipe.peak_lr, self.recipe.optim.min_lr
-        )
+        self._lr = self.learning_rate_at(step, self.total_steps)
         engine.set_learning_rate(self.engine, self._lr)
         self.module.set_training_progress(step / self.total_steps)
         if self.profiler:
@@ -148,10 +179,12 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
             if batch is None:
                 return False
             undecodable += batch.replaced
-            grad_norm = self._train_micro_batch(batch, metrics)
+            with self._compilation_timeout():
+                grad_norm = self._train_micro_batch(batch, metrics)
         self.state.step += 1
         self._end_profile()
         skipped = self.guard.record_step(self.state.step, grad_norm)
+        self.module.update_buffers(skipped)
         if self.model_ema:
             self.model_ema.update(skipped)
         # Metrics are averaged over ranks; undecodable samples are summed.
@@ -176,6 +209,24 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
                 self.trace.write(self.state.step, keys, batch.images, batch.noise)
         self.session.watchdog.heartbeat()
         return grad_norm
+
+    @contextmanager
+    def _compilation_timeout(self) -> Iterator[None]:
+        """Extend the watchdog's timeout for the first micro batch with engine.compile."""
+        if self._is_compiled:
+            yield
+            return
+        with self.session.watchdog.extended_timeout():
+            yield
+        self._is_compiled = True
+
+    def out_of_memory_fix(self) -> str:
+        micro_batch, unit = self.recipe.engine.micro_batch, self.recipe.micro_batch_unit
+        smaller = choose_micro_batch(micro_batch, unit, micro_batch / 2)
+        options = [f"--set engine.micro_batch={smaller}"] * (smaller < micro_batch)
+        if not self.recipe.engine.activation_checkpointing:
+            options.append("--set engine.activation_checkpointing=true")
+        return f"use {' or '.join(options) or 'a larger engine.zero_stage'} (results stay the same)"
 
     def check_divergence(self, up_to_step: int | None = None) -> BadSpan | None:
         if up_to_step is None:
@@ -214,12 +265,13 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
     def evaluate(self) -> dict:
         """Evaluate the task. If that fails, the run saves a checkpoint, stops, and evaluates again when it resumes."""
         try:
-            metrics = self.task.evaluate(self.state.step, self.session.watchdog.heartbeat)
+            with engine.without_compilation(self.recipe):
+                metrics = self.task.evaluate(self.state.step, self.session.watchdog.heartbeat)
         except AllRanksError as error:
             self.eval_error = error
             return {}
         if metrics:
-            values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not isinstance(value, dict))
             logger.info(f"step {self.state.step}: {values}")
         return metrics
 
@@ -227,6 +279,10 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
         skipped = [step._asdict() for step in self.guard.skipped_steps]
         self.guard.skipped_steps.clear()
         return {"skipped_steps": skipped} if skipped else {}
+
+    def learning_rate_at(self, step: int, total_steps: int) -> float:
+        peak, optim = self.recipe.peak_lr, self.recipe.optim
+        return learning_rate(step, total_steps, self.warmup_steps, peak, optim.min_lr, optim.decay, optim.decay_steps)
 
     def current_lr(self) -> float:
         return self._lr
@@ -250,7 +306,8 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
         }
 
     def log_images(self) -> None:
-        self.task.log_images(self.state.step)
+        with engine.without_compilation(self.recipe):
+            self.task.log_images(self.state.step)
 
     def write_part(self, directory: Path) -> None:
         engine.save(self.engine, self.model_ema, directory)

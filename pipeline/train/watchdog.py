@@ -37,7 +37,8 @@ class Watchdog:
         self._file = open(self._path, "w")  # noqa: SIM115 (closed in `close`)
         self._last_heartbeat = time.monotonic()
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
     def heartbeat(self) -> None:
         """Report progress."""
@@ -56,6 +57,7 @@ class Watchdog:
 
     def close(self) -> None:
         self._closed.set()
+        self._thread.join()  # it may be about to set faulthandler's timer
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         self._path.unlink(missing_ok=True)

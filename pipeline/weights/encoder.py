@@ -1,7 +1,8 @@
 """Load an encoder to evaluate or fine-tune, as timm's VisionTransformer.
 
 Sources: a run directory; `ema:RUN` for the moving average of its weights; a .safetensors file exported for
-timm; a .pth checkpoint of the official MAE code; `random:RECIPE` or `random:RUN` for initial weights.
+timm; a .pth checkpoint of the official MAE code; a folder of Hugging Face transformers; `random:RECIPE` or
+`random:RUN` for initial weights.
 
 Invariant: every weight comes from the source, or the source is rejected with the keys named. Only position
 embeddings may change: they are interpolated for another image size. LoMaR has only relative positions and
@@ -29,8 +30,10 @@ from pipeline.models.relative_position import RelativeAttention
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe.sections import VIT_SIZES, DataSection
 from pipeline.train.run_directory import RunDirectory
-from pipeline.weights.run import CLASSIFIER_REJECTED, load_run
+from pipeline.weights.finite import check_finite
+from pipeline.weights.run import FINETUNED_REJECTED, load_run
 from pipeline.weights.state_dicts import describe_mismatch
+from pipeline.weights.transformers_folder import is_transformers_folder, read_transformers_folder
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class EncoderWeights(NamedTuple):
     mean: Rgb
     std: Rgb
     recipe: Recipe | None
+    norm_eps: float = LAYER_NORM_EPS
 
 
 class ImageEncoder(nn.Module):
@@ -60,6 +64,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.vit = vit
         self.name, self.recipe, self.heads = source.name, source.recipe, source.heads
+        self.norm_eps = source.norm_eps
         self.mean, self.std = source.mean, source.std
         self.image_size, self.patch_size = image_size, _patch_size(source.state)
         self.width = vit.embed_dim
@@ -77,9 +82,11 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
         image_size: Image size in pixels; None: that of training.
 
     Raises:
-        UserError: If the source does not exist, is not an encoder, or its patches do not divide the size.
+        UserError: If the source does not exist, is not an encoder, has a weight that is not finite, or its patches do
+            not divide the size.
     """
     source = _read_source(str(weights))
+    check_finite(source.state, f"--weights {weights}")
     patch, positions = _patch_size(source.state), source.state.get("pos_embed")
     trained_size = source.image_size or math.isqrt(source.state["pos_embed"].shape[1] - 1) * patch
     size = image_size or trained_size
@@ -90,28 +97,32 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
         # Without antialiasing, as in the official MAE code.
         grid = [size // patch] * 2
         source.state["pos_embed"] = resample_abs_pos_embed(positions, grid, antialias=False)
-    vit = build_vit(source.state, source.heads, size)
+    vit = build_vit(source.state, source.heads, size, source.norm_eps)
     if mismatch := describe_mismatch(vit.state_dict(), source.state):
         raise UserError(f"--weights {weights}: do not fit a vision transformer: {mismatch}")
     vit.load_state_dict(source.state)
     return ImageEncoder(vit, source, size).eval()
 
 
-def build_vit(state: dict[str, torch.Tensor], heads: int, image_size: int) -> VisionTransformer:
+def build_vit(
+    state: dict[str, torch.Tensor], heads: int, image_size: int, norm_eps: float = LAYER_NORM_EPS
+) -> VisionTransformer:
     """Build timm's model without a head in the shape of a state dict; the weights are not loaded.
 
     The model has relative positions if the state dict has no absolute ones.
     """
     width, patch = state["patch_embed.proj.weight"].shape[0], _patch_size(state)
     relative = "pos_embed" not in state
+    hidden = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * width, device="meta")).numel()
     vit = VisionTransformer(
         img_size=image_size,
         patch_size=patch,
         embed_dim=width,
         depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
         num_heads=heads,
+        mlp_ratio=(hidden + 0.5) / width,  # timm rounds down
         num_classes=0,
-        norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         pos_embed="none" if relative else "learn",
     )
     if relative:
@@ -135,6 +146,9 @@ def _read_source(weights: str) -> EncoderWeights:
         return _from_method(method, recipe, "random weights")
     ema = weights.startswith(EMA)
     path = Path(weights.removeprefix(EMA))
+    folder = path if path.is_dir() else path.parent if path.suffix in (".safetensors", ".bin") else None
+    if folder and not ema and is_transformers_folder(folder):
+        return _from_transformers_folder(folder)
     files = [*path.glob("*.safetensors"), *path.glob("*.pth")]
     if files and not RunDirectory(path).recipe_file.is_file():
         raise UserError(f"--weights {weights}: is not a run directory; pass the weights file, {files[0]}")
@@ -147,7 +161,7 @@ def _read_source(weights: str) -> EncoderWeights:
         return _from_safetensors(path)
     if path.suffix in (".pth", ".pt"):
         return _from_checkpoint(path)
-    raise UserError(f"--weights {weights}: pass a run directory, a .safetensors or a .pth file")
+    raise UserError(f"--weights {weights}: pass a run directory, a transformers folder, a .safetensors or a .pth file")
 
 
 def _from_method(method: Method, recipe: Recipe, origin: str) -> EncoderWeights:
@@ -164,6 +178,14 @@ def _from_method(method: Method, recipe: Recipe, origin: str) -> EncoderWeights:
         data.std,
         recipe,
     )
+
+
+def _from_transformers_folder(folder: Path) -> EncoderWeights:
+    encoder = read_transformers_folder(folder)
+    if encoder.left_out:
+        logger.info(f"{folder}: only the encoder is loaded, without {', '.join(encoder.left_out)}")
+    weights = _from_state_dict(folder, encoder.state, encoder.heads, encoder.mean_std)
+    return weights._replace(norm_eps=encoder.norm_eps)
 
 
 def _from_safetensors(path: Path) -> EncoderWeights:
@@ -215,7 +237,7 @@ def _from_state_dict(
 ) -> EncoderWeights:
     """Check a state dict with timm's keys; assume and log what is None."""
     if "fc_norm.weight" in state:
-        raise UserError(f"--weights {path}: {CLASSIFIER_REJECTED}")
+        raise UserError(f"--weights {path}: {FINETUNED_REJECTED}")
     for key, dimensions in {"patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3}.items():
         if key not in state or state[key].ndim != dimensions:
             problem = f"{key} has shape {tuple(state[key].shape)}" if key in state else f"{key} is missing"

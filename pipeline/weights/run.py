@@ -18,11 +18,12 @@ from pipeline.recipe.loading import load, read_yaml
 from pipeline.recipe.sections import eval_resize_size
 from pipeline.recipe.training import TrainingRecipe
 from pipeline.train.run_directory import RunDirectory
+from pipeline.weights.finite import check_finite
 from pipeline.weights.state_dicts import timm_state_dict
 from pipeline.weights.vit import Vit
 
 AnyRecipe = TypeVar("AnyRecipe", bound=TrainingRecipe)
-CLASSIFIER_REJECTED = "is a fine-tuned classifier, not an encoder; pass the weights it was fine-tuned from"
+FINETUNED_REJECTED = "is a fine-tuned model, not an encoder; pass the weights it was fine-tuned from"
 
 
 class LoadedRun(NamedTuple):
@@ -57,27 +58,33 @@ def load_run(run: Path, ema: bool = False) -> LoadedRun:
     Raises:
         UserError: If there is no pre-training run, it has no checkpoint yet, or it keeps no moving average.
     """
-    if is_classifier(run):
-        raise UserError(f"{run}: {CLASSIFIER_REJECTED}, `weights` in its recipe.yaml")
+    if run_command(run) == "finetune":
+        raise UserError(f"{run}: {FINETUNED_REJECTED}, `weights` in its recipe.yaml")
     recipe, weights, step = read_run(run, Recipe, ema)
     method = build_method(recipe)
     method.load_state_dict(weights)
     return LoadedRun(recipe, method.eval(), step)
 
 
-def is_classifier(run: Path) -> bool:
-    """Return whether `finetune` made this run directory. Raises UserError if it is not a run directory."""
+def run_command(run: Path) -> str:
+    """Return the command that made a run directory: pretrain, finetune or linprobe.
+
+    Raises:
+        UserError: If it is not a run directory.
+    """
     recipe = RunDirectory(run).recipe_file
     if not recipe.is_file():
         raise UserError(f"{run}: not a run directory (it has no {recipe.name})")
-    return "classifier" in read_yaml(recipe)
+    tree = read_yaml(recipe)
+    return "pretrain" if "method" in tree else "linprobe" if "probe" in tree else "finetune"
 
 
 def read_run(run: Path, kind: type[AnyRecipe], ema: bool) -> tuple[AnyRecipe, dict[str, torch.Tensor], int]:
     """Read a run's recipe, its newest weights by parameter name, and their step.
 
     Raises:
-        UserError: If the recipe is not of this kind, or there is no checkpoint or no moving average.
+        UserError: If the recipe is not of this kind, there is no checkpoint or no moving average, or a weight is not
+            finite.
     """
     from pipeline.train import checkpoint, engine  # imports DeepSpeed, which takes seconds
 
@@ -89,4 +96,6 @@ def read_run(run: Path, kind: type[AnyRecipe], ema: bool) -> tuple[AnyRecipe, di
     newest = checkpoint.latest_checkpoint_with(directory.checkpoints, weights)
     if newest is None:
         raise UserError(f"{run}: has no checkpoint yet; train until the first one (train.checkpoint_every steps)")
-    return recipe, load_file(newest / weights), checkpoint.read_state(newest)["step"]
+    tensors = load_file(newest / weights)
+    check_finite(tensors, newest / weights)
+    return recipe, tensors, checkpoint.read_state(newest)["step"]

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.errors import UserError, join_names
 from pipeline.methods.method import Method
+from pipeline.methods.targets import PixelTarget
 
 
 def official_state_dict(method: Method) -> dict[str, torch.Tensor]:
@@ -15,7 +16,7 @@ def official_state_dict(method: Method) -> dict[str, torch.Tensor]:
     Tensors are detached and share memory with the method's.
 
     Raises:
-        UserError: If the method does not have MAE's decoder.
+        UserError: If the method does not have MAE's decoder, or not as the official code has it.
     """
     _require_decoder(method)
     return {_official_key(name): tensor for name, tensor in _named_tensors(method).items()}
@@ -39,13 +40,15 @@ def load_official_state_dict(method: Method, state: dict[str, torch.Tensor]) -> 
 def timm_state_dict(method: Method) -> dict[str, torch.Tensor]:
     """Return the encoder's weights as `timm.create_model(..., num_classes=0).load_state_dict` expects them.
 
+    A mask token is left out, because whole images have no masked patches.
+
     Raises:
         UserError: If the encoder has relative positions.
     """
     state = {
         name.removeprefix("encoder."): tensor
         for name, tensor in _named_tensors(method).items()
-        if name.startswith("encoder.")
+        if name.startswith("encoder.") and name != "encoder.mask_token"
     }
     require_absolute_positions(state)
     return state
@@ -133,3 +136,7 @@ def _official_key(name: str) -> str:
 def _require_decoder(method: Method) -> None:
     if not hasattr(method, "decoder"):
         raise UserError(f"{type(method).__name__} has no decoder, so the official MAE code cannot load it")
+    if hasattr(method.encoder, "mask_token"):
+        raise UserError("method.mae.mask_tokens_in_encoder: the official MAE code cannot load such weights")
+    if not isinstance(method.target, PixelTarget):
+        raise UserError("method.target.name: the official MAE code predicts pixels only; use --encoder-only")

@@ -38,7 +38,7 @@ def image_folder(tmp_path, photographs) -> Path:
     return root
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_prep():
     """Run `python -m data_prep ARGUMENTS...`; returns exit code, stdout and stderr."""
 

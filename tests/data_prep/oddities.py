@@ -20,9 +20,9 @@ def huge_header(photograph: bytes, side: int = 30_000) -> bytes:
     return photograph[: place + 5] + struct.pack(">HH", side, side) + photograph[place + 9 :]
 
 
-def with_segment(photograph: bytes, content: bytes) -> bytes:
-    """Insert an APP1 segment at the front."""
-    return photograph[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + photograph[2:]
+def with_segment(photograph: bytes, content: bytes, marker: int = 0xE1) -> bytes:
+    """Insert a segment at the front, by default APP1."""
+    return photograph[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + photograph[2:]
 
 
 def oddities(photograph: bytes) -> dict[str, tuple[bytes, str]]:

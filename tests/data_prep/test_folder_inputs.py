@@ -75,7 +75,7 @@ def test_image_beside_an_archives_folders_disables_labels(tmp_path, photographs,
     archive.write_bytes(zip_of({**files, "readme.txt": b"hello"}))
     assert data_prep("folder", archive, tmp_path / "labeled").returncode == 0
     assert read_manifest(tmp_path / "labeled").classes == ("ant", "bee")
-    assert quarantined(tmp_path / "labeled") == {"": "no_class"}
+    assert quarantined(tmp_path / "labeled") == {"a.zip": "no_class"}
     archive.write_bytes(zip_of({**files, "3.jpg": photographs[2]}))
     assert data_prep("folder", archive, tmp_path / "plain").returncode == 0
     assert read_manifest(tmp_path / "plain").classes == ()

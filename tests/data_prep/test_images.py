@@ -7,6 +7,7 @@ import pytest
 from file_contents import decode_pixels, encode_image
 from oddities import exif, huge_header, oddities, with_segment
 from PIL import Image, ImageOps
+from sampled_jpeg import sampled_jpeg
 
 from data_prep.images import Policy, prepare
 from data_prep.jpeg import parse_jpeg
@@ -42,6 +43,79 @@ def test_repair_keeps_the_pixels(photographs):
     assert np.abs(decode_pixels(prepare(files["deep"][0], Policy()).data)[:, :, 0] - values).mean() < 3
     broken = prepare(files["broken_exif"][0], Policy())
     assert broken.data == photographs[7], "a broken EXIF block is removed without re-encoding"
+
+
+CHROMA = {  # factors of Y, Cb and Cr, and whether DALI's GPU decoder documents the sampling
+    "4:1:0": (((4, 2), (1, 1), (1, 1)), True),
+    "4:1:1": (((4, 1), (1, 1), (1, 1)), True),
+    "4:2:2 by 4 x 1 and 2 x 1": (((4, 1), (2, 1), (2, 1)), True),
+    "2 x 4": (((2, 4), (1, 1), (1, 1)), False),
+    "1 x 4": (((1, 4), (1, 1), (1, 1)), False),
+    "Cb unlike Cr": (((2, 2), (2, 1), (1, 2)), False),
+    "chroma above luma": (((1, 1), (2, 1), (2, 1)), False),
+}
+
+
+@pytest.mark.parametrize("check", ["decode", "structure"])
+@pytest.mark.parametrize("name", CHROMA)
+def test_rare_chroma_samplings_are_kept_or_re_encoded(name, check):
+    factors, is_kept = CHROMA[name]
+    data = sampled_jpeg(factors)
+    image = prepare(data, Policy(check))
+    assert (image.data == data, image.repairs) == (is_kept, () if is_kept else ("chroma_sampling",))
+    assert (image.width, image.height, image.gray) == (64, 64, False)
+    assert np.abs(decode_pixels(image.data) - decode_pixels(data)).mean() < 4
+    assert prepare(data, Policy(check, resize=16)).width == 16
+    with pytest.raises(ImageError) as error:
+        prepare(data[:-60], Policy(check))
+    assert error.value.reason == "truncated"
+
+
+def test_dali_decodes_rare_chroma_samplings_to_pillows_pixels():
+    from nvidia.dali import fn, pipeline_def
+
+    files = [sampled_jpeg(factors) for factors, _ in CHROMA.values()]
+
+    @pipeline_def(batch_size=len(files), num_threads=1, device_id=None)
+    def decode():
+        encoded = fn.external_source(lambda: [np.frombuffer(data, np.uint8) for data in files])
+        return fn.decoders.image(encoded, jpeg_fancy_upsampling=True)
+
+    pipeline = decode()
+    pipeline.build()
+    (decoded,) = pipeline.run()
+    for data, pixels in zip(files, decoded, strict=True):
+        assert np.abs(np.asarray(pixels).astype(int) - decode_pixels(data)).mean() < 1
+
+
+def _icc(*parts: tuple[int, int, bytes]) -> list[bytes]:
+    return [b"ICC_PROFILE\0" + bytes([number, count]) + content for number, count, content in parts]
+
+
+@pytest.mark.parametrize("check", ["decode", "structure"])
+@pytest.mark.parametrize(
+    "segments",
+    [
+        _icc((1, 2, b"profile")),
+        _icc((1, 1, b"profile"), (1, 1, b"profile")),
+        _icc((0, 1, b"profile")),
+        _icc((1, 1, b"")),
+    ],
+    ids=["half", "twice", "number 0", "empty"],
+)
+def test_incomplete_icc_profile_is_removed_like_broken_exif(photographs, segments, check):
+    data = with_segment(photographs[7], b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    for segment in segments:
+        data = with_segment(data, segment, 0xE2)
+    image = prepare(data, Policy(check))
+    assert image.data == photographs[7] and image.repairs == ("broken_exif", "broken_icc")
+
+
+def test_complete_icc_profile_is_kept(photographs):
+    data = photographs[7]
+    for segment in _icc((1, 2, b"pro"), (2, 2, b"file")):
+        data = with_segment(data, segment, 0xE2)
+    assert prepare(data, Policy()).data == data
 
 
 def test_transparency_becomes_white(photographs):

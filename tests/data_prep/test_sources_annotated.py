@@ -8,6 +8,7 @@ from file_contents import decode_pixels
 from published import coco_annotations, csv_of, tar_of, write_tree, zip_of
 from shard_contents import metadata, quarantine, samples
 
+from data_prep.shard_set import read_manifest
 from data_prep.sources.csv_rows import CsvRows
 
 IDS = ("000a1249af2bc5f0", "0001eeaf4aed83f9", "00075905539074f2", "0000b86e2fd18333")
@@ -115,6 +116,11 @@ def test_coco_keeps_captions_instances_and_license(photographs, tmp_path, data_p
     assert (instance["category"], instance["category_id"]) == ("toothbrush", 90)
     assert instance["bbox"] == [1.0, 2.0, 30.5, 40.0] and instance["segmentation"] == [[1, 2, 3, 4, 5, 6]]
     assert (last["captions"], last["instances"], last["width"]) == ([], [], 160)
+    assert (first["image_id"], last["image_id"]) == (100, 103)
+    manifest = read_manifest(out)
+    assert (manifest.classes, manifest.category_ids) == (("person", "toothbrush"), (1, 90))
+    assert manifest.annotation == "instances" and not manifest.has_labels
+    assert data_prep("verify", out).returncode == 0
 
 
 def test_unsafe_members_of_a_zip_are_quarantined(photographs, tmp_path, data_prep):

@@ -8,6 +8,9 @@ FAULTS is a JSON list of
     {"kind": "loss" | "gradient" | "spike", "data_of_steps": [...]}    for every sample that these steps would read
     {"kind": "slow", "rank": R, "seconds": S}                          each forward pass of a rank takes longer
     {"kind": "signal", "steps": [...]}                                 SIGTERM during the forward passes of these steps
+    {"kind": "out of memory", "rank": R, "steps": [...]}               as if the rank's GPU were too small, at the last
+                                                                       micro batch of these steps
+    {"kind": "nondeterministic"}                                       use an operator that has no deterministic form
 """
 
 import argparse
@@ -51,9 +54,9 @@ class FaultyMethod(Method):
 
     def __init__(self, method, faults, total_steps):
         super().__init__()
-        self.method, self.faults, self.total_steps, self.step = method, faults, total_steps, 0
+        self.method, self.faults, self.total_steps, self.step, self.forwards = method, faults, total_steps, 0, 0
         self.noise_size, self.grid, self.patch_size = method.noise_size, method.grid, method.patch_size
-        self.normalize_targets = method.normalize_targets
+        self.target = method.target
         self.encoder = method.encoder
 
     def set_training_progress(self, progress):
@@ -73,6 +76,14 @@ class FaultyMethod(Method):
             if fault["kind"] == "signal":
                 if self.step in fault["steps"]:
                     os.kill(os.getpid(), signal.SIGTERM)
+                continue
+            if fault["kind"] == "out of memory":
+                self.forwards += self.step in fault["steps"]
+                if fault["rank"] == int(os.environ["RANK"]) and self.forwards == 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+                continue
+            if fault["kind"] == "nondeterministic":
+                torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
                 continue
             is_faulty = torch.tensor(self.step in fault.get("steps", []))
             if "noise" in fault:

@@ -31,7 +31,7 @@ SMALL = {
     "model.width": 32,
     "model.depth": 1,
     "model.decoder_width": 32,
-    "method.normalize_targets": "true",
+    "method.target.name": "normalized_pixels",
     "method.efficient_mae.beta": 6,  # drops some patches of 4 px
     "engine.zero_stage": 3,
     "engine.activation_checkpointing": "true",

@@ -42,7 +42,7 @@ class FinetuneRun(Run):
         return ["-m", "pipeline", *command, *paths, *self.options, *sets]
 
     def accuracy(self):
-        return json.loads((self.directory / "accuracy.json").read_text())
+        return json.loads((self.directory / "results.json").read_text())
 
 
 def test_resume_is_bit_identical_and_two_ranks_agree(labelled_sets, tmp_path):

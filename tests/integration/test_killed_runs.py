@@ -85,7 +85,10 @@ def test_finished_run_started_again_changes_nothing(run):
 
 def test_run_can_be_extended(run):
     run.train(1, train__steps=4, optim__warmup_steps=0)
+    assert "instead of" not in run.output.read_text()
     lines = run.train(1, train__steps=6, optim__warmup_steps=0)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     peak = load_recipe("demo_emae", ["data.global_batch=16"]).peak_lr
     assert lines[-1]["samples"] == 6 * 16 and lines[-1]["lr"] == approx(learning_rate(5, 6, 0, peak))
+    (warning,) = (line for line in run.output.read_text().splitlines() if "6 steps instead of 4" in line)
+    assert f"after step 4 is {learning_rate(4, 6, 0, peak):.3g} instead of 0 " in warning

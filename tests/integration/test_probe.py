@@ -87,7 +87,7 @@ def test_killed_probe_on_two_ranks_equals_one_on_one_rank(weights, labelled_sets
     for process in killed:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert not (tmp_path / "two/accuracy.json").exists()
+    assert not (tmp_path / "two/results.json").exists()
     _, *others = outputs(start(2, *command, tmp_path / "two"))
     assert not any(others)  # only rank 0 prints the result
     one, two = (
@@ -97,7 +97,7 @@ def test_killed_probe_on_two_ranks_equals_one_on_one_rank(weights, labelled_sets
     columns = [key for key in one[0] if key.startswith("loss")]
     assert [line["step"] for line in two] == list(range(1, STEPS + 1))
     assert [[line[key] for key in columns] for line in one] == [[line[key] for key in columns] for line in two]
-    one, two = (json.loads((tmp_path / run / "accuracy.json").read_text()) for run in ("one", "two"))
+    one, two = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two"))
     assert one == two
     assert one["top1"]["total"] == 42
     assert one["train"]["samples"] + one["held_out"]["samples"] == 60
@@ -115,12 +115,12 @@ def test_probe_has_a_report_and_stops_if_it_cannot_write(labelled_sets, tmp_path
     assert len(history.column("lr")[1]) == 4 and plot_loss([history]).axes
     assert "of 4 steps" in report([run]).read_text()
 
-    (run / "accuracy.json.new").mkdir()  # the temporary name
+    (run / "results.json.new").mkdir()  # the temporary name
     processes = start(2, *command)
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     lines = [line for text in errors for line in text.splitlines() if "error" in line or "Traceback" in line]
-    assert len(lines) == 1 and "accuracy.json.new" in lines[0], errors
+    assert len(lines) == 1 and "results.json.new" in lines[0], errors
 
 
 def test_knn_during_training_on_two_ranks_equals_one_rank(labelled_sets, tmp_path):

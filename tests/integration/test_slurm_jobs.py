@@ -46,7 +46,7 @@ def test_dependent_jobs_fine_tune_and_evaluate(cluster, labelled_sets, tmp_path)
     sets = "data.global_batch=16 engine.micro_batch=8 train.epochs=1"
     evaluation.submit("evaluate.sh", after, **variables, SETS=sets)
     assert tuning.wait()["JobState"] == "COMPLETED", tuning.log()
-    accuracy = json.loads((tuning.run / "accuracy.json").read_text())
+    accuracy = json.loads((tuning.run / "results.json").read_text())
     assert accuracy["step"] == 4 and accuracy["top1"]["total"] == 42
     assert evaluation.wait()["JobState"] == "COMPLETED", evaluation.log()
     assert "top-1" in evaluation.log() and evaluation.log().rstrip().endswith("done")

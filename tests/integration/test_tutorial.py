@@ -62,7 +62,7 @@ def run_python() -> dict:
 
 
 def read_top1(run: str) -> float:
-    return json.loads(Path(run, "accuracy.json").read_text())["top1"]["accuracy"]
+    return json.loads(Path(run, "results.json").read_text())["top1"]["accuracy"]
 
 
 @pytest.mark.soak

@@ -11,9 +11,9 @@ from pipeline.distributed.launch import DistInfo
 from pipeline.methods import build_method
 from pipeline.models.trainable_module import TrainableModule
 from pipeline.recipe import load_recipe
-from pipeline.recipe.finetune import load_finetune_recipe
+from pipeline.recipe.tasks import load_finetune_recipe
 from pipeline.recipe.training import TrainingRecipe
-from pipeline.tasks.classification import Finetuning
+from pipeline.tasks.classification import ClassificationTask
 from pipeline.train import checkpoint, engine
 from pipeline.train.run_directory import RunDirectory
 
@@ -32,11 +32,16 @@ DATA = [{"path": "sets/photos", "source": "folder", "split": "train", "samples":
 SINGLE_PROCESS = DistInfo(0, 1, 0, 1, torch.device("cpu"), 1)
 
 
-def small_run(folder: Path, recipe: str = "vitb16_mae", *overrides: str, step: int = 30) -> Path:
-    """Write the run directory of a pre-training."""
+def small_run(
+    folder: Path, recipe: str = "vitb16_mae", *overrides: str, step: int = 30, broken: str | None = None
+) -> Path:
+    """Write the run directory of a pre-training; one value of the weight `broken` is NaN."""
     small_recipe = load_recipe(recipe, [*SMALL, *overrides])
     torch.manual_seed(0)
-    _write_run(folder, small_recipe, build_method(small_recipe), step)
+    method = build_method(small_recipe)
+    if broken:
+        method.get_parameter(broken).data.view(-1)[0] = torch.nan
+    _write_run(folder, small_recipe, method, step)
     return folder
 
 
@@ -48,7 +53,7 @@ def small_classifier(
     source = folder.with_suffix(".yaml")
     source.write_text(load_recipe(recipe, [*SMALL, "method.lomar.window_size=3"]).to_yaml())
     settings = ["data.image_size=48", *overrides]
-    task = Finetuning(load_finetune_recipe("finetune_tiny", f"random:{source}", settings), str(sets[1]))
+    task = ClassificationTask(load_finetune_recipe("finetune_tiny", f"random:{source}", settings), str(sets[1]))
     reader = ShardReader(sets[0], task.recipe.data)
     torch.manual_seed(0)
     classifier = task.build(reader)

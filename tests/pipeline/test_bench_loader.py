@@ -4,7 +4,12 @@ import json
 import os
 
 import pytest
+import torch
 from forkserver import run
+
+from pipeline.data.decode_options import DecodeOptions
+from pipeline.estimate.bench_loader import decode_variants
+from pipeline.recipe.sections import DataSection
 
 
 def bench(*arguments):
@@ -28,6 +33,15 @@ def test_the_figures_are_consistent(shards):
     assert demand["delivered"] == whole["images_per_s"] and demand["gpu"] == "a100"
     assert demand["data_wait"] == pytest.approx(max(0, 1 - demand["delivered"] / demand["images_per_s"]))
     assert demand["cores"] == pytest.approx(demand["images_per_s"] * whole["cpu_ms"] / 1000)
+
+
+def test_a_gpu_is_measured_by_share_of_the_hardware_decoder():
+    gpu, data = torch.device("cuda", 0), DataSection(hw_decoder_load=0.5)
+    loads = {options.hw_decoder_load for options in decode_variants(data, gpu).values()}
+    assert loads == {0, 0.5, 1} and not any(options.roi for options in decode_variants(data, gpu).values())
+    regions = decode_variants(data.model_copy(update={"roi_decode": True}), gpu)
+    assert [options for options in regions.values() if options.roi] == [DecodeOptions("mixed", True, 0.5)]
+    assert decode_variants(data, torch.device("cpu")) == {"decode": DecodeOptions()}
 
 
 def test_the_table_ends_with_the_data_wait(shards):

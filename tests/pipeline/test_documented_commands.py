@@ -6,9 +6,11 @@ import pytest
 
 from data_prep.arguments import parse
 from pipeline.__main__ import build_parser
+from pipeline.papers.commands import plan_experiment
+from pipeline.papers.registry import find_experiment
 from pipeline.recipe import load_recipe
-from pipeline.recipe.finetune import load_finetune_recipe
 from pipeline.recipe.linear_probe import load_probe_recipe
+from pipeline.recipe.tasks import load_finetune_recipe
 from tests.documentation import PAGES, ROOT, TUTORIAL, blocks, commands
 
 OWN_RECIPES = ("my.yaml",)
@@ -35,6 +37,10 @@ def test_a_documented_command_is_valid(page, program, arguments):
         load_finetune_recipe(args.recipe, weights, args.overrides)
     elif arguments[0] == "linprobe":
         load_probe_recipe({"probe": {"weights": args.weights}}, args.overrides)
+    elif arguments[0] == "paper" and args.name != "list":
+        plan_experiment(find_experiment(args.name), args.overrides)
+    elif arguments[0] == "plan" and args.recipe.startswith(("detect_", "segment_")):
+        load_finetune_recipe(args.recipe, "W", args.overrides)
     elif "recipe" in args and args.recipe not in OWN_RECIPES:
         load_recipe(args.recipe, args.overrides)
 

@@ -7,13 +7,14 @@ import re
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
 from pipeline.export import official_state_dict, timm_state_dict
 from pipeline.losses import patchify
 from pipeline.methods import build_method
-from pipeline.models.relative_position import ContextualProduct
+from pipeline.models.relative_position import ContextualProduct, piecewise_index
 from pipeline.recipe import load_recipe
 from pipeline.weights.encoder import load_encoder
 
@@ -110,6 +111,30 @@ def test_positions_are_interpolated_for_another_image_size(tmp_path, caplog):
     caplog.clear()
     load_encoder(f"random:{path}", image_size=64)
     assert not caplog.messages
+
+
+def test_positions_at_384_px_equal_timms_interpolation(tmp_path):
+    path = write_recipe(tmp_path, more=["data.image_size=224", "model.depth=1"])
+    trained = build_seeded(path).encoder.pos_embed
+    encoder = load_encoder(f"random:{path}", image_size=384)
+    expected = resample_abs_pos_embed(trained, [24, 24], antialias=False)
+    assert expected.shape == (1, 577, 192)
+    assert (encoder.vit.pos_embed - expected).abs().max() < 1e-6
+
+
+def test_lomars_relative_positions_apply_at_384_px(tmp_path):
+    small = ("data.image_size=224", "model.width=16", "model.heads=2", "model.depth=1")
+    encoder = load_encoder(f"random:{write_recipe(tmp_path, 'vitb16_lomar', small)}", image_size=384)
+    rpe, query = encoder.vit.blocks[0].attn.rpe_k, torch.randn(1, 2, 577, 8)
+    with torch.no_grad():
+        rpe.lookup_table_weight.normal_()
+        bias = rpe(query)
+        assert encoder(images(384)).shape == (2, 577, 16)
+    table = rpe.lookup_table_weight[0]
+    for i, j in ((1, 1), (1, 576), (300, 29), (576, 1), (40, 41), (5, 245)):  # queries and keys of a 24 x 24 grid
+        (row, column), (key_row, key_column) = divmod(i - 1, 24), divmod(j - 1, 24)
+        bucket = (piecewise_index(row - key_row) + 3) * 7 + piecewise_index(column - key_column) + 3
+        assert torch.allclose(bias[0, :, i, j], query[0, :, i] @ table[:, bucket], atol=1e-5)
 
 
 def test_lomar_sees_the_image_as_one_window(tmp_path):

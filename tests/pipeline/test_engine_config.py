@@ -5,11 +5,15 @@ import json
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.recipe import load_recipe
+from pipeline.recipe import load_recipe as load_any_recipe
 from pipeline.train import engine
 from pipeline.train.engine_config import engine_config, engine_overrides, ignored_keys
 
 WORLD_SIZE = 8
+
+
+def load_recipe(name, overrides=()):
+    return load_any_recipe(name, ["engine.micro_batch=64", *overrides])
 
 
 def write_config(tmp_path, content):

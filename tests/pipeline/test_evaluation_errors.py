@@ -36,6 +36,16 @@ def misshapen_weights(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def infinite_weights(tmp_path_factory) -> str:
+    """An exported encoder with one infinite value."""
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    state = load_encoder("random:demo_emae").vit.state_dict()
+    state["blocks.1.mlp.fc1.weight"][3, 4] = torch.inf
+    save_file(state, path, {"heads": "4"})
+    return str(path)
+
+
 @pytest.fixture
 def error_of(tmp_path, capsys, kept_environment):
     """Runs a command that has to fail; returns its error line."""
@@ -76,6 +86,12 @@ def test_sets_that_do_not_fit_together_are_rejected(command, train, val, words, 
 def test_weights_of_another_shape_are_rejected(command, error_of, sets, misshapen_weights):
     error = error_of(command, misshapen_weights, sets["train"], sets["val"])
     assert f"--weights {misshapen_weights}: " in error and "norm.weight" in error and "(3,)" in error
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_weights_that_are_not_finite_are_rejected(command, error_of, sets, infinite_weights):
+    error = error_of(command, infinite_weights, sets["train"], sets["val"])
+    assert f"--weights {infinite_weights}: blocks.1.mlp.fc1.weight has NaN or infinite" in error
 
 
 @pytest.mark.parametrize("command", COMMANDS)

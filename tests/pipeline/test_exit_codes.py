@@ -6,12 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pipeline.commands.exit_codes import run_command
 from pipeline.errors import AllRanksError, Diverged, StoppedEarly, StorageTimeout, UserError
 
 CODE = "import sys; from pipeline.commands.exit_codes import run_command; sys.exit(run_command(lambda: {}))"
 PRINT = CODE.format("print('x' * {})")
+BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -21,6 +23,7 @@ PRINT = CODE.format("print('x' * {})")
         (UserError("x: bad"), 2, True),
         (StorageTimeout("x: bad"), 2, True),
         (OSError(errno.ENOSPC, "full", "x: bad"), 2, True),
+        (torch.OutOfMemoryError("x: bad. Tried to allocate 2 GiB. See documentation."), 2, True),
         (AllRanksError("x: bad"), 2, False),
         (Diverged("x: bad"), 4, False),
         (StoppedEarly("x: bad"), 75, False),
@@ -41,14 +44,17 @@ def test_rank_0_alone_prints_what_all_ranks_raise(monkeypatch, capsys, rank, err
 def test_a_closed_pipe_ends_a_command_silently(letters):
     reader, writer = os.pipe()
     os.close(reader)
-    ended = subprocess.run([sys.executable, "-c", PRINT.format(letters)], stdout=writer, stderr=subprocess.PIPE)
+    ended = subprocess.run(
+        [sys.executable, "-c", PRINT.format(letters)], stdout=writer, stderr=subprocess.PIPE, env=BUFFERED
+    )
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 def test_output_to_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([sys.executable, "-c", PRINT.format(1)], stdout=full, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", PRINT.format(1)]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert "error: No space left on device" in ended.stderr
 

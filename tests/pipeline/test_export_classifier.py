@@ -17,9 +17,9 @@ from pipeline.__main__ import main
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.export import command
-from pipeline.recipe.finetune import FinetuneRecipe
+from pipeline.recipe.classification import ClassificationRecipe
 from pipeline.recipe.loading import load
-from pipeline.tasks.classification import Finetuning
+from pipeline.tasks.classification import ClassificationTask
 from pipeline.tasks.loaded_classifier import load_classifier
 from pipeline.tasks.run_metadata import load_initial_weights, load_or_create
 from pipeline.train.run_directory import RunDirectory
@@ -62,8 +62,8 @@ def logits_of(run: Path, images: torch.Tensor, ema: bool = False) -> torch.Tenso
 
 
 def test_loaded_run_has_the_trained_weights(tuned, labelled_sets):
-    recipe = load(FinetuneRecipe, tuned / "recipe.yaml")
-    trained = Finetuning(recipe, str(labelled_sets[1])).build(ShardReader(labelled_sets[0], recipe.data))
+    recipe = load(ClassificationRecipe, tuned / "recipe.yaml")
+    trained = ClassificationTask(recipe, str(labelled_sets[1])).build(ShardReader(labelled_sets[0], recipe.data))
     trained.load_state_dict(load_file(tuned / "checkpoints/step-00000030/weights.safetensors"))
     assert_same(logits_of(tuned, IMAGES), trained.predict_logits(IMAGES))
 
@@ -155,7 +155,7 @@ def test_model_card_has_classes_initial_weights_and_accuracy(tuned, labelled_set
     assert all(f"\n   {number} {name}\n" in card for number, name in enumerate(class_names(labelled_sets)))
     initial = json.loads((tuned / "weights.json").read_text())
     assert "Initial weights: mae on vit_tiny, random weights" in card and initial["digest"] in card
-    top1 = json.loads((tuned / "accuracy.json").read_text())["top1"]
+    top1 = json.loads((tuned / "results.json").read_text())["top1"]
     share, low, high = (f"{top1[key]:.2%}" for key in ("accuracy", "low", "high"))
     assert re.search(rf"\| top1, 95 % interval \| +{share} \[{low}, {high}\] \|", card)
     assert f"Measured after step 30 on {labelled_sets[1].name}." in card
@@ -165,15 +165,15 @@ def test_model_card_has_classes_initial_weights_and_accuracy(tuned, labelled_set
 
 
 def test_model_card_marks_a_missing_accuracy(copied, tmp_path):
-    (copied / "accuracy.json").unlink()
+    (copied / "results.json").unlink()
     assert main(["export", str(copied), str(tmp_path / "out"), "--format", "timm"]) == 0
     assert "Accuracy: not recorded: **to be filled in**." in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("content", ['{"top1": ', "[]", '{"step": 30}', '{"top1": {"correct": 1, "total": 0}}'])
 def test_damaged_accuracy_file_is_a_one_line_error(copied, failing, content):
-    (copied / "accuracy.json").write_text(content)
-    assert f"{copied / 'accuracy.json'}: " in failing(copied)
+    (copied / "results.json").write_text(content)
+    assert f"{copied / 'results.json'}: " in failing(copied)
 
 
 @pytest.mark.parametrize("target", ["hf", "hf-mae"])
@@ -244,6 +244,6 @@ def test_classifier_is_rejected_as_an_encoder(copied, tmp_path, monkeypatch, pla
     folder = place.partition("/")[0]
     if "/" in place:
         assert main(["export", "run", folder, "--format", folder]) == 0
-    with pytest.raises(UserError, match="is a fine-tuned classifier, not an encoder") as caught:
+    with pytest.raises(UserError, match="is a fine-tuned model, not an encoder") as caught:
         load_encoder(place)
     assert "\n" not in str(caught.value)

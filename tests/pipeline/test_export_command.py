@@ -226,6 +226,19 @@ def test_full_disk_leaves_nothing(mae, tmp_path, failing, target):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["export", "reconstruct"])
+def test_weights_that_are_not_finite_are_rejected(tmp_path, photographs, capsys, name):
+    run = small_run(tmp_path / "run", broken="decoder.pred.weight")
+    if name == "export":
+        arguments = ["export", str(run), str(tmp_path / "out"), "--format", "official"]
+    else:
+        arguments = ["reconstruct", str(run), "--images", str(photographs), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "weights.safetensors: decoder.pred.weight has NaN or infinite" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\x07"])  # the last: only a version
 def test_file_that_cannot_be_reloaded_is_removed(mae, tmp_path, failing, monkeypatch, content):
     broken = command.TARGETS["onnx"]._replace(write=lambda _, out: (out / "encoder.onnx").write_bytes(content))

@@ -12,9 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.data.reader import ShardReader
 from pipeline.errors import AllRanksError, UserError
+from pipeline.estimate.memory import OVERHEAD_GIB, RESERVE_GIB, loader_bytes
 from pipeline.recipe import load_recipe
-from pipeline.recipe.finetune import FinetuneRecipe, load_finetune_recipe
-from pipeline.tasks.classification import Finetuning
+from pipeline.recipe.classification import ClassificationRecipe
+from pipeline.recipe.tasks import load_finetune_recipe
+from pipeline.tasks.classification import ClassificationTask
 from pipeline.tasks.classifier import Classifier
 from pipeline.train.run_directory import RunDirectory
 from pipeline.weights.encoder import load_encoder
@@ -24,7 +26,7 @@ ALL_ON = ["classifier.drop_path=0.4", "classifier.erasing=0.5", "classifier.rand
 PLAIN = ["classifier.mixup=0", "classifier.cutmix=0", "data.image_size=32"]
 
 
-def recipe(*overrides: str, weights: str = "random:demo_emae") -> FinetuneRecipe:
+def recipe(*overrides: str, weights: str = "random:demo_emae") -> ClassificationRecipe:
     return load_finetune_recipe("finetune_tiny", weights, ["data.image_size=32", *overrides])
 
 
@@ -89,6 +91,29 @@ def test_learning_rates_are_those_of_maes_code():
         assert decay[id(parameter)] == (0.0 if no_decay else 0.05), name
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+def test_partial_fine_tuning_changes_only_the_last_blocks(blocks):
+    model = classifier(f"classifier.trained_blocks={blocks}", *PLAIN)
+    before = {name: p.detach().clone() for name, p in model.vit.named_parameters()}
+    whole = {name: rate for name, rate in learning_rates(classifier(*PLAIN)).items()}
+    rates = learning_rates(model)
+    groups = model.parameter_groups(0.05)
+    optimizer = torch.optim.AdamW([{**group, "lr": 0.1 * group["lr_scale"]} for group in groups], fused=True)
+    for _ in range(2):
+        model(*batch(model)).loss.backward()
+        optimizer.step()
+    for name, parameter in model.vit.named_parameters():
+        block = int(name.split(".")[1]) if name.startswith("blocks") else None
+        is_trained = block >= 3 - blocks if block is not None else name.startswith(("fc_norm", "head"))
+        assert torch.equal(parameter, before[name]) != is_trained, name
+        assert rates[name] == (whole[name] if is_trained else 0.0), name
+
+
+def learning_rates(model: Classifier) -> dict[str, float]:
+    scale = {id(p): group["lr_scale"] for group in model.parameter_groups(0.05) for p in group["params"]}
+    return {name: scale[id(parameter)] for name, parameter in model.vit.named_parameters()}
+
+
 def test_drop_path_rate_grows_with_depth_and_keeps_the_mean():
     model = classifier("classifier.drop_path=0.4")
     assert [drop_path.rate for drop_path in model.drop_paths] == approx([0, 0, 0.2, 0.2, 0.4, 0.4])
@@ -104,6 +129,37 @@ def test_activation_checkpointing_changes_nothing():
         model(*batch(model)).loss.backward()
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_automatic_micro_batch_counts_what_autograd_saves(labelled_sets, checkpointing):
+    options = recipe(f"engine.activation_checkpointing={checkpointing}", "engine.micro_batch=auto")
+    train, val = labelled_sets
+    task, reader = ClassificationTask(options, str(val)), ShardReader(train, options.data)
+    limits = task.micro_batch_limits(reader, 1, 40.0)
+    model = task.build(reader)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def saved_bytes(count: int) -> int:
+        storages = {}
+
+        def save(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            model.compute_logits(torch.rand(count, 3, 32, 32))
+        return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+    if checkpointing == "false":
+        states = 16 * sum(p.numel() for p in model.parameters())
+        fixed, one = (loader_bytes(options.data, count) for count in (0, 1))
+        image_bytes = saved_bytes(9) - saved_bytes(8) + one - fixed
+        available = (40 - OVERHEAD_GIB - RESERVE_GIB) * 2**30 - states - fixed
+        assert limits.fitting == approx(available / image_bytes, rel=0.03)
+    else:  # recomputed activations do not count
+        plain = ClassificationTask(recipe("engine.micro_batch=auto"), str(val)).micro_batch_limits(reader, 1, 40.0)
+        assert limits.fitting > plain.fitting and limits.useful < plain.useful
 
 
 @pytest.mark.parametrize(
@@ -125,6 +181,7 @@ def test_invalid_recipe_is_rejected(overrides, key):
     ("settings", "text"),
     [
         (["classifier.encoder=vit_base"], "width 128 and 4 blocks are not classifier.encoder's, vit_base"),
+        (["classifier.trained_blocks=5"], "classifier.trained_blocks: 5 exceeds the 4 blocks of --weights"),
         (["data.mean=[0.5, 0.5, 0.5]"], "data.mean: "),
         (["data.image_size=36"], "image size 36 px is not a multiple of the patch size, 8 px"),
     ],
@@ -148,7 +205,7 @@ def test_missing_weights_are_a_one_line_error(labelled_sets, tmp_path):
 
 
 def test_flops_are_counted_without_moving_parameters(labelled_sets):
-    task = Finetuning(recipe(), str(labelled_sets[1]))
+    task = ClassificationTask(recipe(), str(labelled_sets[1]))
     model = task.build(ShardReader(labelled_sets[0], recipe().data))
     width, depth, tokens = 128, 4, 17
     block = tokens * 12 * width**2 + 2 * tokens**2 * width
@@ -182,7 +239,7 @@ def test_changed_weights_are_rejected_before_a_checkpoint(labelled_sets, tmp_pat
 
     def start(seed: int) -> str:
         source.write_text(load_recipe("demo_emae", [f"seed={seed}"]).to_yaml())
-        task = Finetuning(recipe(weights=f"random:{source}"), str(labelled_sets[1]))
+        task = ClassificationTask(recipe(weights=f"random:{source}"), str(labelled_sets[1]))
         reader = ShardReader(labelled_sets[0], task.recipe.data)
         task.setup(RunDirectory(run), reader, task.build(reader), SINGLE_PROCESS)
         return (run / "weights.json").read_text()
@@ -206,8 +263,8 @@ def test_run_keeps_its_classes_and_validation_set(labelled_sets, tmp_path):
         tree["classes"][0] = "another"
         manifest.write_text(json.dumps(tree))
 
-    def start(train: Path, val: Path) -> Finetuning:
-        task = Finetuning(recipe(), str(val))
+    def start(train: Path, val: Path) -> ClassificationTask:
+        task = ClassificationTask(recipe(), str(val))
         reader = ShardReader(train, task.recipe.data)
         task.setup(RunDirectory(run), reader, task.build(reader), SINGLE_PROCESS)
         return task
@@ -229,7 +286,7 @@ def test_damaged_validation_set_is_found_at_the_start(labelled_sets, tmp_path):
     train, val = labelled_sets[0], shutil.copytree(labelled_sets[1], tmp_path / "val")
     shard = next(val.rglob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    task = Finetuning(recipe(), str(val))
+    task = ClassificationTask(recipe(), str(val))
     reader = ShardReader(train, task.recipe.data)
     model = task.build(reader)
     with pytest.raises(UserError, match=shard.name):
@@ -237,13 +294,13 @@ def test_damaged_validation_set_is_found_at_the_start(labelled_sets, tmp_path):
 
 
 def test_failed_write_of_the_accuracy_is_raised_on_all_ranks(labelled_sets, tmp_path):
-    task = Finetuning(recipe(), str(labelled_sets[1]))
+    task = ClassificationTask(recipe(), str(labelled_sets[1]))
     reader = ShardReader(labelled_sets[0], task.recipe.data)
     task.setup(RunDirectory(tmp_path), reader, task.build(reader), SINGLE_PROCESS)
-    (tmp_path / "accuracy.json.new").mkdir()
-    with pytest.raises(AllRanksError, match=r"accuracy\.json\.new"):
+    (tmp_path / "results.json.new").mkdir()
+    with pytest.raises(AllRanksError, match=r"results\.json\.new"):
         task.evaluate(1, lambda: None)
 
 
-def build(recipe: FinetuneRecipe, train, val) -> Classifier:
-    return Finetuning(recipe, str(val)).build(ShardReader(train, recipe.data))
+def build(recipe: ClassificationRecipe, train, val) -> Classifier:
+    return ClassificationTask(recipe, str(val)).build(ShardReader(train, recipe.data))

@@ -58,3 +58,36 @@ def test_job_without_progress_is_not_requeued(tmp_path):
     result = bash("finish 75", SLURM_JOB_ID="7", RUN=str(tmp_path), RETRIES="2")
     assert result.returncode == 75
     assert "step-9 in 3 starts; not requeued" in result.stderr
+
+
+@pytest.mark.parametrize("code", [2, 4])
+def test_user_error_and_divergence_are_not_requeued(code):
+    """Out of memory is a user error."""
+    result = bash(f"scontrol() {{ echo requeued >&2; }}; finish {code}", RUN="/nowhere", SLURM_JOB_ID="7")
+    assert result.returncode == code and "requeued" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("driver", "environment", "device"),
+    [
+        (False, {}, "cpu"),
+        (True, {"SLURM_GPUS_ON_NODE": "8"}, ""),
+        (True, {"SLURM_JOB_GPUS": "0"}, ""),
+        (True, {"DS_ACCELERATOR": "cpu"}, "cpu"),
+        (True, {"DS_ACCELERATOR": "cuda"}, "cuda"),
+        (True, {}, None),
+    ],
+)
+def test_job_without_gpus_on_a_gpu_node_is_an_error(driver, environment, device):
+    has_driver = f"has_gpu_driver() {{ {str(driver).lower()}; }}"
+    result = bash(f"{has_driver}; choose_device; echo device ${{DS_ACCELERATOR:-}}", **environment)
+    if device is None:
+        assert result.returncode == 2 and "--gres=gpu" in result.stderr and len(result.stderr.splitlines()) == 1
+    else:
+        assert result.stdout.split() == ["device", *[device] * bool(device)], result.stderr
+
+
+def test_ranks_fill_a_socket_after_the_other_unless_the_site_says_so():
+    script = 'srun() { echo "$@"; }; SRUN_OPTIONS=(--distribution=cyclic); PYTHON=python; run_ranks preflight'
+    options = [word for word in bash(script).stdout.split() if "distribution" in word]
+    assert options == ["--distribution=block:block", "--distribution=cyclic"]

@@ -34,3 +34,15 @@ def test_run_shorter_than_its_warmup_stays_in_it():
 def test_warning_if_the_peak_is_never_reached(total, warmup):
     rates = [learning_rate(step, total, warmup, 1.0) for step in range(total)]
     assert (warmup_warning(total, warmup) is None) == (max(rates) == 1.0)
+
+
+def test_steps_are_detectron2s():
+    total, peak = 184_375, 1e-4  # milestones and factors of ViTDet's configuration
+    for step, expected in ((125, peak / 2), (250, peak), (163_888, peak), (163_889, peak / 10), (177_546, peak / 100)):
+        rate = learning_rate(step, total, 250, peak, 0.0, "steps", (0.888889, 0.96296))
+        assert rate == approx(expected), step
+
+
+def test_linear_decay_is_mmsegmentations():
+    rates = [learning_rate(step, 100, 20, 1.0, 0.0, "linear") for step in (10, 20, 60, 100)]
+    assert rates == approx([0.5, 1.0, 0.5, 0.0])

@@ -2,16 +2,25 @@
 
 import pytest
 import torch
-from tiny_methods import random_batch, tiny_method
+from tiny_methods import VOCABULARY, HashTokenizer, random_batch, tiny_method
+from torch._dynamo.testing import CompileCounter
 
 from pipeline.masking import gather_tokens
 from pipeline.methods import Method, MethodOutput, build_method, register_method
+from pipeline.methods.targets import TokenTarget
 from pipeline.recipe import load_recipe
+from pipeline.train import engine
 
 VARIANTS = {  # options of the method's own section, or of the section that they name
     "mae": "",
+    "mae, block": "mask_sampling=block",
+    "mae, grid": "mask_sampling=grid",
+    "mae, mask tokens": "mask_tokens_in_encoder=true",
+    "mae, pca": "target.name=pca target.components=8",
+    "mae, hog": "target.name=hog",
     "emae": "",
     "emae, half decoded": "decode_share=0.5",
+    "emae, all": "consistency_mean=all",
     "emae, flattened": "difficulty_flatten=true efficient_mae.beta=6",
     "emae, fewer": "difficulty_flatten=true efficient_mae.beta=6 efficient_mae.prediction_ratio=0.5",
     "efficient_mae": "beta=6",
@@ -26,16 +35,32 @@ VARIANTS = {  # options of the method's own section, or of the section that they
     "efficient_mae, normalize": "scheduler=normalize beta=6",
     "lomar": "",
     "lomar, flattened": "difficulty_flatten=true",
+    "lomar, as released": "windows=as_released",
+    "lomar, decoder": "decoder=true",
+    "lomar, tokens": "target.name=tokens",
+    "beit": "target.name=tokens",
+    "beit, pixels": "",
 }
 every_variant = pytest.mark.parametrize("variant", list(VARIANTS))
-every_method = pytest.mark.parametrize("variant", ["mae", "emae", "efficient_mae", "lomar"])
+every_method = pytest.mark.parametrize("variant", ["mae", "emae", "efficient_mae", "lomar", "beit"])
 
 
 def small(variant: str, *more: str) -> Method:
     name = variant.partition(",")[0]
     options = [o if "." in o.partition("=")[0] else f"{name}.{o}" for o in VARIANTS[variant].split()]
-    settings = (f"method.{option}" for option in ("lomar.window_size=4", *options))
-    return tiny_method(name, 32, "model.decoder_depth=1", *settings, *more)
+    settings = [f"method.{option}" for option in ("lomar.window_size=4", *options)]
+    if "name=tokens" in VARIANTS[variant]:
+        settings += ["method.target.tokenizer=.", f"method.target.vocabulary={VOCABULARY}"]
+    elif name == "beit":
+        settings += ["method.target={name: normalized_pixels, tokenizer: null}"]
+    if "hog" in variant:
+        settings.append("model.patch_size=8")
+    method = tiny_method(name, 32, "model.decoder_depth=1", *settings, *more)
+    if isinstance(method.target, TokenTarget):
+        method.target.tokenizer.codebook = HashTokenizer()
+    if not any(p.is_meta for p in method.parameters()):
+        method.target.fit(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(2)))
+    return method
 
 
 @every_variant
@@ -53,6 +78,29 @@ def test_forward_is_one_static_graph_compiled_once(variant):
             assert torch.allclose(out.loss, method(images, noise).loss, atol=1e-6)
 
 
+@pytest.mark.parametrize(("variant", "graphs"), [("emae", 4), ("lomar", 1)])
+def test_blocks_share_graphs_and_pictures_compile_none(variant, graphs):
+    """The encoder's blocks have one graph; the decoder's first, middle and last ones one each."""
+    torch._dynamo.reset()
+    recipe = load_recipe("demo_emae", ["engine.compile=true"])
+    method = small(variant, "model.depth=3", "model.decoder_depth=4")
+    expected = method(*random_batch(method)).loss
+    counter = CompileCounter()
+    engine.compile_blocks(method, counter)
+    for seed in range(2):
+        images, noise = random_batch(method, seed=5 + seed)
+        loss = method(images, noise).loss
+        loss.backward()
+        if not seed:
+            assert torch.allclose(loss, expected, atol=1e-6)
+    assert counter.frame_count == graphs
+    with engine.without_compilation(recipe):
+        method.reconstruct(*random_batch(method, 1))
+        method.forward_features(images[:2])
+    method(*random_batch(method)).loss.backward()
+    assert counter.frame_count == graphs
+
+
 @every_variant
 def test_a_step_never_synchronizes_with_the_device(variant):
     """`.item()`, `nonzero` and data-dependent shapes raise on the meta device, which has no values."""
@@ -63,7 +111,7 @@ def test_a_step_never_synchronizes_with_the_device(variant):
     assert all(p.grad is not None for p in method.parameters())
 
 
-@every_variant
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "lomar, as released"])
 def test_an_images_loss_does_not_depend_on_its_batch(variant):
     method = small(variant)
     images, noise = random_batch(method, 4)
@@ -89,13 +137,14 @@ def test_in_bf16_targets_and_losses_stay_fp32(variant):
     method = small(variant).bfloat16()
     method.set_training_progress(0.3)
     rounded = method(*random_batch(method))
-    assert rounded.loss.dtype == rounded.prediction.dtype == rounded.target.dtype == torch.float32
+    assert rounded.loss.dtype == rounded.prediction.dtype == torch.float32
+    assert rounded.target.dtype == (torch.int64 if "name=tokens" in VARIANTS[variant] else torch.float32)
     assert torch.equal(rounded.target, exact.target)
     assert torch.equal(rounded.predicted_ids, exact.predicted_ids)
     assert abs(rounded.loss - exact.loss) < 0.02 * exact.loss
 
 
-@every_variant
+@pytest.mark.parametrize("variant", [name for name, options in VARIANTS.items() if "target" not in options])
 def test_targets_are_the_normalized_patches_at_predicted_ids(variant):
     method = small(variant)
     images, noise = random_batch(method)
@@ -151,7 +200,7 @@ def test_each_method_overfits_one_batch(variant):
     images = torch.nn.functional.avg_pool2d(images, 5, 1, 2)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     losses = []
-    for _ in range(25):
+    for _ in range(60 if variant == "beit" else 25):
         loss = method(images, noise).loss
         optimizer.zero_grad()
         loss.backward()

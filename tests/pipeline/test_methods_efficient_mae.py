@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.losses import patchify
 from pipeline.masking import as_mask, gather_tokens
 from pipeline.methods.efficient_mae import interval_index
+from pipeline.models.block import ROW_ALIGNMENT
 from pipeline.recipe import load_recipe
 
 GRID, PATCHES, VISIBLE = 10, 100, 15
@@ -90,9 +91,37 @@ def test_gradients_equal_really_dropping_patches():
     assert all(torch.allclose(packed[name], p.grad, atol=1e-5) for name, p in method.named_parameters())
 
 
-def test_default_prediction_ratio_is_table_8s_150_of_196():
-    for name, count in (("vitb16", 150), ("vitl16", 150), ("vith14", 196)):
-        assert load_recipe(f"{name}_efficient_mae").num_predicted == count
+@pytest.mark.parametrize(
+    ("name", "options", "slots"),
+    [
+        ("vitb16", (), 150),  # Table 8
+        ("vitl16", ("beta=13",), 114),
+        ("vitl16", ("beta=null",), 167),
+        ("vitl16", ("metric=neighbors_3x3", "beta=null"), 114),  # Table 5
+        ("vitl16", ("mask_ratio=0.9",), 136),
+        ("vitl16", ("mask_ratio=0.95",), 92),
+        ("vitl16", ("prediction_ratio=0.5",), 98),
+        ("vith14", (), 203),
+    ],
+)
+def test_decoder_slots_are_the_mean_count_within_beta(name, options, slots):
+    recipe = load_recipe(f"{name}_efficient_mae", [OPTION + option for option in options])
+    assert abs(recipe.num_predicted - slots) <= (0 if "prediction_ratio=0.5" in options else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_decoder_blocks_share_one_aligned_mask(dtype):
+    method = small("beta=4", "prediction_ratio=null").to(dtype)
+    masks = []
+    for block in method.decoder.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: masks.append(inputs[1]))
+    out = method(*random_batch(method, 2))
+    (mask,) = {id(mask): mask for mask in masks}.values()
+    assert len(masks) == 2 and mask.dtype == dtype and mask.shape == (2, 1, 1, 1 + PATCHES)
+    assert all(stride % ROW_ALIGNMENT == 0 for stride in mask.stride()[:3]) and mask.stride(3) == 1
+    kept = (mask[:, 0, 0, 1 + VISIBLE :] == 0).sum(dim=1)
+    assert kept.float().mean() == out.metrics["decoded_patches"]
+    assert mask[:, :, :, : 1 + VISIBLE].eq(0).all() and mask.flatten().unique().tolist() == [-torch.inf, 0]
 
 
 @pytest.mark.parametrize("metric", ["neighbors_3x3", "inverse_distance_5x5", "nearest_patch"])

@@ -23,11 +23,17 @@ def scatter_predictions(out, length: int) -> torch.Tensor:
 
 
 @settings(max_examples=25)
-@given(st.sampled_from([2, 3, 4, 6, 9]), st.sampled_from(["l1", "l2", "smooth_l1"]), st.integers(0, 10**6))
-def test_loss_equals_the_plain_definition(num_parts, kind, seed):
+@given(
+    st.sampled_from([2, 3, 4, 6, 9]),
+    st.sampled_from(["l1", "l2", "smooth_l1"]),
+    st.sampled_from(["overlap", "all"]),
+    st.integers(0, 10**6),
+)
+def test_loss_equals_the_plain_definition(num_parts, kind, mean, seed):
     method = small_emae(
         f"method.emae.num_parts={num_parts}",
         f"method.emae.consistency_kind={kind}",
+        f"method.emae.consistency_mean={mean}",
         "method.emae.consistency_weight=0.5",
     )
     images, noise = random_batch(method, seed=seed)
@@ -43,7 +49,7 @@ def test_loss_equals_the_plain_definition(num_parts, kind, seed):
         full = torch.full((3, 36, 48), float("nan"))
         predictions.append(full.scatter(1, masked_ids[..., None].expand(-1, -1, 48), prediction))
     masked = ~as_mask(out.visible_ids, 36)
-    consistency = self_consistency_loss(torch.stack(predictions, dim=1), masked, kind)
+    consistency = self_consistency_loss(torch.stack(predictions, dim=1), masked, kind, mean)
     expected = torch.stack(reconstruction).mean() + 0.5 * consistency
     assert torch.allclose(out.loss, expected, atol=1e-5)
     assert torch.allclose(out.metrics["consistency"], consistency, atol=1e-5)
@@ -85,6 +91,26 @@ def test_difficulty_flatten_is_efficient_mae_on_each_part(beta, num_predicted, s
     assert out.predicted_ids.shape == (3, 4, num_predicted)
     assert abs(out.loss.item() - expected.item()) < 1e-5
     assert abs(out.metrics["consistency"].item() - consistency.item()) < 1e-5
+
+
+@settings(max_examples=10)
+@given(st.sampled_from([3, 4, 6]), st.sampled_from(["1.0", "0.5"]), st.integers(0, 10**6))
+def test_mean_over_all_patches_scales_the_gradient(num_parts, share, seed):
+    """The third-party code's gradient is (K - 2) / K of ours, half at K = 4."""
+    gradients = {}
+    for mean in ("overlap", "all"):
+        options = f"consistency_mean={mean}", f"num_parts={num_parts}", f"decode_share={share}"
+        method = small_emae(*(f"method.emae.{option}" for option in options))
+        images, noise = random_batch(method, seed=seed)
+        method(images, noise).loss.backward()
+        both = method.decoder.pred.weight.grad.clone()
+        method.zero_grad()
+        method.consistency_weight = 0.0
+        method(images, noise).loss.backward()
+        gradients[mean] = both - method.decoder.pred.weight.grad
+    decoded = method.num_decoded / (36 // num_parts)
+    factor = (num_parts - 2) / num_parts * decoded
+    assert torch.allclose(gradients["all"], factor * gradients["overlap"], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["l1", "l2", "smooth_l1"])

@@ -12,8 +12,15 @@ from pipeline.difficulty import patch_distance
 from pipeline.errors import UserError
 from pipeline.export import official_state_dict, timm_state_dict
 from pipeline.losses import patchify
-from pipeline.masking import draw_windows, tile_windows
-from pipeline.models.relative_position import NUM_BUCKETS, RelativeAttention, bucket_ids, piecewise_index
+from pipeline.masking import draw_windows, pair_windows_as_released, tile_windows
+from pipeline.models.block import ROW_ALIGNMENT
+from pipeline.models.relative_position import (
+    NUM_BUCKETS,
+    ContextualProduct,
+    RelativeAttention,
+    bucket_ids,
+    piecewise_index,
+)
 
 
 def small_lomar(*more: str):
@@ -61,6 +68,23 @@ def test_buckets_are_row_times_column_plus_a_class_token_bucket():
             row = piecewise_index(query // 7 - key // 7) + 3
             column = piecewise_index(query % 7 - key % 7) + 3
             assert ids[1 + query, 1 + key] == row * 7 + column
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 7), st.sampled_from([1, 5, 64]), st.integers(0, 10**6))
+def test_bias_by_a_product_equals_an_index(window, head_dim, seed):
+    torch.manual_seed(seed)
+    product, tokens = ContextualProduct(head_dim, window), 1 + window**2
+    table = product.lookup_table_weight
+    torch.nn.init.normal_(table)
+    query, gradient = torch.randn(2, 3, tokens, head_dim), torch.randn(2, 3, tokens, tokens)
+    bias = product(query)
+    expected = torch.einsum("nhid,dij->nhij", query, table[0][:, bucket_ids(window)])
+    assert torch.allclose(bias, expected, rtol=1e-6, atol=1e-6)  # another number of columns, another order of sums
+    assert bias.stride(3) == 1 and all(stride % ROW_ALIGNMENT == 0 for stride in bias.stride()[:3])
+    (found,) = torch.autograd.grad(bias, table, gradient)
+    (wanted,) = torch.autograd.grad(expected.double(), table, gradient.double())
+    assert (found - wanted).abs().max() <= 4e-7 * wanted.abs().max() * max(1, tokens / 10)
 
 
 @settings(max_examples=25)
@@ -129,6 +153,68 @@ def test_loss_equals_each_window_encoded_alone(flatten, side, count, ratio, seed
                 weight = patch_distance(mask, 4).flatten()[masked] ** -0.6
             losses.append((weight * error).sum() / weight.sum())
     assert torch.allclose(out.loss, torch.stack(losses).mean(), atol=1e-5)
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 4))
+def test_released_windows_equal_a_plain_loop(batch, num_windows, size):
+    """generate_window_patches() of LoMaR's code: images are repeated as a whole, windows once per image."""
+    windows = torch.arange(num_windows * size).view(num_windows, size)
+    rows = list(zip(list(range(batch)) * num_windows, list(range(num_windows)) * batch, strict=True))
+    paired = pair_windows_as_released(windows, batch)
+    assert paired.shape == (batch, num_windows, size)
+    for row, (image, window) in enumerate(rows):
+        assert paired[image, row // batch].tolist() == windows[window].tolist()
+    if batch % num_windows == 0:  # one window per image, shared by images n and n + K
+        assert (paired == paired[:, :1]).all()
+        assert torch.equal(paired[num_windows:], paired[:-num_windows])
+
+
+def test_released_windows_come_from_the_first_images_noise():
+    method = small_lomar("method.lomar.windows=as_released")
+    images, noise = random_batch(method, 4)
+    out = method(images, noise)
+    windows = draw_windows(noise[:1, : method.position_noise_size], 10, 5, 3)[0]
+    expected = pair_windows_as_released(windows, 4)
+    ids = torch.cat([out.visible_ids, out.predicted_ids], dim=2).sort(dim=2).values
+    assert torch.equal(ids, expected)
+    masks = out.predicted_ids.sort(dim=2).values
+    assert not torch.equal(masks[0], masks[3])  # masks differ although images 0 and 3 share their windows
+
+
+@settings(max_examples=20)
+@given(st.integers(2, 7), st.integers(1, 3), st.sampled_from([0.4, 0.6, 0.8]), st.integers(0, 10**6))
+def test_decoder_equals_mae_on_each_window(side, count, ratio, seed):
+    options = "decoder=true", f"window_size={side}", f"num_windows={count}", f"mask_ratio={ratio}"
+    method = tiny_method("lomar", 40, *(f"method.lomar.{option}" for option in options))
+    images, noise = random_batch(method, 2, seed)
+    out = method(images, noise)
+    out.loss.backward()
+    gradients = [p.grad.clone() for p in method.parameters()]
+    method.zero_grad()
+    patches, losses = patchify(images, 4), []
+    for b in range(2):
+        for k in range(count):
+            visible_ids, masked_ids = out.visible_ids[b, k][None], out.predicted_ids[b, k][None]
+            encoded = method.encoder(patches[b : b + 1, visible_ids[0]], visible_ids)
+            prediction = method.decoder(encoded, visible_ids, masked_ids)
+            losses.append((prediction - method.make_targets(patches[b : b + 1], masked_ids)).square().mean())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert torch.allclose(out.loss, loss, atol=1e-5)
+    pairs = zip(gradients, method.parameters(), strict=True)
+    assert all(torch.allclose(ours, p.grad, atol=1e-5) for ours, p in pairs)
+
+
+def test_decoder_in_one_window_of_the_whole_image_is_mae():
+    options = "decoder=true", "window_size=10", "num_windows=1", "mask_ratio=0.75"
+    lomar = tiny_method("lomar", 40, *(f"method.lomar.{option}" for option in options))
+    mae = tiny_method("mae", 40)
+    mae.load_state_dict(lomar.state_dict())
+    images, noise = random_batch(lomar)
+    ours, expected = lomar(images, noise), mae(images, noise[:, lomar.position_noise_size :])
+    assert torch.equal(ours.loss, expected.loss)
+    assert timm_state_dict(lomar).keys() == timm_state_dict(mae).keys()
+    assert torch.equal(lomar.forward_features(images), mae.forward_features(images))
 
 
 def test_a_window_sees_no_patch_outside_itself():

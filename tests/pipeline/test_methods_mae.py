@@ -55,7 +55,7 @@ def to_transformers(method) -> ViTMAEForPreTraining:
         image_size=24,
         patch_size=4,
         mask_ratio=0.75,
-        norm_pix_loss=method.normalize_targets,
+        norm_pix_loss=method.target.normalized,
         layer_norm_eps=1e-6,
     )
     model = ViTMAEForPreTraining(config).eval()
@@ -67,9 +67,9 @@ def to_transformers(method) -> ViTMAEForPreTraining:
     return model
 
 
-@pytest.mark.parametrize("normalize", ["true", "false"])
-def test_loss_and_prediction_equal_transformers(normalize):
-    method = small_mae(f"method.normalize_targets={normalize}").eval()
+@pytest.mark.parametrize("target", ["normalized_pixels", "pixels"])
+def test_loss_and_prediction_equal_transformers(target):
+    method = small_mae(f"method.target.name={target}").eval()
     peer = to_transformers(method)
     for seed in range(3):
         images, noise = random_batch(method, 5, seed)

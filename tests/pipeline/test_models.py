@@ -56,6 +56,9 @@ def test_initialization_equals_mae():
     weight = encoder.patch_embed.proj.weight
     limit = math.sqrt(6 / (128 + 48))  # xavier on the flattened weight: fan in 3 x 4 x 4, fan out 128
     assert 0.95 * limit < weight.abs().max() <= limit
+    bias = encoder.patch_embed.proj.bias
+    limit = 1 / math.sqrt(48)  # a convolution's default
+    assert 0.9 * limit < bias.abs().max() <= limit
     qkv = encoder.blocks[0].attn.qkv
     limit = math.sqrt(6 / (128 + 384))
     assert 0.95 * limit < qkv.weight.abs().max() <= limit and not qkv.bias.any()
@@ -100,11 +103,13 @@ def test_activation_checkpointing_changes_no_gradient():
     "settings",
     [
         ["mae"],
+        ["mae", "method.mae.mask_tokens_in_encoder=true"],
         ["emae"],
         ["emae", "method.emae.difficulty_flatten=true"],
         ["efficient_mae"],
         ["lomar"],
         ["lomar", "method.lomar.difficulty_flatten=true"],
+        ["lomar", "method.lomar.decoder=true"],
     ],
     ids=" ".join,
 )

@@ -61,6 +61,26 @@ def test_node_counts_that_do_not_divide_the_batch_are_omitted():
     assert [scale.nodes for scale in scales] == [1, 2]
 
 
+@pytest.mark.parametrize(("gpu", "gbit"), [("a100", 8 * 200), ("h100", 8 * 400), ("rtx4090", 400)])
+def test_the_default_link_is_that_of_nvidias_system(gpu, gbit):
+    recipe = load_recipe("vitl16_mae", ["engine.micro_batch=8"])
+    hardware = {**HARDWARE, "gpu": gpu, "nodes": 2}
+    assert estimate_scaling(recipe, **hardware) == estimate_scaling(recipe, link_gbit=gbit, **hardware)
+
+
+def test_auto_is_chosen_for_each_number_of_nodes():
+    scales = estimate_scaling(load_recipe("vitl16_mae"), nodes=64, **HARDWARE).scales
+    assert [(scale.nodes, scale.micro_batch, scale.accumulation) for scale in scales] == [
+        (1, 512, 1),
+        (2, 256, 1),
+        (4, 128, 1),
+        (8, 64, 1),
+        (16, 32, 1),
+        (32, 16, 1),
+        (64, 8, 1),
+    ]
+
+
 @pytest.mark.parametrize("rates", [{"link_gbit": 0}, {"link_gbit": 100, "storage_gb": -1}])
 def test_a_rate_must_be_positive(rates):
     with pytest.raises(UserError, match="must be positive"):

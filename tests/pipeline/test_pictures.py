@@ -138,9 +138,9 @@ def test_mae_and_emae_mask_the_same_patches_for_a_seed(runs):
     assert torch.equal(*visible)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_error_of_a_patch_is_its_loss(tmp_path, normalize):
-    run = small_run(tmp_path / "run", "vitb16_mae", f"method.normalize_targets={normalize}")
+@pytest.mark.parametrize("target", ["pixels", "normalized_pixels"])
+def test_error_of_a_patch_is_its_loss(tmp_path, target):
+    run = small_run(tmp_path / "run", "vitb16_mae", f"method.target.name={target}")
     recipe, method, _ = load_run(run)
     noise = torch.rand(2, 36, generator=torch.Generator().manual_seed(0))
     out, result = method(IMAGES, noise), method.reconstruct(IMAGES, noise)

@@ -12,6 +12,7 @@ from pipeline.__main__ import main
 from pipeline.distributed.hardware import GPUS
 from pipeline.errors import UserError
 from pipeline.estimate.activation_memory import activation_bytes
+from pipeline.estimate.memory import OVERHEAD_GIB
 from pipeline.estimate.plan import format_plan, plan
 from pipeline.methods import build_method
 from pipeline.methods.flops import forward_flops
@@ -32,6 +33,26 @@ TABLE_3 = {  # "Efficient MAE towards Large-Scale Vision Transformers", 10^9 mul
 def test_a_forward_pass_costs_at_most_table_3(name):
     ours = forward_flops(load_recipe(name)) / 2e9
     assert 0.96 * TABLE_3[name] <= ours <= TABLE_3[name]
+
+
+def test_high_resolution_costs_are_the_references():
+    """41.6 (large batch) to 42.2 (one image) for MAE, 17.4 for LoMaR at every image size."""
+    mae = [forward_flops(load_recipe("vitb16_mae_448"), batch) / 2e9 for batch in (1024, 1)]
+    assert [round(gmacs, 1) for gmacs in mae] == [41.6, 42.2]
+    lomar = [forward_flops(load_recipe(name), 64) / 2e9 for name in ("vitb16_lomar", "vitb16_lomar_448")]
+    assert lomar[0] == lomar[1] and round(lomar[0], 1) == 17.4
+
+
+def test_plan_shows_decoder_slots_and_published_speed():
+    efficient = plan(load_recipe("vitl16_efficient_mae"))
+    assert (efficient.masked_patches, efficient.decoder_slots) == (167, 150)
+    assert efficient.mean_kept_patches == pytest.approx(150.2, abs=0.7)
+    assert re.search(r"decoder slots +150 of 167 masked patches", format_plan(efficient))
+    assert "published" in format_plan(efficient) and round(efficient.published_mfu, 2) == 0.16
+    mae = plan(load_recipe("vitl16_mae"))
+    assert (mae.published_minutes, round(mae.published_mfu, 2), mae.decoder_slots) == (12.1, 0.17, None)
+    for name in ("vitl16_lomar", "vitb16_mae_448"):
+        assert plan(load_recipe(name)).published_mfu is None
 
 
 def test_mae_costs_the_sum_of_its_layers():
@@ -68,7 +89,7 @@ def test_parameters_are_those_of_the_method():
 
 
 def test_time_is_flops_over_speed():
-    recipe = load_recipe("vitl16_mae")
+    recipe = load_recipe("vitl16_mae", ["engine.micro_batch=64"])
     result = plan(recipe, gpus=4, nodes=2, gpu="a100", mfu=0.5)
     step = 3 * forward_flops(recipe, 64)
     assert result.step_gflops == pytest.approx(step / 1e9)
@@ -127,8 +148,9 @@ def test_activations_are_what_autograd_saves(name):
 
 
 def test_activation_checkpointing_costs_a_forward_pass():
-    plain = plan(load_recipe("vitl16_mae"))
-    checkpointed = plan(load_recipe("vitl16_mae", ["engine.activation_checkpointing=true"]))
+    recipe = load_recipe("vitl16_mae", ["engine.micro_batch=64"])
+    checkpointing = recipe.engine.model_copy(update={"activation_checkpointing": True})
+    plain, checkpointed = plan(recipe), plan(recipe.model_copy(update={"engine": checkpointing}))
     assert checkpointed.memory[0].activations < 0.2 * plain.memory[0].activations
     assert checkpointed.step_gflops == pytest.approx(4 / 3 * plain.step_gflops)
     assert checkpointed.images_per_s == pytest.approx(0.75 * plain.images_per_s)
@@ -136,18 +158,27 @@ def test_activation_checkpointing_costs_a_forward_pass():
 
 @pytest.mark.parametrize(("nodes", "micro_batch"), [(32, 16), (64, 8)])
 def test_the_micro_batch_is_limited_to_the_gpus_share(nodes, micro_batch):
-    result = plan(load_recipe("vitb16_emae"), gpus=8, nodes=nodes)
+    result = plan(load_recipe("vitb16_emae", ["engine.micro_batch=16"]), gpus=8, nodes=nodes)
     assert (result.micro_batch, result.accumulation) == (micro_batch, 1)
     assert (f"--set engine.micro_batch={micro_batch}" in format_plan(result)) == (micro_batch < 16)
     overridden = load_recipe("vitb16_emae", [f"engine.micro_batch={micro_batch}"])
     assert plan(overridden, gpus=8, nodes=nodes).memory == result.memory
 
 
+def test_memory_counts_what_the_loader_holds_on_the_gpu():
+    few, many = (plan(load_recipe("vitb16_mae", [f"engine.micro_batch={n}"])).memory[1] for n in (64, 512))
+    pixels = 3 * 224**2 * 4 / 2**30
+    assert many.loader - few.loader > 448 * 7 * pixels  # three batches decoded ahead, and four on their way
+    assert few.loader > 64 / 448 * (many.loader - few.loader) + 0.02  # DALI's preallocation
+    for memory in (few, many):
+        assert memory.total == pytest.approx(OVERHEAD_GIB + memory.states + memory.activations + memory.loader)
+
+
 def test_every_documented_plan_command_succeeds(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     texts = [capsys.readouterr().out, *(page.read_text() for page in PAGES)]
-    examples = set(re.findall(r"-m pipeline (plan vit[^`\n#]*)", "\n".join(texts)))
+    examples = set(re.findall(r"-m pipeline (plan vit[^`\n#|\\]*)", "\n".join(texts)))
     assert len(examples) >= 4
     for example in examples:
         assert main(shlex.split(example)) == 0, example

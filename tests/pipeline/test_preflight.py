@@ -29,7 +29,7 @@ def make_task(*overrides):
 def test_batch_must_divide_and_valid_ones_are_decoded(shards, run, world_size, batch, micro_batch):
     dist_info = DistInfo(0, world_size, 0, world_size, torch.device("cpu"), 1)
     overrides = f"data.global_batch={batch}", f"engine.micro_batch={micro_batch}"
-    findings = run_checks(lambda: make_task(*overrides), [str(shards)], run, None, dist_info)
+    findings = run_checks(lambda: make_task(*overrides), [str(shards)], run, None, dist_info, min_decode_s=0)
     valid = batch % (micro_batch * world_size) == 0
     assert [str(error).partition(":")[0] for error in findings.errors] == ["data.global_batch"] * (not valid)
     assert ("decode" in findings.texts) == valid
@@ -85,7 +85,7 @@ def test_storage_timeout_is_retried_only_with_checkpoints(shards, run):
         server.fail("manifest.json", "stall")
         stalled, invalid = (
             run_checks(lambda more=more: make_task(*overrides, *more), [server.url], run, None, SINGLE_PROCESS)
-            for more in ([], ["data.global_batch=7"])
+            for more in ([], ["data.global_batch=7", "engine.micro_batch=2"])
         )
     assert all(isinstance(error, StorageTimeout) for error in stalled.errors)
     assert f"{server.url}/manifest.json: " in str(combine_errors([stalled], has_checkpoints=True))

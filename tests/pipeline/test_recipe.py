@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.recipe.finetune import FinetuneRecipe, load_finetune_recipe
-from pipeline.recipe.loading import DEPRECATED_KEYS, list_presets, load, mutable_keys
+from pipeline.recipe.classification import ClassificationRecipe
+from pipeline.recipe.loading import DEPRECATED_KEYS, find_recipe, list_presets, mutable_keys, read_yaml
+from pipeline.recipe.tasks import TASK_RECIPES, load_finetune_recipe
 
 
 def error_of(*overrides, name="demo_emae"):
@@ -32,7 +33,7 @@ def error_of(*overrides, name="demo_emae"):
         ("data.image_size=60", "data.image_size: 60 is not a multiple of model.patch_size, 8"),
         ("method.emae.num_parts=3", "method.emae.num_parts: 3 does not divide the 64 patches"),
         ("engine.zero_stage=4", "engine.zero_stage: input should be 0, 1, 2 or 3"),
-        ("method.name=beit", "method.name: input should be"),
+        ("method.name=simmim", "method.name: input should be"),
         ("optim.base_lr=.nan", "optim.base_lr"),
         ("data.crop_scale=[0.5, 0.1]", "data.crop_scale: [0.5, 0.1] is not a range"),
         ("seed", "--set seed: expected KEY.KEY=VALUE"),
@@ -101,8 +102,11 @@ def test_differences_have_the_keys_that_differ():
 
 def test_every_preset_is_valid():
     for name in list_presets():
-        kind = FinetuneRecipe if name.startswith("finetune_") else Recipe
-        assert isinstance(load(kind, name), kind)
+        if "task" in read_yaml(find_recipe(name)) or name.startswith("finetune_"):
+            recipe = load_finetune_recipe(name, "W")
+            assert type(recipe) is TASK_RECIPES[recipe.task.name]
+        else:
+            load_recipe(name)
 
 
 def test_a_recipe_of_another_command_names_that_command():
@@ -115,14 +119,14 @@ def test_a_recipe_of_another_command_names_that_command():
 def test_mutable_keys_are_those_that_affect_only_execution():
     common = {
         "data": "sources read_threads read_ahead_mb timeout_s retries cache_dir cache_gb decode_threads "
-        "prefetch max_undecodable trace",
-        "engine": "micro_batch activation_checkpointing compile zero_stage offload timeout_minutes",
+        "prefetch roi_decode hw_decoder_load max_undecodable trace",
+        "engine": "micro_batch activation_checkpointing compile deterministic zero_stage offload timeout_minutes",
         "guard": "window spike_z max_consecutive_skips max_rollbacks",
         "train": "steps epochs log_every checkpoint_every keep_checkpoints keep_every wandb profile_steps",
     }
     keys = {f"{section}.{name}" for section, names in common.items() for name in names.split()}
     assert mutable_keys(Recipe) == keys | {"evals.knn_every", "evals.knn_samples"}
-    assert mutable_keys(FinetuneRecipe) == keys | {"evaluation.every_epochs"}
+    assert mutable_keys(ClassificationRecipe) == keys | {"evaluation.every_epochs"}
 
 
 @pytest.mark.parametrize(("old", "new"), DEPRECATED_KEYS.items())

@@ -7,9 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from corrupt_jpegs import damage_samples, find_frame, no_tables
 
-from data_prep.shard_set import read_index, read_manifest, tar_path
-from pipeline.data.dali import Decoder, training_pipeline_def
+from data_prep.shard_set import read_manifest, tar_path
+from pipeline.data.dali import training_pipeline_def
+from pipeline.data.decode_options import DecodeOptions
+from pipeline.data.decoder import Decoder
 from pipeline.data.loader import BatchBuilder, Loader
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
@@ -19,18 +22,6 @@ from pipeline.recipe import load_recipe
 
 CPU = torch.device("cpu")
 BATCH = 8
-
-
-def find_frame(data):
-    """Return start and end of the frame header."""
-    start = next(i for i in range(2, len(data)) if data[i] == 0xFF and data[i + 1] in (0xC0, 0xC1, 0xC2))
-    return start, start + 2 + (data[start + 2] << 8 | data[start + 3])
-
-
-def no_tables(data):
-    """Hide the quantization tables: the size can be read, and only decoding fails."""
-    while b"\xff\xdb" in data[: find_frame(data)[0]]:
-        data[data.index(b"\xff\xdb") + 1] = 0xEF
 
 
 def no_start(data):
@@ -51,22 +42,10 @@ def no_pixels(data):
 @pytest.fixture
 def damaged(shards, tmp_path):
     """A function that damages samples (shard, index) in a copy of the shard set; returns it and their keys."""
-    copy = tmp_path / "damaged"
-    shutil.copytree(shards, copy)
+    copy = shutil.copytree(shards, tmp_path / "damaged")
 
     def damage(samples, how=no_tables):
-        keys = []
-        for number, i in samples:
-            shard = read_manifest(copy).shards[number]
-            index = read_index(copy, shard)
-            with open(tar_path(copy, shard), "r+b") as file:
-                file.seek(index.offsets[i])
-                data = bytearray(file.read(index.sizes[i]))
-                how(data)
-                file.seek(index.offsets[i])
-                file.write(data)
-            keys.append(index.keys[i])
-        return copy, keys
+        return copy, damage_samples(copy, samples, how)
 
     return damage
 
@@ -153,7 +132,7 @@ def test_substitute_is_cropped_as_the_original_sample(shards, damaged):
     neighbor = reader.read(shard, (i + 1) % int(reader.shard_sizes[shard]))
     spec = BatchBuilder(reader, recipe, 16, UndecodableSamples(reader, 0)).build(locations, [neighbor])
     source = PrefetchThread(iter([spec]), 1)
-    decoder = Decoder(training_pipeline_def(recipe.data, False), source, None, 1, CPU, 1, 1)
+    decoder = Decoder(training_pipeline_def(recipe.data, DecodeOptions()), source, None, 1, CPU, 1, 1)
     expected = decoder.next()[1][0]
     decoder.close()
     assert torch.equal(ours, expected)
@@ -184,20 +163,20 @@ def test_substitutes_do_not_depend_on_world_size(shards, damaged):
 
 def test_too_many_stop_the_run_and_are_named(shards, damaged, tmp_path):
     copy, keys = damaged([location_of(shards, n) for n in (0, 5, 9)])
-    recipe = recipe_of("data.max_undecodable=2")
-    for _ in range(2):  # a resumed run stops again
-        undecodable = UndecodableSamples(ShardReader(copy), 2, tmp_path / "replaced", rank=1)
-        with pytest.raises(UserError, match=r"data\.max_undecodable") as error:
-            load_epoch(copy, recipe, undecodable=undecodable)
-        message = str(error.value)
-        assert all(repr(key) in message for key in keys)
-        assert f"python -m data_prep verify {copy}" in message and "\n" not in message
+    undecodable = UndecodableSamples(ShardReader(copy), 3, tmp_path / "replaced", rank=1)
+    load_epoch(copy, recipe_of("data.max_undecodable=3"), undecodable=undecodable)
     lines = [json.loads(line) for line in (tmp_path / "replaced/rank-1.jsonl").read_text().splitlines()]
     assert sorted(line["sample"] for line in lines) == sorted(keys)
     assert all(line["shard"].endswith(".tar") and line["reason"] for line in lines)
-    undecodable = UndecodableSamples(ShardReader(copy), 3, tmp_path / "replaced", rank=0)
-    assert undecodable.count == 3
-    load_epoch(copy, recipe_of("data.max_undecodable=3"), undecodable=undecodable)
+    for directory in (tmp_path / "new", tmp_path / "replaced"):  # a new run, and one that resumes
+        undecodable = UndecodableSamples(ShardReader(copy), 2, directory)
+        assert undecodable.count == (3 if directory.exists() else 0)
+        with pytest.raises(UserError, match=r"data\.max_undecodable") as error:
+            load_epoch(copy, recipe_of("data.max_undecodable=2"), undecodable=undecodable)
+        message = str(error.value)
+        assert all(repr(key) in message for key in keys)
+        assert f"python -m data_prep verify {copy}" in message and "\n" not in message
+    assert not (tmp_path / "new").exists()  # no batch was decoded without them
 
 
 def test_limit_of_zero_allows_no_substitute(shards, damaged):

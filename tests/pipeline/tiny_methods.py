@@ -1,6 +1,7 @@
 """Small methods and random batches for tests."""
 
 import torch
+from torch import nn
 
 from pipeline.methods import Method, build_method
 from pipeline.recipe import load_recipe
@@ -14,6 +15,16 @@ SMALL = (
     "model.decoder_depth=2",
     "model.decoder_heads=2",
 )
+
+VOCABULARY = 11
+
+
+class HashTokenizer(nn.Module):
+    """Stand-in for trained weights: a token for each cell of 8 x 8 pixels, a function of its mean."""
+
+    def get_codebook_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        cells = nn.functional.avg_pool2d(pixel_values, 8).sum(1)
+        return (cells * 1000).long() % VOCABULARY
 
 
 def tiny_method(name: str, image_size: int, *overrides: str) -> Method:

@@ -29,7 +29,7 @@ def mixup_cutmix(
     alpha = torch.where(use_cutmix, cutmix, mixup)
     share = draw_beta(tries, alpha)
     side = (1 - share).sqrt()
-    y, x = ((center * center.new_tensor([height, width])).floor()).split(1, dim=1)
+    y, x = (center[:, :1] * height).floor(), (center[:, 1:] * width).floor()
     box = _centered_mask(y, side, height)[:, :, None] & _centered_mask(x, side, width)[:, None, :]
     share_outside = 1 - box.float().mean((1, 2))[:, None]
     share = torch.where(use_cutmix, share_outside, share)

@@ -8,6 +8,7 @@ from pydantic import Field
 from pipeline.masking import as_mask, gather_tokens, random_split
 from pipeline.methods import Method, MethodOutput, build_method, register_method
 from pipeline.methods.backbone import build_encoder
+from pipeline.methods.targets import build_target
 from pipeline.recipe import Recipe, method_options
 from pipeline.recipe.loading import load
 
@@ -32,11 +33,10 @@ class SimMIM(Method):  # belongs in pipeline/methods/simmim.py, imported in pipe
     def __init__(self, recipe: SimmimRecipe) -> None:
         super().__init__()
         self.grid, self.patch_size, self.noise_size = recipe.grid, recipe.model.patch_size, recipe.num_patches
-        self.normalize_targets = recipe.method.normalize_targets
         self.num_visible = int(recipe.num_patches * (1 - recipe.method.simmim.mask_ratio))
-        self.encoder, pixels = build_encoder(recipe), self.patch_size**2 * 3
-        self.head = torch.nn.Linear(recipe.model.size.width, pixels)
-        self.mask_patch = torch.nn.Parameter(torch.zeros(pixels))
+        self.encoder, self.target = build_encoder(recipe), build_target(recipe)
+        self.head = torch.nn.Linear(recipe.model.size.width, self.target.width)
+        self.mask_patch = torch.nn.Parameter(torch.zeros(self.patch_size**2 * 3))
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MethodOutput:
         patches = self.patchify(images)  # (B, L, P*P*3)

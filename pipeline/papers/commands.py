@@ -1,0 +1,145 @@
+"""The commands of an experiment's rows.
+
+Invariant: commands of different rows and experiments that give the same result have the same run directory, so they run
+once. A command is returned only if its recipe is valid.
+"""
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pipeline.errors import UserError
+from pipeline.papers.experiment import Experiment, Row, Step
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe.classification import ClassificationRecipe
+from pipeline.recipe.linear_probe import SET_BY_WEIGHTS, ProbeRecipe, load_probe_recipe
+from pipeline.recipe.loading import RecipeFile, flatten, mutable_keys, recipe_keys
+from pipeline.recipe.tasks import load_finetune_recipe
+
+KINDS: dict[Step, type[RecipeFile]] = {"pretrain": Recipe, "finetune": ClassificationRecipe, "linprobe": ProbeRecipe}
+DATA, VAL, DIR = "DATA", "VAL", "DIR"
+"""Placeholders for paths in commands that are only printed."""
+
+
+class Command(NamedTuple):
+    """A command of `python -m pipeline`."""
+
+    step: Step
+    run: str
+    """Name of its run directory in the experiment's directory."""
+    recipe: str
+    """Empty for the linear probe."""
+    options: tuple[str, ...]
+    """Options that decide the result; those with paths are not included."""
+    weights: str = ""
+    """Name of the run directory with the pre-trained weights; empty for pre-training."""
+
+    def words(self, directory: str, data: str, val: str | None) -> list[str]:
+        """Return all arguments, for `python -m pipeline`."""
+        paths = ["--data", data]
+        if self.weights:
+            paths = ["--weights", f"{directory}/{self.weights}", *paths, "--val", val or VAL]
+        recipe = [self.recipe] if self.recipe else []
+        return [self.step, *recipe, *paths, "--run", f"{directory}/{self.run}", *self.options]
+
+
+class RowPlan(NamedTuple):
+    row: Row
+    recipe: Recipe
+    """Pre-training recipe with all overrides."""
+    commands: tuple[Command, ...]
+
+
+def plan_experiment(experiment: Experiment, overrides: Sequence[str] = ()) -> list[RowPlan]:
+    """Return the rows of an experiment with their commands.
+
+    Args:
+        experiment: What to run.
+        overrides: "a.b=c" strings. A key applies to each kind of command whose recipe has it; with the prefix
+            "pretrain.", "finetune." or "linprobe." to that kind only.
+
+    Raises:
+        UserError: If an override is invalid, distinguishes the rows, or no command has its key.
+    """
+    given = _overrides_by_step(experiment, overrides)
+    return [_plan_row(experiment, row, given) for row in experiment.rows]
+
+
+def format_commands(experiment: Experiment, plans: Sequence[RowPlan], launcher: str) -> str:
+    """Return the commands of every row as a shell script, with the published values as comments."""
+    lines = [f"# {experiment.name}: {experiment.title} ({experiment.source})"]
+    lines += [f"# {note}" for note in experiment.notes]
+    for plan in plans:
+        published = ", ".join(f"{column} {value:g}" for column, value in plan.row.published.items())
+        lines += ["", f"# {plan.row.name}; published: {published or 'no number'}"]
+        for command in plan.commands:
+            lines.append(f"{launcher} pipeline {shlex.join(command.words(DIR, DATA, VAL))}")
+        if not plan.commands:
+            lines.append(f"{launcher} pipeline paper {experiment.name} --run {DIR}")
+    return "\n".join(lines)
+
+
+def _plan_row(experiment: Experiment, row: Row, given: dict[Step, list[str]]) -> RowPlan:
+    name = row.recipe or experiment.recipe
+    settings = _merge(experiment.settings, row.settings, given["pretrain"])
+    recipe = load_recipe(name, settings)
+    commands: list[Command] = []
+    for step in experiment.steps:
+        if step == "pretrain":
+            commands.append(_command(step, recipe, name, _sets(settings)))
+        elif step == "finetune":
+            finetune = row.finetune_recipe or experiment.finetune_recipe
+            settings = _merge(row.finetune_settings, given[step])
+            tuned = load_finetune_recipe(finetune, commands[0].run, settings)
+            commands.append(_command(step, tuned, finetune, _sets(settings), commands[0].run))
+        else:
+            settings = _merge((f"train.epochs={experiment.probe_epochs}", "data.holdout=0"), given[step])
+            probe = load_probe_recipe({"probe": {"weights": commands[0].run, "base_lrs": [0.1]}}, settings)
+            commands.append(_command(step, probe, "", ["--lr", "0.1", *_sets(settings)], commands[0].run))
+    return RowPlan(row, recipe, tuple(commands))
+
+
+def _command(step: Step, recipe: RecipeFile, name: str, options: list[str], weights: str = "") -> Command:
+    """Make a command; a digest of the keys that decide the result names its run directory."""
+    execution_only = mutable_keys(type(recipe)) - {"train.steps", "train.epochs"}
+    keys = flatten(recipe.model_dump(mode="json"))
+    deciding = {key: value for key, value in keys.items() if key not in execution_only}
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    return Command(step, f"{step}-{digest[:8]}", name, tuple(options), weights)
+
+
+def _merge(*groups: Sequence[str]) -> list[str]:
+    """Combine overrides; a later one replaces an earlier one of the same key, or of its alternative."""
+    values: dict[str, str] = {}
+    for setting in (setting for group in groups for setting in group):
+        key = setting.partition("=")[0]
+        for pair in (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_epochs")):
+            if key in pair:
+                values.pop(pair[1 - pair.index(key)], None)
+        values[key] = setting
+    return list(values.values())
+
+
+def _sets(settings: Sequence[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def _overrides_by_step(experiment: Experiment, overrides: Sequence[str]) -> dict[Step, list[str]]:
+    given: dict[Step, list[str]] = {step: [] for step in KINDS}
+    for override in overrides:
+        prefix, _, rest = override.partition(".")
+        named: list[Step] = [step for step in KINDS if step == prefix]
+        setting = rest if named else override
+        key = setting.partition("=")[0]
+        if key in experiment.varied_keys:
+            raise UserError(f"--set {override}: distinguishes the rows of {experiment.name}; remove it")
+        accepting: list[Step] = [step for step in named or KINDS if key in recipe_keys(KINDS[step])]
+        if not named:  # the probe takes these keys from the weights
+            accepting = [step for step in accepting if step != "linprobe" or key not in SET_BY_WEIGHTS]
+        if not accepting:
+            raise UserError(f"--set {override}: no command of {experiment.name} has this key; fix its name")
+        for step in accepting:
+            given[step].append(setting)
+    return given

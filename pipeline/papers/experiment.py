@@ -1,0 +1,78 @@
+"""An experiment: the rows of a paper's table or figure, with settings and published values."""
+
+from typing import Literal, NamedTuple
+
+Step = Literal["pretrain", "finetune", "linprobe"]
+Computed = Literal["patches", "neighbors", "gmacs", "memory", "compute"]
+ColumnName = Computed | Literal["loss", "finetune", "linprobe"]
+
+
+class Column(NamedTuple):
+    title: str
+    step: Step | None
+    """The command that measures it; None: it is computed from the recipe."""
+    digits: int
+
+
+COLUMNS: dict[ColumnName, Column] = {
+    "patches": Column("decoded patches", None, 0),
+    "neighbors": Column("masked patches with a visible neighbor, %", None, 0),
+    "gmacs": Column("10^9 multiply-adds", None, 1),
+    "memory": Column("memory, GiB", None, 1),
+    "compute": Column("training, 10^18 FLOPs", None, 1),
+    "loss": Column("pre-training loss", "pretrain", 3),
+    "finetune": Column("fine-tuned top-1, %", "finetune", 1),
+    "linprobe": Column("linear probe top-1, %", "linprobe", 1),
+}
+
+
+class Row(NamedTuple):
+    name: str
+    published: dict[ColumnName, float]
+    """Values that the paper gives."""
+    settings: tuple[str, ...] = ()
+    """Overrides of the pre-training recipe, in addition to the experiment's."""
+    recipe: str | None = None
+    """Pre-training recipe instead of the experiment's."""
+    finetune_recipe: str | None = None
+    """Fine-tuning recipe instead of the experiment's."""
+    finetune_settings: tuple[str, ...] = ()
+    encoder_only: bool = False
+    """Compute the cost of the encoder on whole images."""
+
+
+class Experiment(NamedTuple):
+    name: str
+    """Paper and table, for example "efficient_mae.table7"."""
+    title: str
+    source: str
+    columns: tuple[ColumnName, ...]
+    rows: tuple[Row, ...]
+    recipe: str = ""
+    """Pre-training recipe."""
+    settings: tuple[str, ...] = ()
+    """Overrides of the pre-training recipe."""
+    finetune_recipe: str = ""
+    probe_epochs: int = 50
+    notes: tuple[str, ...] = ()
+    """Deviations from the paper, and remarks on its numbers."""
+    plot: Literal["cost"] | None = None
+    profile: tuple[float, ...] = ()
+    """Figure 2 of Efficient MAE: mask ratios of a histogram of difficulties, drawn instead of a table of rows. The one
+    row trains the model whose errors are used."""
+
+    @property
+    def steps(self) -> list[Step]:
+        """Return the commands that each row needs, in order."""
+        needed = {COLUMNS[column].step for column in self.columns} - {None}
+        steps: list[Step] = ["pretrain"] if needed or self.profile else []
+        for step in ("finetune", "linprobe"):
+            if step in needed:
+                steps.append(step)
+        return steps
+
+    @property
+    def varied_keys(self) -> set[str]:
+        """Return the recipe keys that distinguish the rows."""
+        settings = (setting for row in self.rows for setting in (*row.settings, *row.finetune_settings))
+        return {setting.partition("=")[0] for setting in settings}

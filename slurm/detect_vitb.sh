@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Train a detector (ViTDet, Mask R-CNN) with a ViT-B/16 on COCO and measure its average precision. Submit from the
+# repository:
+#
+#     WEIGHTS=/scratch/runs/vitb16 DATA=/scratch/coco-train VAL=/scratch/coco-val \
+#         RUN=/scratch/runs/vitb16-detection sbatch slurm/detect_vitb.sh
+#
+# WEIGHTS is a run directory, an exported file or an official checkpoint. RECIPE, SETS, RETRIES, SHARDMAE, options of
+# sbatch and requeueing are as in slurm/pretrain_vitl.sh. To start after a pre-training job: --dependency=afterok:JOBID.
+# The average precision is in RUN/results.json.
+
+#SBATCH --job-name=detect-vitb16
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+
+# ==== Set these, here or in the environment =================================================================
+WEIGHTS=${WEIGHTS:-}
+DATA=${DATA:-}
+VAL=${VAL:-}
+RUN=${RUN:-}
+# =============================================================================================================
+
+[ -f "${SHARDMAE:=${SLURM_SUBMIT_DIR:-$PWD}}/slurm/launch.sh" ] ||
+  { echo "error: $SHARDMAE is not ShardMAE's repository; set SHARDMAE" >&2; exit 2; }
+. "$SHARDMAE/slurm/launch.sh"
+RECIPE=${RECIPE:-detect_vitb16}
+finetune vitb16
