@@ -15,7 +15,6 @@ from data_prep.shard_set import QUARANTINE, read_index, read_manifest
 from data_prep.sources.sample import make_key
 from pipeline.data.reader import ShardReader
 
-
 UNREADABLE = ("duplicate_keys", "truncated", "sa_1b", "empty_tars", "macos", "mixed_formats")
 """Layouts at which the webdataset library stops, or whose samples it splits."""
 
