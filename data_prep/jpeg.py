@@ -45,7 +45,7 @@ class JpegInfo:
 
     @property
     def fits_gpu_decoder(self) -> bool:
-        """Whether nvJPEG decodes the chroma sampling, whose factors must be the same for Cb and Cr."""
+        """Return whether nvJPEG decodes the chroma sampling, whose factors must be the same for Cb and Cr."""
         (h, v), *chroma = self.sampling
         if not chroma:
             return True

@@ -1,4 +1,4 @@
-"""Labels of WebDataset samples: where they are stored, and which classes they make.
+"""Labels of WebDataset samples: how they are stored, and which classes they make.
 
 Invariant: a label is a pure function of a sample's key and its label file, and the classes are a pure function of
 the set of labels, so tars that are read separately, in any order, get the same labels.
@@ -19,7 +19,7 @@ MAX_CLASSES = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class LabelRule:
-    """Where the label of a sample is.
+    """Locate the label of a sample.
 
     Attributes:
         source: "cls": the content of KEY.cls; "json": the value of `key` in KEY.json; "folders": the folder of the

@@ -1,6 +1,6 @@
 """Packages of which setup.py's extras install some: what to install if one is missing.
 
-Invariant: no message advises the name "shardmae" of a package index, where it is not published.
+Invariant: no message advises the name "shardmae" of a package index, because it is not published.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -17,7 +17,10 @@ MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_T
 
 @dataclass(frozen=True)
 class Gpu:
-    """Figures of a GPU from NVIDIA's data sheets, and of the network of a node with it."""
+    """Figures of a GPU as NVIDIA states them, and of the network of a node with it.
+
+    Not all were compared with a data sheet; check those of your card before you rely on an estimate.
+    """
 
     bits16: float
     """Peak dense TFLOP/s of 16-bit matrix products; data sheets list twice as much, for sparse matrices."""
@@ -100,9 +103,9 @@ def disable_tf32() -> None:
 
 
 def enable_determinism() -> None:
-    """Make torch select deterministic algorithms, and raise RuntimeError where there is none.
+    """Make torch select deterministic algorithms, and raise RuntimeError if there is none.
 
-    Of the fused attention kernels, only flash attention has a deterministic backward pass; where it does not support
+    Of the fused attention kernels, only flash attention has a deterministic backward pass; if it does not support
     the inputs (fp32, attention masks), torch computes attention by matrix products.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read by the first matrix product on a GPU

@@ -8,6 +8,7 @@ DEFAULT = ("train.epochs=800", "method.target.name=pixels")
 NOTES = (
     "Batch, optimizer and warm-up are those of vitl16_mae. The linear probe has MAE's settings: base learning rate "
     "0.1, 50 epochs, no held-out samples.",
+    "The published values were entered without the paper's text at hand; check them against it before you quote them.",
 )
 
 

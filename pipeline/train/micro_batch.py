@@ -17,7 +17,7 @@ from pipeline.train.run_directory import RunDirectory
 logger = logging.getLogger(__name__)
 AnyTrainingRecipe = TypeVar("AnyTrainingRecipe", bound=TrainingRecipe)
 CPU_MICRO_BATCH = 16
-"""Limit without a GPU, where larger micro batches gain nothing."""
+"""Limit without a GPU: on a CPU, larger micro batches gain nothing."""
 
 
 class MicroBatchLimits(NamedTuple):
