@@ -55,8 +55,7 @@ def test_probe_decodes_in_a_child():
 def test_version_of_nvjpeg_is_that_of_the_loaded_library():
     names = ("nvidia-nvjpeg", "nvidia-nvjpeg-cu12")
     installed = [each for each in importlib.metadata.distributions() if each.metadata["Name"] in names]
-    if not installed:
-        pytest.skip("needs nvJPEG's package")
+    assert installed, "DALI's extras install nvJPEG"
     (library,) = (path for path in installed[0].files or () if path.name.startswith("libnvjpeg.so"))
     ctypes.CDLL(str(library.locate()))
     version = nvjpeg_version()
