@@ -29,6 +29,8 @@ for name in ("pipeline", "data_prep"):
 ROOT = Path(__file__).parents[1]
 LONG = ("test_slurm_network_failure", "test_launchers", "test_lost_ranks")
 """Files with one or two long tests."""
+ESTIMATES = ("test_plan", "test_recipes", "test_papers", "test_micro_batch", "test_network_estimate")
+"""Files that count the operations of the same recipes; in one process, because it counts each only once."""
 START_UP = "import torch, deepspeed, timm, nvidia.dali"
 
 
@@ -63,13 +65,14 @@ def pytest_itemcollected(item) -> None:
     group of their own.
     """
     name = item.path.stem
-    group = "slurm" if "cluster" in item.fixturenames else "long" if name in LONG else name
+    groups = {"slurm": "cluster" in item.fixturenames, "long": name in LONG, "estimates": name in ESTIMATES}
+    group = next((group for group, is_member in groups.items() if is_member), name)
     item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_modifyitems(items) -> None:
     """Start with the tests that take longest and mostly wait: Slurm, launchers, then the other real runs."""
-    first = ("slurm", *LONG, "preemption", "integration/")
+    first = ("slurm", *LONG, "preemption", "integration/", *ESTIMATES)
     items.sort(key=lambda item: [word not in item.nodeid for word in first])
 
 

@@ -1,5 +1,7 @@
 """Fixtures for tests that start real runs."""
 
+import fcntl
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -34,8 +36,16 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def uninterrupted_losses(shards, tmp_path_factory) -> list[tuple[int, float]]:
-    """Losses of an uninterrupted run on two ranks without Slurm, with the settings of `Job`."""
-    run = Run(shards, tmp_path_factory.mktemp("uninterrupted") / "run")
+    """Losses of an uninterrupted run on two ranks without Slurm, with the settings of `Job`.
+
+    All processes of pytest-xdist share the run.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    run = Run(shards, folder / "uninterrupted")
     run.PROGRAM = ("pipeline", "pretrain", "vith14_emae")
-    run.train(2, **{key.replace(".", "__"): value for key, value in TINY.items()}, train__steps=JOB_STEPS)
+    with open(folder / "uninterrupted.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if len(run.losses()) < JOB_STEPS:
+            run.train(2, **{key.replace(".", "__"): value for key, value in TINY.items()}, train__steps=JOB_STEPS)
     return run.losses()

@@ -113,7 +113,7 @@ def test_divergence_that_stays_ends_the_run_with_4(shards, tmp_path):
 def test_divergence_before_the_first_checkpoint_ends_with_4(shards, tmp_path):
     run = FaultyRun(shards, tmp_path / "run", [{"kind": "loss", "steps": [2, 3]}])
     run.launch = launch_processes  # exit code 4 must survive the finalization of the interpreter
-    assert run.start(2, train__steps=8, guard__max_consecutive_skips=2).wait() == 4
+    assert run.start(1, train__steps=8, guard__max_consecutive_skips=2).wait() == 4
     assert "no earlier checkpoint" in run.output.read_text()
 
 
@@ -130,5 +130,5 @@ def test_all_ranks_stop_if_bad_samples_cannot_be_written(shards, tmp_path):
 
 
 def test_healthy_run_skips_no_step(shards, tmp_path):
-    lines = Run(shards, tmp_path / "run").train(1, train__steps=60, guard__window=16)
+    lines = Run(shards, tmp_path / "run").train(1, train__steps=40, guard__window=16)
     assert sum(line["skipped"] for line in lines) == 0

@@ -7,9 +7,9 @@ import time
 import pytest
 from runs import DeepSpeedRun, Run
 
-STEPS = 60
+STEPS = 30
 TIMEOUT_MINUTES = 0.3
-SETTINGS = {"train__steps": STEPS, "train__checkpoint_every": 20, "engine__timeout_minutes": TIMEOUT_MINUTES}
+SETTINGS = {"train__steps": STEPS, "train__checkpoint_every": 10, "engine__timeout_minutes": TIMEOUT_MINUTES}
 SETTINGS |= {"data__timeout_s": 10, "data__retries": 0}  # less than the timeout
 LAUNCHER_TIMEOUT_S = 30  # DeepSpeed's launcher waits so long for the other ranks
 
@@ -24,7 +24,7 @@ LAUNCHER_TIMEOUT_S = 30  # DeepSpeed's launcher waits so long for the other rank
 )
 def test_lost_rank_ends_the_run_and_it_resumes(shards, tmp_path, number, kind):
     run = kind(shards, tmp_path / "run")
-    process = run.start_paused(2, "step 23", **SETTINGS)
+    process = run.start_paused(2, "step 13", **SETTINGS)
     os.kill(run.rank_pids(process)[1], number)
     run.unpause()
     started = time.monotonic()

@@ -11,7 +11,7 @@ from runs import Run, is_alive
 
 from pipeline.train import checkpoint
 
-STEPS = 40
+STEPS = 20
 FOUR_MICRO_BATCHES = {"engine__micro_batch": 2}
 """Per rank and step. A signal takes effect up to two micro batches late."""
 SETTINGS = {"train__steps": STEPS, "train__checkpoint_every": 1000, "train__log_every": 3, **FOUR_MICRO_BATCHES}

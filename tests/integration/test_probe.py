@@ -22,7 +22,7 @@ from pipeline.report.history import read_history
 from pipeline.report.page import report
 from pipeline.weights.run import load_run
 
-STEPS = 150  # it is killed after the tenth
+STEPS = 80  # it is killed after the tenth
 TINY = ("model.width=32", "model.depth=2", "data.image_size=32", "model.patch_size=8")
 
 

@@ -126,6 +126,7 @@ def test_early_errors_import_no_heavy_library(command):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
 
 
+@pytest.mark.soak
 def test_deepspeed_logs_to_stderr():
     code = "from pipeline.train import engine; engine.deepspeed_logger.warning('now')"
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}

@@ -42,7 +42,8 @@ VARIANTS = {  # options of the method's own section, or of the section that they
     "beit, pixels": "",
 }
 every_variant = pytest.mark.parametrize("variant", list(VARIANTS))
-every_method = pytest.mark.parametrize("variant", ["mae", "emae", "efficient_mae", "lomar", "beit"])
+METHODS = ["mae", "emae", "efficient_mae", "lomar", "beit"]
+every_method = pytest.mark.parametrize("variant", METHODS)
 
 
 def small(variant: str, *more: str) -> Method:
@@ -63,7 +64,7 @@ def small(variant: str, *more: str) -> Method:
     return method
 
 
-@every_variant
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[] if v in METHODS else pytest.mark.soak) for v in VARIANTS])
 def test_forward_is_one_static_graph_compiled_once(variant):
     torch._dynamo.reset()
     method = small(variant)

@@ -118,7 +118,7 @@ def test_missing_dali_is_one_line_with_both_extras(without, package):
     assert "DALI" in line and all(f"[{extra}]" in line for extra in DALI) and "nvidia-smi" in line
 
 
-@pytest.mark.parametrize("package", NEEDS_DALI)
+@pytest.mark.parametrize("package", ["data_prep", pytest.param("pipeline", marks=pytest.mark.soak)])
 def test_two_dali_packages_are_one_line(without, package, tmp_path):
     for name in DALI.values():
         folder = tmp_path / f"{name.replace('-', '_')}-2.0.dist-info"
