@@ -2,9 +2,11 @@
 
 import os
 import random
+import time
 
 import pytest
-from jobs import JOB_STEPS, Job, wait_for_steps, wait_until
+from cluster import Cluster, Network
+from jobs import JOB_STEPS, Job, require_slurm, wait_for_steps, wait_until
 
 TEMPLATE = "pretrain_vith.sh"
 
@@ -57,11 +59,53 @@ def train_interrupted(cluster, shards, folder, steps, interruptions, rng) -> Job
     return job
 
 
-def test_job_resumes_after_a_signal_and_a_node_failure(cluster, shards, tmp_path, uninterrupted_losses):
-    job = train_interrupted(cluster, shards, tmp_path, JOB_STEPS, [signal, node_failure], random.Random(0))
-    assert job.losses() == uninterrupted_losses
-    assert "preflight: ranks     2 on n1, n2; cpu" in job.log() and job.log().rstrip().endswith("done")
-    assert "exit code 75 at checkpoint step-" in job.log()
+def test_job_resumes_after_a_signal_a_node_failure_and_a_cut_link(shards, tmp_path, uninterrupted_losses):
+    require_slurm()
+    network = Network()
+    try:
+        cluster = Cluster(tmp_path / "cluster", network, slurmd_timeout=300)  # Slurm does not end the job for the link
+        try:
+            settings = {"engine__timeout_minutes": 0.5, "data__timeout_s": 10, "data__retries": 0}
+            settings["train__checkpoint_every"] = 100  # while one is written the timeout is longer
+            job = Job(cluster, shards, tmp_path, train__steps=JOB_STEPS, **settings)
+            job.submit(TEMPLATE, "--time=60")
+            for number, interrupt in enumerate([signal, marked_node_failure, cut_link]):
+                wait_for_steps(job, 10)
+                interrupt(job)
+                wait_until(lambda before=number: int(cluster.job(job.id)["Restarts"]) > before, 90, job)
+            ended = job.wait()
+            assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == 3, job.log()
+            assert job.losses() == uninterrupted_losses
+            assert "preflight: ranks     2 on n1, n2; cpu" in job.log() and job.log().rstrip().endswith("done")
+            assert "exit code 75 at checkpoint step-" in job.log()
+        finally:
+            cluster.close()
+    finally:
+        network.close()
+
+
+def marked_node_failure(job):
+    """Lose a node, and mark it as Slurm does when the node's timeout has passed."""
+    job.cluster.kill_node("n2")
+    job.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    wait_until(lambda: has_stopped(job), 90, job)
+    job.cluster.start_node("n2")
+
+
+def cut_link(job):
+    """Disconnect a node until all ranks have ended by themselves."""
+    processes = job.cluster.processes("n1", "pretrain") + job.cluster.processes("n2", "pretrain")
+    ranks = [process for process in processes if (process / "comm").read_text() != "srun\n"]
+    assert len(ranks) == 2
+    job.cluster.network.set_link("n2", connected=False)
+    cut = time.monotonic()
+    wait_until(lambda: not any(rank.exists() for rank in ranks), 90, job)
+    assert time.monotonic() - cut < 60
+    for rank in (0, 1):
+        stacks = (job.run / "stacks" / f"rank-{rank}.txt").read_text()
+        assert "Thread" in stacks and "train_loop.py" in stacks
+    assert " ERROR rank " in job.log() and "no progress for " in job.log()
+    job.cluster.network.set_link("n2", connected=True)
 
 
 @pytest.mark.soak
