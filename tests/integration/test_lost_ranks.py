@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from runs import DeepSpeedRun, Run
+from runs import DeepSpeedRun, Run, is_alive
 
 STEPS = 30
 TIMEOUT_MINUTES = 0.3
@@ -17,17 +17,22 @@ LAUNCHER_TIMEOUT_S = 30  # DeepSpeed's launcher waits so long for the other rank
 @pytest.mark.parametrize(
     ("number", "kind"),
     [
-        (signal.SIGSTOP, DeepSpeedRun),  # the launcher ends the rank after the others have ended
-        (signal.SIGKILL, Run),  # the other ranks detect the loss
+        (signal.SIGSTOP, Run),
+        (signal.SIGKILL, Run),
+        pytest.param(signal.SIGSTOP, DeepSpeedRun, marks=pytest.mark.soak),
         pytest.param(signal.SIGKILL, DeepSpeedRun, marks=pytest.mark.soak),
     ],
 )
 def test_lost_rank_ends_the_run_and_it_resumes(shards, tmp_path, number, kind):
     run = kind(shards, tmp_path / "run")
     process = run.start_paused(2, "step 13", **SETTINGS)
-    os.kill(run.rank_pids(process)[1], number)
+    pids = run.rank_pids(process)
+    os.kill(pids[1], number)
     run.unpause()
     started = time.monotonic()
+    if number == signal.SIGSTOP and kind is Run:  # a launcher ends the rank after the others have ended
+        run.wait_for(process, lambda: not is_alive(pids[0]))
+        os.kill(pids[1], signal.SIGKILL)
     assert process.wait(120) not in (0, None)
     assert time.monotonic() - started < 60 * TIMEOUT_MINUTES + LAUNCHER_TIMEOUT_S + 15
     if number == signal.SIGSTOP:
