@@ -19,7 +19,7 @@ from pipeline.export.official_file import OFFICIAL, OFFICIAL_VIT
 from pipeline.export.onnx_file import ONNX
 from pipeline.export.target import Exportable, Target
 from pipeline.export.timm_folder import TIMM
-from pipeline.export.transformers_folder import HF, HF_MAE
+from pipeline.export.transformers_folder import HF, HF_BEIT, HF_MAE
 from pipeline.recipe.tasks import recipe_kind
 from pipeline.tasks.loaded_classifier import LoadedClassifier, load_classifier
 from pipeline.train.checkpoint import fsync_and_hash
@@ -73,6 +73,8 @@ def export(
     except UserError as error:
         raise UserError(f"--format {target}: {error}; use the run's own weights.safetensors") from error
     fields = card_fields(run, loaded, chosen, ema, results)
+    if vit.is_beit and target == "official":
+        raise UserError("--format official: the official MAE code has no relative positions as BEiT's; use timm")
     partial, old = (out.with_name(out.name + suffix) for suffix in (".partial", ".old.partial"))
     for leftover in (partial, old):  # of an export that was killed
         _remove_export(leftover)
@@ -101,8 +103,12 @@ def export(
 
 def _load(run: Path, target: str, encoder_only: bool, ema: bool) -> tuple[Target[Any], Exportable]:
     if run_command(run) != "finetune":
-        chosen = OFFICIAL_VIT if encoder_only and target == "official" else TARGETS[target]
-        return chosen, load_run(run, ema)
+        chosen, loaded = TARGETS[target], load_run(run, ema)
+        if encoder_only and target == "official":
+            chosen = OFFICIAL_VIT
+        if target == "hf" and loaded.recipe.method.name == "beit":
+            chosen = HF_BEIT
+        return chosen, loaded
     if (task := recipe_kind(RunDirectory(run).recipe_file).TASK) != "classification":
         raise UserError(f"{run}: is a run of {task}, which has no export; use weights.safetensors of its checkpoint")
     if encoder_only:

@@ -26,6 +26,14 @@ PAPERS = {
     "emae": ("EMAE", "https://arxiv.org/abs/2302.14431"),
     "efficient_mae": ("Efficient MAE", "Han et al., WACV 2024"),
     "lomar": ("LoMaR", "https://arxiv.org/abs/2206.00790"),
+    "beit": ("BEiT", "https://arxiv.org/abs/2106.08254"),
+}
+TARGETS = {
+    "pixels": "pixels",
+    "normalized_pixels": "pixels, normalized per patch",
+    "pca": "principal components of pixels",
+    "hog": "histograms of oriented gradients",
+    "tokens": "visual tokens of a discrete VAE",
 }
 SOURCE_LICENSES = dict.fromkeys(("openimages", "coco"), "per image, in its sample's json")
 NOT_RECORDED = "not recorded: **to be filled in**"
@@ -178,7 +186,7 @@ def _describe_encoder(run: LoadedRun) -> Description:
         title=f"{recipe.model.name}, patch {recipe.model.patch_size}, {recipe.data.image_size} px, {name}",
         summary=f"A vision transformer, pre-trained without labels with {name} ({paper}).",
         tags=("masked-image-modeling", recipe.method.name),
-        options={"targets": "pixels, normalized per patch" if recipe.method.normalize_targets else "pixels"},
+        options={"targets": TARGETS[recipe.method.target.name]},
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -25,10 +26,14 @@ ARCHITECTURES = {
 }
 
 
+BEIT_ARCHITECTURES = {"vit_base": "beit_base_patch16_224", "vit_large": "beit_large_patch16_224"}
+
+
 def _architecture(vit: Vit) -> str:
     """Return timm's model name that is nearest in width; `_model_args` overrides the rest."""
-    nearest = min(ARCHITECTURES, key=lambda name: abs(VIT_SIZES[name].width - vit.size.width))
-    return ARCHITECTURES[nearest]
+    architectures = BEIT_ARCHITECTURES if vit.is_beit else ARCHITECTURES
+    nearest = min(architectures, key=lambda name: abs(VIT_SIZES[name].width - vit.size.width))
+    return architectures[nearest]
 
 
 def _model_args(vit: Vit) -> dict[str, Any]:
@@ -40,6 +45,8 @@ def _model_args(vit: Vit) -> dict[str, Any]:
         "depth": vit.size.depth,
         "num_heads": vit.size.heads,
     }
+    if vit.is_beit:  # pre-trained models share the bias, which the named ones do not
+        arguments |= {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "global_pool": "token"}
     return arguments | ({"global_pool": "avg"} if vit.classes else {})
 
 
@@ -50,7 +57,7 @@ def build_model(vit: Vit, weights: Path | None = None) -> nn.Module:
 
 def run_model(vit: Vit, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Return timm's outputs for images (B, 3, S, S), comparable with those of `vit.forward`."""
-    assert isinstance(model, VisionTransformer)
+    assert isinstance(model, VisionTransformer | Beit)
     return model(images) if vit.classes else model.forward_features(images)
 
 

@@ -1,4 +1,5 @@
-"""Hugging Face transformers formats: folders for ViTModel (encoder) and ViTMAEForPreTraining (with decoder).
+"""Hugging Face transformers formats: folders for ViTModel (encoder), ViTMAEForPreTraining (with decoder) and
+BeitForMaskedImageModeling (BEiT with its head).
 
 Tensors are named as in the checkpoints on the hub. transformers 5 itself would save a ViTMAE's decoder under
 names that no published checkpoint uses.
@@ -21,12 +22,18 @@ from pipeline.export.target import (
     relative_difference,
 )
 from pipeline.io.tensors import save_tensors
-from pipeline.masking import random_split
+from pipeline.masking import as_mask, random_split
+from pipeline.methods.targets import TokenTarget
 from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.recipe import Recipe
 from pipeline.recipe.sections import eval_resize_size
 from pipeline.weights.run import LoadedRun
-from pipeline.weights.state_dicts import official_state_dict, timm_state_dict, transformers_state_dict
+from pipeline.weights.state_dicts import (
+    official_state_dict,
+    timm_state_dict,
+    transformers_beit_state_dict,
+    transformers_state_dict,
+)
 
 BICUBIC = 3
 """Pillow's constant."""
@@ -77,6 +84,30 @@ def _config(recipe: Recipe, decoder: bool) -> dict[str, Any]:
     }
 
 
+def _write_beit(run: LoadedRun, folder: Path) -> None:
+    recipe = run.recipe
+    if not isinstance(run.method.target, TokenTarget):
+        raise UserError(
+            f"method.target.name: {recipe.method.target.name}: BeitForMaskedImageModeling predicts tokens only; export "
+            "the encoder to timm"
+        )
+    save_tensors(transformers_beit_state_dict(run.method), folder / "model.safetensors", {"format": "pt"})
+    config = _config(recipe, decoder=False) | {
+        "architectures": ["BeitForMaskedImageModeling"],
+        "model_type": "beit",
+        "vocab_size": run.method.target.width,
+        "use_mask_token": True,
+        "use_absolute_position_embeddings": False,
+        "use_relative_position_bias": False,
+        "use_shared_relative_position_bias": True,
+        "layer_scale_init_value": recipe.method.beit.layer_scale,
+        "drop_path_rate": recipe.method.beit.drop_path,
+    }
+    del config["qkv_bias"]
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", _preprocessor_config(recipe))
+
+
 def _preprocessor_config(recipe: Recipe) -> dict[str, Any]:
     """Use BitImageProcessor, which crops the center; ViTImageProcessor would change the aspect ratio."""
     side = recipe.data.image_size
@@ -121,6 +152,19 @@ def mae_difference(run: LoadedRun, folder: Path) -> float:
     return max(tokens_difference, relative_difference(patches, expected))
 
 
+def _beit_difference(run: LoadedRun, folder: Path) -> float:
+    """Return the difference of the logits of all patches, some of which are masked."""
+    method, images = run.method, check_images(run.recipe.data)
+    noise = torch.rand(len(images), run.recipe.num_patches, generator=torch.Generator().manual_seed(1))
+    _, masked_ids = random_split(noise, run.recipe.num_visible)
+    masked = as_mask(masked_ids, run.recipe.num_patches)
+    model = _from_pretrained("BeitForMaskedImageModeling", folder)
+    with torch.inference_mode():
+        logits = model(pixel_values=images, bool_masked_pos=masked).logits
+        encoded = method.encoder(method.patchify(images), masked)
+        return relative_difference(logits, method.get_submodule("head")(encoded[:, 1:]))
+
+
 def _from_pretrained(name: str, folder: Path, **options: object) -> Any:
     transformers = import_library("transformers")
     transformers.utils.logging.disable_progress_bar()
@@ -159,6 +203,22 @@ pixels = model.unpatchify(output.logits)  # predictions{scale}
 """
 
 
+def _beit_usage(run: LoadedRun) -> str:
+    patches = run.recipe.num_patches
+    return f"""\
+import torch
+from transformers import AutoImageProcessor, BeitForMaskedImageModeling
+
+processor = AutoImageProcessor.from_pretrained("OUT")
+model = BeitForMaskedImageModeling.from_pretrained("OUT").eval()
+pixels = processor(image, return_tensors="pt")["pixel_values"]
+tokens = model.layernorm(model.beit(pixels).last_hidden_state)  # class token first
+masked = torch.arange({patches})[None] < {patches - run.recipe.num_visible}  # patches to mask, in raster order
+logits = model(pixels, bool_masked_pos=masked).logits  # (1, {patches}, {run.method.target.width}): of visual tokens
+"""
+
+
 TAGS = ("transformers", "safetensors")
 HF = Target(partial(_write, decoder=False), _encoder_difference, _encoder_usage, TAGS)
 HF_MAE = Target(partial(_write, decoder=True), mae_difference, _mae_usage, TAGS)
+HF_BEIT = Target(_write_beit, _beit_difference, _beit_usage, TAGS)

@@ -7,6 +7,8 @@ that the paper leaves open are those of its code, github.com/junchen14/LoMaR, wi
 draws its own windows, as in the paper's Figure 2. In the code, the images of a batch share K windows, and if K
 divides the batch, an image has one window, masked K times. `windows: as_released` does the same.
 
+With tokens as target (recipe vitb16_lomar_beit), it is LoMaR inside BEiT.
+
 With `decoder`, MAE's encoder sees the visible patches of a window, at their positions in the image, and MAE's
 decoder predicts the others, the architecture that the paper's Figure 4 compares with.
 """

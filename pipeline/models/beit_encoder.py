@@ -56,11 +56,14 @@ class BeitAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
         """Attend tokens (N, T, D) to each other, with a bias (1, heads, T, T)."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = (self.qkv(x) + bias).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
+        query, key, value = self.project(x).unbind(0)
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=shared_rel_pos_bias)
         return self.proj(x.transpose(1, 2).flatten(2))
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the queries, keys and values of tokens (N, T, D): (3, N, heads, T, D / heads)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return (self.qkv(x) + bias).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class BeitEncoder(nn.Module):

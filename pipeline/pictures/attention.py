@@ -7,9 +7,11 @@ import psutil
 import torch
 from PIL import Image
 from timm.layers.attention import Attention
+from torch import nn
 from tqdm import tqdm
 
 from pipeline.errors import UserError
+from pipeline.models.beit_encoder import BeitAttention
 from pipeline.models.relative_position import RelativeAttention
 from pipeline.pictures.canvas import Column, Scale, heatmap, render_grid
 from pipeline.pictures.images import to_pixels
@@ -61,27 +63,37 @@ def class_attention(encoder: ImageEncoder, images: torch.Tensor) -> tuple[torch.
     Returns:
         The last layer's attention (B, heads, L), and attention rollout (Abnar and Zuidema 2020), (B, L).
     """
-    inputs: list[torch.Tensor] = []
-    attentions = [module for module in encoder.vit.blocks.modules() if isinstance(module, Attention)]
-    hooks = [a.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for a in attentions]
+    inputs: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # tokens, and BEiT's bias
+    attentions = [a for a in encoder.vit.blocks.modules() if isinstance(a, Attention | BeitAttention)]
+
+    def record(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.append((args[0], kwargs.get("shared_rel_pos_bias")))
+
+    hooks = [a.register_forward_pre_hook(record, with_kwargs=True) for a in attentions]
     try:
         encoder(images)
     finally:
         for hook in hooks:
             hook.remove()
-    rollout = torch.eye(inputs[0].shape[1]).expand(len(images), -1, -1)
+    rollout = torch.eye(inputs[0][0].shape[1]).expand(len(images), -1, -1)
     weights = torch.empty(0)
-    for attention, tokens in zip(attentions, inputs, strict=True):
-        weights = attention_weights(attention, tokens)
+    for attention, (tokens, bias) in zip(attentions, inputs, strict=True):
+        weights = attention_weights(attention, tokens, bias)
         rollout = (weights.mean(dim=1) + torch.eye(weights.shape[-1])) / 2 @ rollout
     return weights[:, :, 0, 1:], rollout[:, 0, 1:]
 
 
-def attention_weights(attention: Attention, tokens: torch.Tensor) -> torch.Tensor:
+def attention_weights(
+    attention: Attention | BeitAttention, tokens: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Recompute a block's attention for its normalized input (B, T, D): (B, heads, T, T), rows sum to one."""
-    heads = attention.num_heads
-    query, key, _ = attention.qkv(tokens).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    if isinstance(attention, BeitAttention):
+        query, key, _ = attention.project(tokens)
+    else:
+        query, key, _ = attention.qkv(tokens).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     scores = query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
     if isinstance(attention, RelativeAttention):
         scores = scores + attention.rpe_k(query)
+    if bias is not None:
+        scores = scores + bias
     return scores.softmax(dim=-1)

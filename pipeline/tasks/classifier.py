@@ -31,7 +31,10 @@ class ClassifierOutput(NamedTuple):
 
 
 class Classifier(TrainableModule):
-    """Wrap a ViT, which is changed in place: it gets a head, and its final norm moves behind the pooling."""
+    """Wrap a ViT, which is changed in place: it gets a head, and its final norm moves behind the pooling.
+
+    The ViT may be timm's Beit, which has the same interface.
+    """
 
     def __init__(self, vit: VisionTransformer, num_classes: int, recipe: ClassificationRecipe) -> None:
         super().__init__()
@@ -104,7 +107,8 @@ class Classifier(TrainableModule):
         if self.options.trained_blocks is None:
             return
         num_frozen = len(self.vit.blocks) - self.options.trained_blocks
-        prefixes = "cls_token", "pos_embed", "patch_embed.", *(f"blocks.{index}." for index in range(num_frozen))
+        embeddings = "cls_token", "pos_embed", "rel_pos_bias.", "patch_embed."
+        prefixes = *embeddings, *(f"blocks.{index}." for index in range(num_frozen))
         for name, parameter in self.vit.named_parameters():
             if name.startswith(prefixes):
                 yield parameter

@@ -72,7 +72,7 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         encoder = load_encoder(weights)
         if encoder.vit.pos_embed is None:
             raise UserError(
-                f"--weights {weights}: LoMaR's encoder has relative positions (iRPE), which the detector does not "
+                f"--weights {weights}: encoders of LoMaR and BEiT have relative positions, which the detector does not "
                 "support; give weights of mae, emae or efficient_mae"
             )
         return encoder

@@ -28,7 +28,7 @@ class LoadedClassifier(NamedTuple):
 
     @property
     def vit(self) -> Vit:
-        """Return the classifier in timm's terms. Raises UserError if it has relative positions."""
+        """Return the classifier in timm's terms. Raises UserError if it has LoMaR's relative positions."""
         vit = self.classifier.vit
         weights = vit.state_dict()
         require_absolute_positions(weights)

@@ -63,8 +63,8 @@ class SegmentationTask(FinetuneTask[SegmentationRecipe]):
         encoder = load_encoder(weights, self.recipe.data.image_size)
         if encoder.vit.pos_embed is None:
             raise UserError(
-                f"--weights {weights}: LoMaR's encoder has no absolute positions, which segmentation needs; use "
-                "weights of another method"
+                f"--weights {weights}: encoders of LoMaR and BEiT have no absolute positions, which segmentation "
+                "needs; use weights of another method"
             )
         return encoder
 

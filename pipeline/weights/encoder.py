@@ -1,12 +1,13 @@
-"""Load an encoder to evaluate or fine-tune, as timm's VisionTransformer.
+"""Load an encoder to evaluate or fine-tune, as timm's VisionTransformer or, for BEiT, its Beit.
 
 Sources: a run directory; `ema:RUN` for the moving average of its weights; a .safetensors file exported for
-timm; a .pth checkpoint of the official MAE code; a folder of Hugging Face transformers; `random:RECIPE` or
+timm; a .pth checkpoint of the official MAE or BEiT code; a folder of Hugging Face transformers; `random:RECIPE` or
 `random:RUN` for initial weights.
 
 Invariant: every weight comes from the source, or the source is rejected with the keys named. Only position
-embeddings may change: they are interpolated for another image size. LoMaR has only relative positions and
-sees the image as one window. Interpolation and assumptions about a weights file are logged.
+embeddings, absolute or BEiT's relative ones, may change: they are interpolated for another image size. LoMaR's
+relative positions fit every size; it sees the image as one window. Interpolation and assumptions about a weights
+file are logged.
 """
 
 import json
@@ -14,7 +15,7 @@ import logging
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from pipeline.methods import build_method
 from pipeline.methods.method import Method
 from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.models.relative_position import RelativeAttention
+from pipeline.models.timm_beit import BIAS_TABLE, bias_grid, build_timm_beit, resize_bias_table
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe.sections import VIT_SIZES, DataSection
 from pipeline.train.run_directory import RunDirectory
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 RANDOM, EMA = "random:", "ema:"
 Rgb = tuple[float, float, float]
-NON_ENCODER_KEYS = ("decoder", "mask_token", "head.")
+NON_ENCODER_KEYS = ("decoder", "mask_token", "head.", "lm_head.", "rel_pos_bias.relative_position_index")
 """Prefixes of official checkpoints' keys that do not belong to the encoder."""
 
 
@@ -88,7 +90,9 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
     source = _read_source(str(weights))
     check_finite(source.state, f"--weights {weights}")
     patch, positions = _patch_size(source.state), source.state.get("pos_embed")
-    trained_size = source.image_size or math.isqrt(source.state["pos_embed"].shape[1] - 1) * patch
+    table = source.state.get(BIAS_TABLE)
+    grid = bias_grid(table) if table is not None else None
+    trained_size = source.image_size or (grid or math.isqrt(source.state["pos_embed"].shape[1] - 1)) * patch
     size = image_size or trained_size
     if size % patch:
         raise UserError(f"{weights}: image size {size} px is not a multiple of the patch size, {patch} px")
@@ -97,6 +101,9 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
         # Without antialiasing, as in the official MAE code.
         grid = [size // patch] * 2
         source.state["pos_embed"] = resample_abs_pos_embed(positions, grid, antialias=False)
+    if table is not None and size != trained_size:
+        logger.info(f"{weights}: relative positions interpolated from {trained_size} px to {size} px")
+        source.state[BIAS_TABLE] = resize_bias_table(table, size // patch)
     vit = build_vit(source.state, source.heads, size, source.norm_eps)
     if mismatch := describe_mismatch(vit.state_dict(), source.state):
         raise UserError(f"--weights {weights}: do not fit a vision transformer: {mismatch}")
@@ -109,18 +116,31 @@ def build_vit(
 ) -> VisionTransformer:
     """Build timm's model without a head in the shape of a state dict; the weights are not loaded.
 
-    The model has relative positions if the state dict has no absolute ones.
+    The model has BEiT's relative positions if the state dict has, else LoMaR's if it has no absolute ones.
     """
     width, patch = state["patch_embed.proj.weight"].shape[0], _patch_size(state)
     relative = "pos_embed" not in state
     hidden = state.get("blocks.0.mlp.fc1.bias", torch.empty(4 * width, device="meta")).numel()
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    mlp_ratio = (hidden + 0.5) / width  # timm rounds down
+    if BIAS_TABLE in state:
+        beit = build_timm_beit(
+            image_size=image_size,
+            patch_size=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            mlp_ratio=mlp_ratio,
+            norm_eps=norm_eps,
+        )
+        return cast(VisionTransformer, beit)
     vit = VisionTransformer(
         img_size=image_size,
         patch_size=patch,
         embed_dim=width,
-        depth=len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
+        depth=depth,
         num_heads=heads,
-        mlp_ratio=(hidden + 0.5) / width,  # timm rounds down
+        mlp_ratio=mlp_ratio,
         num_classes=0,
         norm_layer=partial(nn.LayerNorm, eps=norm_eps),
         pos_embed="none" if relative else "learn",
@@ -168,7 +188,7 @@ def _from_method(method: Method, recipe: Recipe, origin: str) -> EncoderWeights:
     encoder, data = method.encoder, recipe.data
     state: dict[str, torch.Tensor] = dict(encoder.named_parameters())
     state |= {name: buffer for name, buffer in encoder.named_buffers() if name == "pos_embed"}
-    state.pop("mask_token", None)  # LoMaR's, for masked patches; here every patch is visible
+    state.pop("mask_token", None)  # of LoMaR and BEiT, for masked patches; here every patch is visible
     return EncoderWeights(
         f"{recipe.method.name} on {recipe.model.name}, {origin}",
         {key: tensor.detach().clone() for key, tensor in state.items()},
@@ -238,11 +258,17 @@ def _from_state_dict(
     """Check a state dict with timm's keys; assume and log what is None."""
     if "fc_norm.weight" in state:
         raise UserError(f"--weights {path}: {FINETUNED_REJECTED}")
-    for key, dimensions in {"patch_embed.proj.weight": 4, "pos_embed": 3, "cls_token": 3}.items():
+    table = state.get(BIAS_TABLE)
+    if table is not None and not bias_grid(table):
+        raise UserError(f"--weights {path}: {BIAS_TABLE} has shape {tuple(table.shape)}, which fits no square image")
+    positions = {"pos_embed": 3} if table is None else {}
+    for key, dimensions in {"patch_embed.proj.weight": 4, **positions, "cls_token": 3}.items():
         if key not in state or state[key].ndim != dimensions:
             problem = f"{key} has shape {tuple(state[key].shape)}" if key in state else f"{key} is missing"
             raise UserError(f"--weights {path}: not a vision transformer of timm or the MAE code: {problem}")
     width, assumed = state["patch_embed.proj.weight"].shape[0], []
+    if table is not None:
+        heads = table.shape[1]
     if heads is None:
         name = next((name for name, size in VIT_SIZES.items() if size.width == width), None)
         if name is None:

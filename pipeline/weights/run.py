@@ -35,7 +35,7 @@ class LoadedRun(NamedTuple):
 
     @property
     def vit(self) -> Vit:
-        """Return the encoder in timm's terms. Raises UserError if it has relative positions."""
+        """Return the encoder in timm's terms. Raises UserError if it has LoMaR's relative positions."""
         recipe = self.recipe
         return Vit(
             origin=recipe.method.name,

@@ -8,6 +8,7 @@ import torch
 from pipeline.errors import UserError, join_names
 from pipeline.methods.method import Method
 from pipeline.methods.targets import PixelTarget
+from pipeline.models.timm_beit import BIAS_TABLE
 
 
 def official_state_dict(method: Method) -> dict[str, torch.Tensor]:
@@ -43,7 +44,7 @@ def timm_state_dict(method: Method) -> dict[str, torch.Tensor]:
     A mask token is left out, because whole images have no masked patches.
 
     Raises:
-        UserError: If the encoder has relative positions.
+        UserError: If the encoder has LoMaR's relative positions.
     """
     state = {
         name.removeprefix("encoder."): tensor
@@ -55,8 +56,11 @@ def timm_state_dict(method: Method) -> dict[str, torch.Tensor]:
 
 
 def require_absolute_positions(state: dict[str, torch.Tensor]) -> None:
-    """Raise UserError if weights with timm's keys belong to an encoder with relative positions."""
-    if "pos_embed" not in state:
+    """Raise UserError if weights with timm's keys belong to an encoder with LoMaR's relative positions.
+
+    timm and transformers have BEiT's.
+    """
+    if "pos_embed" not in state and BIAS_TABLE not in state:
         raise UserError("LoMaR's encoder has relative positions (iRPE), which other libraries do not support")
 
 
@@ -74,6 +78,25 @@ def transformers_state_dict(state: dict[str, torch.Tensor], decoder: bool) -> di
         names = _transformers_keys(key, decoder)
         renamed |= dict(zip(names, tensor.chunk(len(names)), strict=True))
     return {key: tensor.contiguous() for key, tensor in renamed.items()}
+
+
+def transformers_beit_state_dict(method: Method) -> dict[str, torch.Tensor]:
+    """Return a BEiT with the keys of Hugging Face checkpoints such as microsoft/beit-base-patch16-224-pt22k.
+
+    The model is BeitForMaskedImageModeling, whose last norm follows the encoder.
+    """
+    state = {}
+    for name, tensor in _named_tensors(method).items():
+        name = name.removeprefix("encoder.")
+        number, _, part = name.removeprefix("blocks.").partition(".")
+        if name in _BEIT_LAYERS:
+            state[_BEIT_LAYERS[name]] = tensor
+        elif name.startswith("blocks.") and part in _BEIT_BLOCK_LAYERS:
+            state[f"beit.encoder.layer.{number}.{_BEIT_BLOCK_LAYERS[part]}"] = tensor
+        else:
+            renamed = transformers_state_dict({name: tensor}, decoder=False)
+            state |= {f"beit.{key}": value for key, value in renamed.items()}
+    return {key: tensor.contiguous() for key, tensor in state.items()}
 
 
 def describe_mismatch(expected: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> str:
@@ -104,6 +127,22 @@ _ENCODER_LAYERS = {
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj": "embeddings.patch_embeddings.projection",
     "norm": "layernorm",
+}
+
+
+_BEIT_LAYERS = {
+    BIAS_TABLE: "beit.encoder.relative_position_bias.relative_position_bias_table",
+    "mask_token": "beit.embeddings.mask_token",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+    "head.weight": "lm_head.weight",
+    "head.bias": "lm_head.bias",
+}
+_BEIT_BLOCK_LAYERS = {
+    "attn.q_bias": "attention.attention.query.bias",
+    "attn.v_bias": "attention.attention.value.bias",
+    "gamma_1": "lambda_1",
+    "gamma_2": "lambda_2",
 }
 
 

@@ -1,11 +1,11 @@
 """Read the encoder of a Hugging Face transformers folder, with timm's keys.
 
-    config.json                 model_type "vit" or "vit_mae", and the shape
+    config.json                 model_type "vit", "vit_mae" or "beit", and the shape
     model.safetensors           or its shards with model.safetensors.index.json, or pytorch_model.bin
     preprocessor_config.json    mean and std; may be missing
 
 Invariant: the encoder's tokens are those of transformers. Heads and decoders are left out; a setting that timm's
-VisionTransformer lacks is an error.
+VisionTransformer, or our use of its Beit, lacks is an error.
 """
 
 import json
@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import UserError, join_names
+from pipeline.models.timm_beit import BIAS_TABLE
 
 Rgb = tuple[float, float, float]
 CONFIG = "config.json"
-MODEL_TYPES = ("vit", "vit_mae")
-HEADS = ("decoder.", "classifier.", "pooler.", "embeddings.mask_token")
+MODEL_TYPES = ("vit", "vit_mae", "beit")
+HEADS = ("decoder.", "classifier.", "pooler.", "lm_head.", "embeddings.mask_token")
 """Prefixes of keys that do not belong to the encoder."""
 _LAYERS = {  # transformers' names up to version 4, with which weights are saved, and from version 5 on
     "embeddings.cls_token": "cls_token",
@@ -42,6 +43,16 @@ _LAYERS = {  # transformers' names up to version 4, with which weights are saved
     "output.dense": "mlp.fc2",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
+    "lambda_1": "gamma_1",
+    "lambda_2": "gamma_2",
+    "encoder.relative_position_bias.relative_position_bias_table": BIAS_TABLE,
+    "shared_position_bias.relative_position_bias_table": BIAS_TABLE,
+}
+_SUPPORTED = {"hidden_act": "gelu", "qkv_bias": True, "num_channels": 3}
+_SUPPORTED_BEIT = {  # as pre-training leaves it; transformers' defaults are False
+    "use_shared_relative_position_bias": True,
+    "use_relative_position_bias": False,
+    "use_absolute_position_embeddings": False,
 }
 _BLOCK = re.compile(r"(?:encoder\.layer|layers)\.(\d+)\.(.+)")
 
@@ -69,7 +80,7 @@ def is_transformers_folder(folder: Path) -> bool:
 
 
 def read_transformers_folder(folder: Path) -> TransformersEncoder:
-    """Read the encoder of a ViT or ViTMAE.
+    """Read the encoder of a ViT, a ViTMAE or a BEiT with a shared relative position bias.
 
     Raises:
         UserError: If it is another model, a file is missing or damaged, or timm has no such encoder.
@@ -77,16 +88,22 @@ def read_transformers_folder(folder: Path) -> TransformersEncoder:
     config = _read_json(folder / CONFIG)
     if config["model_type"] not in MODEL_TYPES:
         raise UserError(
-            f"--weights {folder}: transformers' {config['model_type']} is not supported; only vit and vit_mae are"
+            f"--weights {folder}: transformers' {config['model_type']} is not supported; only vit, vit_mae and beit are"
         )
-    for key, supported in (("hidden_act", "gelu"), ("qkv_bias", True), ("num_channels", 3)):
-        if config.get(key, supported) != supported:
-            raise UserError(f"--weights {folder}: {CONFIG} has {key} {config[key]!r}; only {supported!r} is supported")
+    is_beit = config["model_type"] == "beit"
+    for key, supported in (_SUPPORTED | (_SUPPORTED_BEIT if is_beit else {})).items():
+        value = config.get(key, key not in _SUPPORTED_BEIT and supported)
+        if value != supported:
+            raise UserError(f"--weights {folder}: {CONFIG} has {key} {value!r}; only {supported!r} is supported")
     try:
         heads, norm_eps = int(config.get("num_attention_heads", 12)), float(config.get("layer_norm_eps", 1e-12))
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG}: {error}; download it again") from error
-    tensors = {key.removeprefix("vit."): tensor.float() for key, tensor in _read_tensors(folder).items()}
+    tensors = {
+        key.removeprefix("vit.").removeprefix("beit."): tensor.float()
+        for key, tensor in _read_tensors(folder).items()
+        if not key.endswith("relative_position_index")  # a constant
+    }
     left_out = sorted({key.partition(".")[0] for key in tensors if key.startswith(HEADS)} - {"embeddings"})
     state = _rename({key: tensor for key, tensor in tensors.items() if not key.startswith(HEADS)}, folder)
     return TransformersEncoder(state, heads, norm_eps, _read_mean_std(folder), left_out)
@@ -126,6 +143,9 @@ def _rename(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.T
             unknown.append(key)
     if unknown:
         raise UserError(f"--weights {folder}: has keys that a ViT has not: {join_names(sorted(unknown))}")
+    if BIAS_TABLE in state:  # BEiT's keys have no bias
+        for key in [key for key in state if key.endswith((".attn.q.bias", ".attn.v.bias"))]:
+            state[key.replace(".bias", "_bias")] = state.pop(key)
     for query in [key for key in state if ".attn.q." in key]:
         parts = [query.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         shapes = {state[part].shape if part in state else None for part in parts}

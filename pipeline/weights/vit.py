@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.models.timm_beit import BIAS_TABLE
 from pipeline.recipe.sections import DataSection, VitSize
 
 
@@ -31,6 +32,11 @@ class Vit(NamedTuple):
     """Names of the classes, in the order of the logits."""
     descriptions: tuple[str, ...] = ()
     """Readable names of the classes, or empty."""
+
+    @property
+    def is_beit(self) -> bool:
+        """Whether it is timm's Beit instead of its VisionTransformer."""
+        return BIAS_TABLE in self.weights
 
     @property
     def output_name(self) -> str:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from small_codebook import VOCABULARY, small_codebook
 
 from pipeline.distributed.collectives import destroy_process_group
 from pipeline.distributed.launch import DistInfo, init_dist_env
 from pipeline.methods import build_method
+from pipeline.methods.targets import TokenTarget
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.train import engine
 from pipeline.train.engine_config import ADAM_EPS, engine_config
 
+TOKENS = {"method.target.name": "tokens", "method.target.tokenizer": "unused", "method.target.vocabulary": VOCABULARY}
 METHODS = {
     "mae": {},
     "emae": {},
@@ -24,6 +27,10 @@ METHODS = {
     "lomar": {},
     "emae, flattened": {"method.emae.difficulty_flatten": "true"},
     "lomar, flattened": {"method.lomar.difficulty_flatten": "true"},
+    "mae, hog": {"method.target.name": "hog", "model.patch_size": 8},
+    "mae, tokens": TOKENS,
+    "beit, tokens": TOKENS,
+    "lomar, tokens": TOKENS,
 }
 SMALL = {
     "data.image_size": 32,
@@ -43,6 +50,7 @@ PARTITION_ALL = {  # also parameters that are small or needed again soon
     "stage3_prefetch_bucket_size": 0,
 }
 LR = 1e-3
+CODEBOOK = small_codebook()
 
 
 def make_recipe(title: str, dist_info: DistInfo, precision: str) -> Recipe:
@@ -58,7 +66,10 @@ def make_recipe(title: str, dist_info: DistInfo, precision: str) -> Recipe:
 
 def build(recipe: Recipe):
     torch.manual_seed(0)
-    return build_method(recipe)
+    method = build_method(recipe)
+    if isinstance(method.target, TokenTarget):
+        method.target.tokenizer.codebook = CODEBOOK
+    return method
 
 
 def make_batch(step: int, recipe: Recipe, noise_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,6 +35,12 @@ def test_unknown_recipe_key(pretrain_error):
     assert "model.patchsize: " in message and "patch_size" in message
 
 
+def test_tokenizer_that_does_not_exist(pretrain_error, tmp_path):
+    settings = (f"method.target.{key}" for key in ("name=tokens", f"tokenizer={tmp_path / 'none'}"))
+    message = pretrain_error("--set", "method.name=beit", *(word for one in settings for word in ("--set", one)))
+    assert f"method.target.tokenizer: {tmp_path / 'none'}: no such folder" in message
+
+
 def test_unknown_recipe(pretrain_error):
     assert "demo_emae" in pretrain_error(recipe="demo_eame")
 

@@ -70,14 +70,6 @@ def last_step(run) -> int:
     return max([0, *(json.loads(line)["step"] for line in lines)])
 
 
-def test_mean_of_a_line_includes_steps_before_a_kill(run, other_run):
-    settings = {"train__steps": STEPS, "train__log_every": 3}
-    uninterrupted = other_run.train(1, **settings)
-    run.kill_at(1, "step 6", **settings)  # the checkpoint is of step 4, the line of steps 4 to 6
-    run.train(1, **settings)
-    assert without_timing(run.metrics()) == without_timing(uninterrupted)
-
-
 def test_finished_run_started_again_changes_nothing(run):
     first = run.train(1, train__steps=4)
     assert run.train(1, train__steps=4) == first

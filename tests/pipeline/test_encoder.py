@@ -3,11 +3,14 @@
 import copy
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models.beit import Beit, checkpoint_filter_fn
+from torch import nn
 from torch.nn import functional as F
 
 from pipeline.errors import UserError
@@ -43,7 +46,7 @@ def encode(method, batch):
     return method.encoder(patches, torch.arange(patches.shape[1]).expand(len(batch), -1))
 
 
-@pytest.mark.parametrize("name", ["vitb16_emae", "vitb16_lomar"])
+@pytest.mark.parametrize("name", ["vitb16_emae", "vitb16_lomar", "vitb16_beit"])
 def test_random_weights_are_those_of_the_method(tmp_path, name):
     path = write_recipe(tmp_path, name, ["method.lomar.window_size=2"])
     with torch.no_grad():
@@ -153,6 +156,53 @@ def test_lomar_sees_the_image_as_one_window(tmp_path):
         moved = wider(images(96).roll(16, -1))  # the same patches at other positions
     assert tokens.shape == (2, 37, 32)
     assert not torch.allclose(tokens[:, 0], moved[:, 0], atol=1e-3)
+
+
+def build_beit(path):
+    """Build a BEiT whose biases are not zero."""
+    method = build_seeded(path)
+    with torch.no_grad():
+        for name, parameter in method.encoder.named_parameters():
+            if name.endswith(("bias", "bias_table")):
+                parameter.normal_(std=0.5)
+    return method
+
+
+def test_beits_tokens_are_those_of_the_method_from_every_file(tmp_path):
+    method = build_beit(write_recipe(tmp_path, "vitb16_beit", ["method.beit.layer_scale=0.5"])).eval()
+    save_file(timm_state_dict(method), tmp_path / "timm.safetensors")
+    index = {"encoder.rel_pos_bias.relative_position_index": torch.zeros(17, 17)}  # of BEiT's code, with its head
+    state = {name.removeprefix("encoder."): value for name, value in {**method.state_dict(), **index}.items()}
+    state = {name.replace("head.", "lm_head."): value for name, value in state.items()}
+    torch.save({"model": state}, tmp_path / "beit.pth")
+    with torch.no_grad():
+        expected = method.forward_features(images())
+        for source in ("timm.safetensors", "beit.pth"):
+            encoder = load_encoder(tmp_path / source)
+            assert (encoder.image_size, encoder.patch_size, encoder.heads) == (64, 16, 3)
+            assert torch.allclose(encoder(images()), expected, atol=1e-5), source
+
+
+def test_beits_bias_is_resized_by_timm_for_another_image_size(tmp_path, caplog):
+    state = timm_state_dict(build_beit(write_recipe(tmp_path, "vitb16_beit")))
+    save_file(state, tmp_path / "model.safetensors", {"heads": "3"})
+    encoder = load_encoder(tmp_path / "model.safetensors", image_size=96)
+    assert any("relative positions interpolated from 64 px to 96 px" in message for message in caplog.messages)
+    peer = Beit(
+        img_size=96, patch_size=16, embed_dim=192, depth=2, num_heads=3, num_classes=0, init_values=0.1,
+        use_abs_pos_emb=False, use_shared_rel_pos_bias=True, global_pool="", norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    ).eval()  # fmt: skip
+    peer.load_state_dict(checkpoint_filter_fn(dict(state), peer))
+    with torch.no_grad():
+        assert torch.allclose(encoder(images(96)), peer.forward_features(images(96)), atol=1e-5)
+
+
+def test_beit_weights_of_another_shape_are_a_one_line_error(tmp_path):
+    state = timm_state_dict(build_beit(write_recipe(tmp_path, "vitb16_beit")))
+    state["rel_pos_bias.relative_position_bias_table"] = torch.zeros(50, 3)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"relative_position_bias_table has shape \(50, 3\)"):
+        load_encoder(tmp_path / "model.safetensors")
 
 
 def test_small_window_has_the_relative_positions_of_a_large_one():

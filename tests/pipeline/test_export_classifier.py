@@ -17,6 +17,7 @@ from pipeline.__main__ import main
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.export import command
+from pipeline.models.timm_beit import BIAS_TABLE
 from pipeline.recipe.classification import ClassificationRecipe
 from pipeline.recipe.loading import load
 from pipeline.tasks.classification import ClassificationTask
@@ -190,6 +191,19 @@ def test_encoder_only_is_rejected(tuned, failing):
 def test_relative_positions_cannot_be_exported(labelled_sets, tmp_path, failing, target):
     run = small_classifier(tmp_path / "lomar", labelled_sets, recipe="vitb16_lomar")
     assert f"--format {target}: LoMaR's encoder has relative positions" in failing(run, target)
+
+
+def test_a_fine_tuned_beit_has_its_logits_in_timm(labelled_sets, tmp_path, failing):
+    run = small_classifier(tmp_path / "beit", labelled_sets, recipe="vitb16_beit")
+    assert "no relative positions as BEiT's" in failing(run, "official")
+    loaded = export(run, tmp_path / "exported", "timm")
+    assert_same(loaded["logits"], logits_of(run, preprocess(loaded["image"])))
+    model = load_classifier(run).classifier
+    groups = model.parameter_groups(0.05)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert all(p.ndim > 1 for group in groups for p in group["params"] if group["weight_decay"])
+    (bias,) = (group for group in groups if any(p is model.vit.get_parameter(BIAS_TABLE) for p in group["params"]))
+    assert (bias["lr_scale"], bias["weight_decay"]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 import transformers
 from exporting import IMAGES, assert_same, export, preprocess
 from small_run import small_run
+from timm.models.beit import Beit
 
 from pipeline.__main__ import main
 from pipeline.errors import UserError
@@ -21,6 +22,7 @@ from pipeline.export.target import predict_patches
 from pipeline.masking import random_split
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
+from pipeline.weights.encoder import load_encoder
 from pipeline.weights.run import LoadedRun, load_run
 
 FORMATS = ["timm", "hf", "hf-mae", "official", "onnx"]
@@ -140,6 +142,46 @@ def test_relative_positions_cannot_be_exported(tmp_path, target, failing):
     run = small_run(tmp_path / "run", "vitb16_lomar", "method.lomar.window_size=3")
     message = failing(run, tmp_path / "out", "--format", target)
     assert f"--format {target}: LoMaR's encoder has relative positions" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def beit(tmp_path_factory):
+    return small_run(tmp_path_factory.mktemp("run") / "beit", "vitb16_beit", "method.target.vocabulary=11")
+
+
+def test_beit_loads_into_timm_and_onnxruntime(beit, tmp_path):
+    loaded = export(beit, tmp_path / "timm", "timm")
+    assert isinstance(loaded["model"], Beit)
+    with torch.inference_mode():
+        assert_same(loaded["model"].forward_features(IMAGES), tokens_of(beit, IMAGES))
+        encoder = load_encoder(tmp_path / "timm" / "model.safetensors")
+        assert_same(encoder(IMAGES), tokens_of(beit, IMAGES))
+    (tokens,) = export(beit, tmp_path / "onnx", "onnx")["session"].run(["tokens"], {"images": IMAGES.numpy()})
+    assert_same(torch.from_numpy(tokens), tokens_of(beit, IMAGES))
+
+
+def test_transformers_loads_beit_with_its_head(beit, tmp_path):
+    loaded = export(beit, tmp_path / "out", "hf")
+    assert loaded["tokens"].shape == (1, 37, 32) and loaded["logits"].shape == (1, 36, 11)
+    method, masked = load_run(beit).method, torch.arange(36).expand(3, -1) % 3 == 0
+    with torch.inference_mode():
+        logits = loaded["model"](IMAGES, bool_masked_pos=masked).logits
+        expected = method.head(method.encoder(method.patchify(IMAGES), masked)[:, 1:])
+        encoder = load_encoder(tmp_path / "out")
+        assert_same(encoder(IMAGES), tokens_of(beit, IMAGES))
+    assert_same(logits, expected)
+
+
+def test_formats_without_beit_reject_it(beit, tmp_path, failing):
+    for options, text in (
+        (("official", "--encoder-only"), "official MAE code has no relative positions"),
+        (("official",), "official MAE code has no relative positions"),
+        (("hf-mae",), "Beit has no decoder"),
+    ):
+        assert text in failing(beit, tmp_path / "out", "--format", *options)
+    pixels = small_run(tmp_path / "pixels", "vitb16_beit", "method.target={name: pixels, tokenizer: null}")
+    assert "predicts tokens only" in failing(pixels, tmp_path / "out", "--format", "hf")
     assert not (tmp_path / "out").exists()
 
 

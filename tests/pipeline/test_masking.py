@@ -1,11 +1,24 @@
 """Masks as functions of noise."""
 
+import math
+import random
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ks_2samp
 
-from pipeline.masking import as_mask, gather_tokens, parallel_parts, random_split
+from pipeline.masking import (
+    BLOCK_TRIES,
+    as_mask,
+    block_noise_size,
+    block_split,
+    gather_tokens,
+    mask_blocks,
+    parallel_parts,
+    random_split,
+)
 
 
 def make_noise(batch: int, length: int, seed: int) -> torch.Tensor:
@@ -29,6 +42,58 @@ def test_each_patch_is_in_exactly_one_part(batch, num_parts, part_size, seed):
     assert parts.shape == (batch, num_parts, part_size)
     assert parts.flatten(1).sort(dim=1).values.tolist() == [list(range(num_parts * part_size))] * batch
     assert torch.equal(parts.flatten(1), random_split(noise, 0)[1])
+
+
+def beit_mask(generator: random.Random, grid: int, num_masked: int) -> tuple[list[list[bool]], list[int]]:
+    """Mask blocks by the loop of BEiT's code (masking_generator.py); return the mask and the areas of the blocks."""
+    mask, areas, count = [[False] * grid for _ in range(grid)], [], 0
+    while count < num_masked:
+        new = 0
+        for _ in range(10):
+            area = generator.uniform(16, num_masked - count)
+            aspect = math.exp(generator.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height < grid and width < grid:
+                top, left = generator.randint(0, grid - height), generator.randint(0, grid - width)
+                block = [(i, j) for i in range(top, top + height) for j in range(left, left + width)]
+                new = sum(not mask[i][j] for i, j in block)
+                if 0 < new <= num_masked - count:
+                    for i, j in block:
+                        mask[i][j] = True
+                    areas.append(len(block))
+                    break
+                new = 0
+        if new == 0:
+            break
+        count += new
+    return mask, areas
+
+
+def test_blocks_are_distributed_as_by_beits_loop():
+    size, generator = 2000, random.Random(0)
+    masks, loop_areas = zip(*(beit_mask(generator, 14, 75) for _ in range(size)), strict=True)
+    expected = torch.tensor(masks)
+    mask, areas = mask_blocks(make_noise(size, 4 * BLOCK_TRIES, 1), 14, 75)
+    pairs = {
+        "masked patches": (mask.sum(dim=(1, 2)), expected.sum(dim=(1, 2))),
+        "blocks": ((areas > 0).sum(dim=1), torch.tensor([len(row) for row in loop_areas])),
+        "area of the first block": (areas[:, 0][areas[:, 0] > 0], torch.tensor([row[0] for row in loop_areas])),
+        "area of the blocks": (areas[areas > 0], torch.tensor([area for row in loop_areas for area in row])),
+    }
+    for name, (ours, loops) in pairs.items():
+        assert ks_2samp(ours, loops).pvalue > 1e-3, name
+    difference = mask.double().mean(dim=0) - expected.double().mean(dim=0)  # of the frequency of each position
+    assert difference.abs().max() < 5 * math.sqrt(2 * 0.25 / size)
+
+
+def test_block_split_masks_75_of_196_patches_and_every_block():
+    noise = make_noise(500, block_noise_size(14), 2)
+    visible, masked = block_split(noise, 14, 196 - 75)
+    assert torch.cat([visible, masked], dim=1).sort(dim=1).values.eq(torch.arange(196)).all()
+    assert masked.shape == (500, 75)
+    blocks, _ = mask_blocks(noise[:, 196:], 14, 75)
+    assert (as_mask(masked, 196) | ~blocks.flatten(1)).all()
+    assert blocks.sum() / blocks.shape[0] > 74  # few patches are drawn at random
 
 
 def test_equal_noise_is_ordered_by_position():

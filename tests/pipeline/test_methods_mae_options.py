@@ -30,16 +30,19 @@ def plain_blocks(noise: list[float], grid: int, num_visible: int) -> list[int]:
     """Return the visible patches of block-wise masking, one block at a time, in ascending order of noise."""
     patch_noise, draws = noise[: grid**2], np.reshape(noise[grid**2 :], (4, BLOCK_TRIES))
     masked: set[int] = set()
+    num_skipped = 0
     for area, aspect, top, left in draws.T.tolist():
         num_left = grid**2 - num_visible - len(masked)
         target, ratio = 16 + (num_left - 16) * area, math.exp(math.log(0.3) * (1 - 2 * aspect))
         height, width = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if height >= grid or width >= grid:
-            continue
         row, column = int(top * (grid - height + 1)), int(left * (grid - width + 1))
         block = {r * grid + c for r in range(row, row + height) for c in range(column, column + width)}
-        if 0 < len(block - masked) <= num_left:
+        num_skipped += 1
+        if height < grid and width < grid and 0 < len(block - masked) <= num_left:
             masked |= block
+            num_skipped = 0
+        if num_skipped == 10:
+            break
     free = [patch for patch in range(grid**2) if patch not in masked]
     return sorted(free, key=lambda patch: patch_noise[patch])[:num_visible]
 

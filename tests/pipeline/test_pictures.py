@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_codebook import VOCABULARY, save_codebook
 from small_run import small_run
 from torch.nn import functional as F
 
@@ -43,10 +44,13 @@ IMAGES = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(5))
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    options = {"lomar": ["method.lomar.window_size=3"]}
+    tokenizer = folder / "tokenizer"
+    save_codebook(tokenizer)
+    tokens = [f"method.target.tokenizer={tokenizer}", f"method.target.vocabulary={VOCABULARY}"]
+    options = {"lomar": ["method.lomar.window_size=3"], "beit": tokens}
     return {
         name: small_run(folder / name, f"vitb16_{name}", *options.get(name, ()))
-        for name in ("mae", "emae", "efficient_mae", "lomar")
+        for name in ("mae", "emae", "efficient_mae", "lomar", "beit")
     }
 
 
@@ -61,7 +65,7 @@ def photographs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["mae", "emae", "efficient_mae", "lomar"])
+@pytest.mark.parametrize("name", ["mae", "emae", "efficient_mae", "lomar", "beit"])
 def test_every_kind_is_drawn_for_every_method(runs, name, photographs, tmp_path, capsys):
     arguments = ["reconstruct", str(runs[name]), "--images", str(photographs), "--tiles", "2"]
     assert main([*arguments, "--out", str(tmp_path), "--kind", *KINDS]) == 0
@@ -205,6 +209,18 @@ def test_recomputed_attention_is_what_layers_use(runs, name):
     heads, rollout = class_attention(encoder, IMAGES)
     assert heads.shape == (2, 4, 36) and rollout.shape == (2, 36)
     assert (heads > 0).all() and (heads.sum(2) < 1).all() and (rollout.sum(1) < 1).all()
+
+
+def test_beits_recomputed_attention_is_what_layers_use(runs):
+    encoder = load_encoder(runs["beit"])
+    attention, tokens = encoder.vit.blocks[0].attn, torch.randn(2, 37, 32)
+    bias = encoder.vit.rel_pos_bias()
+    assert bias.std() > 0.01
+    value = attention.project(tokens)[2]
+    mixed = attention.proj((attention_weights(attention, tokens, bias) @ value).transpose(1, 2).flatten(2))
+    assert torch.allclose(mixed, attention(tokens, bias), atol=1e-5)
+    heads, rollout = class_attention(encoder, IMAGES)
+    assert heads.shape == (2, 4, 36) and rollout.shape == (2, 36)
 
 
 def test_attention_beyond_memory_is_rejected(runs):

@@ -22,6 +22,7 @@ SLURM = Path(__file__).parents[2] / "slurm"
 METHODS = ("mae", "emae", "efficient_mae", "lomar")
 NAMES = [f"{model}_{method}" for model in MODELS for method in METHODS]
 VARIANTS = ["vitb16_mae_448", "vitb16_lomar_448", "vitl16_efficient_mae_200"]
+TOKENS = ["vitb16_lomar_beit"]
 every_recipe = pytest.mark.parametrize("name", NAMES)
 
 
@@ -61,6 +62,12 @@ def test_lomar_warms_up_for_5_percent_of_the_epochs():
             assert recipe.optim.warmup_epochs == 0.05 * recipe.train.epochs
 
 
+def test_lomar_inside_beit_differs_from_beit_in_the_method_only():
+    recipe, beit, lomar = map(load_recipe, ("vitb16_lomar_beit", "vitb16_beit", "vitb16_lomar"))
+    assert recipe.differences(beit).keys() == {"method.name"}
+    assert (recipe.method.name, recipe.method.lomar) == ("lomar", lomar.method.lomar)
+
+
 def test_emae_has_the_abstracts_share_of_maes_compute():
     """13 % of MAE's time for ViT-L; 300 epochs for ViT-B."""
     emae, mae = load_recipe("vitl16_emae"), load_recipe("vitl16_mae")
@@ -91,7 +98,7 @@ def test_headers_quote_the_mean_of_seeds_and_the_best(name, mean, best):
         assert f"{mean} +- " in header(recipe) and f"{best} the best" in header(recipe)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *VARIANTS])
+@pytest.mark.parametrize("name", [*NAMES, *VARIANTS, *TOKENS])
 def test_a_header_has_paper_time_accuracy_and_command(name):
     text = header(name)
     assert re.search(r"arXiv \d{4}\.\d{5}|WACV 2024", text)
@@ -101,7 +108,9 @@ def test_a_header_has_paper_time_accuracy_and_command(name):
     assert "has not been trained to the end" in text
 
 
-@pytest.mark.parametrize("name", [*(name for name in NAMES if name.endswith(("_emae", "_lomar"))), *VARIANTS[:2]])
+@pytest.mark.parametrize(
+    "name", [*(name for name in NAMES if name.endswith(("_emae", "_lomar"))), *VARIANTS[:2], *TOKENS]
+)
 def test_unpublished_hours_are_those_of_plan(name):
     estimate = re.search(
         r"estimated by `pipeline plan`: ([\d.]+) hours on (\d+) H100 at an assumed MFU of (\d+) %", header(name)

@@ -4,25 +4,19 @@ import json
 
 import pytest
 import torch
-from transformers import FlavaImageCodebook, FlavaImageCodebookConfig, ViTConfig, ViTModel
+from small_codebook import VOCABULARY, save_codebook
+from transformers import FlavaImageCodebook, ViTConfig, ViTModel
 from transformers.models.flava.image_processing_pil_flava import FlavaImageProcessorPil
 
 from pipeline.errors import UserError
 from pipeline.methods.targets.tokens import Tokenizer
 from pipeline.weights.tokenizer import load_tokenizer
 
-VOCABULARY = 40
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("tokenizer")
-    config = FlavaImageCodebookConfig(hidden_size=8, num_blocks_per_group=1, vocab_size=VOCABULARY)
-    codebook = FlavaImageCodebook(config)
-    with torch.no_grad():  # random weights assign the same token to nearly every cell
-        codebook.blocks.output.conv.bias -= codebook.blocks(torch.rand(8, 3, 32, 32)).mean(dim=(0, 2, 3))
-    codebook.save_pretrained(path)
+    save_codebook(path)
     return path
 
 

@@ -28,6 +28,9 @@ MODELS = {
     "ViTForMaskedImageModeling": transformers.ViTConfig(**SHAPE, encoder_stride=8),
     "ViTMAEModel": transformers.ViTMAEConfig(**SHAPE),
     "ViTMAEForPreTraining": transformers.ViTMAEConfig(**SHAPE, **DECODER, layer_norm_eps=1e-6),
+    "BeitForMaskedImageModeling": transformers.BeitConfig(
+        **SHAPE, vocab_size=11, use_mask_token=True, use_shared_relative_position_bias=True
+    ),
 }
 
 
@@ -45,6 +48,9 @@ def write_folder(folder: Path, name: str, **options) -> torch.nn.Module:
 
 def expected_tokens(encoder: torch.nn.Module) -> torch.Tensor:
     """Return transformers' tokens; a ViTMAE is told to mask nothing and to keep the order."""
+    if encoder.config.model_type == "beit":
+        with torch.inference_mode():
+            return encoder.layernorm(encoder.beit(IMAGES).last_hidden_state)
     masking = {}
     if encoder.config.model_type == "vit_mae":
         encoder.config.mask_ratio = 0.0
@@ -121,6 +127,13 @@ def edit_weights(folder: Path, change) -> None:
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_beit_with_a_bias_per_block_is_rejected(tmp_path):
+    write_folder(tmp_path, "BeitForMaskedImageModeling")
+    change_config(tmp_path / "config.json", use_relative_position_bias=True)
+    with pytest.raises(UserError, match="use_relative_position_bias True"):
+        load_encoder(tmp_path)
 
 
 KEY = "encoder.layer.1.attention.attention.key.weight"
