@@ -26,6 +26,8 @@ import psutil
 TOKEN = "SHARDMAE_GPU_CHECK"
 """Environment variable by which the processes of a call are found, also those in sessions of their own."""
 POLL_S = 0.1
+KILL_WAIT_S = 10.0
+"""A process that waits for a device can end late."""
 OUTPUT_LINES = 60
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -123,11 +125,14 @@ def _describe_exit(code: int, output: str) -> str:
 
 
 def _kill_all(token: str) -> None:
-    """Kill the processes with this token, and those that they started."""
+    """Kill the processes with this token, and those that they started, and wait until they have ended."""
+    killed = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(TOKEN, "").startswith(token):
                 process.kill()
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=KILL_WAIT_S)
 
 
 def _last_lines(text: str) -> str:
