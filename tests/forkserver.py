@@ -45,8 +45,10 @@ PRELOAD = [
     "pipeline.pictures.reconstruct",
     "pipeline.report.page",
     "pipeline.export.command",
+    "data_prep.adopt",
     "data_prep.builder",
     "data_prep.finalize",
+    "data_prep.sources.webdataset",
     "data_prep.verify",
     "torch.utils.tensorboard.writer",
 ]
