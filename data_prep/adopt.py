@@ -8,6 +8,7 @@ holds its state:
     .build/NAME.json     record of a finished tar
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -127,8 +128,15 @@ def adopt(
 
 def _begin(directory: Path, adoption: Adoption) -> None:
     """Write the state, then remove what an earlier adoption of other tars or options has written."""
+    state_path = _state_path(directory)
+    removed = {path.name.removesuffix(".json") for path in state_path.parent.glob("*.json")}
+    with contextlib.suppress(ShardSetError):  # there is no manifest
+        removed |= {shard.name for shard in shard_set.read_manifest(directory).shards}
+    removed -= {name for name, _ in adoption.tars}
     try:
-        atomic_write(_state_path(directory), json.dumps(asdict(adoption)).encode())
+        atomic_write(state_path, json.dumps(asdict(adoption)).encode())
+        for name in removed:
+            shard_set.idx_path(directory, name).unlink(missing_ok=True)
         for name in (shard_set.MANIFEST, *_WRITTEN):
             (directory / name).unlink(missing_ok=True)
     except OSError as error:

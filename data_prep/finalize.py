@@ -101,7 +101,7 @@ def write_build_state(out: Path, build_state: BuildState) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, json.dumps(asdict(build_state)).encode())
     except OSError as error:
-        raise UserError(f"OUT {out}: cannot be written: {error.strerror}") from error
+        raise UserError(f"OUT {out}: cannot be written: {error.strerror}; choose another directory") from error
 
 
 def finalize_build(out: Path, build_state: BuildState) -> Manifest:

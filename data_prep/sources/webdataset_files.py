@@ -53,7 +53,7 @@ def check_readable_in_place(path: Path) -> None:
         with open(path, "rb") as file:
             is_compressed = file.read(len(_GZIP)) == _GZIP
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; restore it or move it away") from error
     if is_compressed or not path.name.endswith(".tar"):
         raise UserError(
             f"{path}: compressed, so it cannot be indexed in place; "

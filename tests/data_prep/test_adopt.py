@@ -103,6 +103,7 @@ def test_changed_tars_and_options_are_adopted_again(tars, photographs, data_prep
     (tars / "04.tar").write_bytes(tar_of({"new.jpg": photographs[40], "new.cls": b"2"}))
     assert data_prep("adopt", tars).returncode == 0
     assert read_manifest(tars).num_samples == 25
+    (tars / "04.tar").unlink()
     assert data_prep("adopt", tars, "--labels", "none").returncode == 0
     assert read_manifest(tars).classes == () and data_prep("verify", tars).returncode == 0
 
