@@ -14,7 +14,7 @@ from PIL import Image
 from published import tar_of, write_tree
 from shard_contents import quarantine
 
-from data_prep.labels import MAX_CLASSES, find_classes
+from data_prep import labels
 from data_prep.shard_set import read_manifest
 
 
@@ -43,8 +43,8 @@ def error_line(done) -> str:
 
 def test_adopt_killed_at_random_times_is_byte_identical(tmp_path, photographs):
     extra = {"bad.jpg": b"no image", "bad.cls": b"0"}
-    undisturbed = make_tars(tmp_path / "undisturbed", photographs, tars=6, images=60, extra=extra)
-    interrupted = make_tars(tmp_path / "interrupted", photographs, tars=6, images=60, extra=extra)
+    undisturbed = make_tars(tmp_path / "undisturbed", photographs, tars=6, images=40, extra=extra)
+    interrupted = make_tars(tmp_path / "interrupted", photographs, tars=6, images=40, extra=extra)
     tars = {path.name: path.read_bytes() for path in interrupted.glob("*.tar")}
     run(["-c", "pass"])  # start the fork server before measuring
     start = time.monotonic()
@@ -58,11 +58,12 @@ def test_adopt_killed_at_random_times_is_byte_identical(tmp_path, photographs):
         try:
             process.wait(rng.uniform(0.05, 0.95) * duration)
             assert process.returncode == 0, process.communicate()
+            duration *= 0.8  # the machine has become faster
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-        if (interrupted / "manifest.json").exists() and rng.random() < 0.5:
+        if (interrupted / "manifest.json").exists():
             (interrupted / "manifest.json").unlink()  # begin again
             for name in ("quarantine.jsonl", "card.md", "card.json", "contact_sheet.png"):
                 (interrupted / name).unlink(missing_ok=True)
@@ -151,9 +152,11 @@ def test_a_label_of_any_json_text_is_kept(tmp_path, photographs, data_prep):
     assert read_manifest(folder).classes == ("?x", "y")
 
 
-def test_identifiers_are_no_classes():
-    with pytest.raises(ValueError, match="different labels"):
-        find_classes(map(str.format, ["n{}"] * (MAX_CLASSES + 1), range(MAX_CLASSES + 1)))
+def test_identifiers_are_no_classes(monkeypatch):
+    monkeypatch.setattr(labels, "MAX_CLASSES", 3)
+    assert labels.find_classes("cab") == ("a", "b", "c")
+    with pytest.raises(ValueError, match="more than 3 different labels"):
+        labels.find_classes("abcd")
 
 
 def test_tars_in_subfolders_are_mentioned(tars, data_prep):

@@ -82,7 +82,6 @@ def test_webdataset_finds_the_same_samples(layout, tmp_path, data_prep):
             assert images[built] == data
         assert name == (classes[int(labels[built])] if classes else None)
     assert _reasons(out) == layout.rejected
-    assert data_prep("verify", out).returncode == 0
 
 
 def test_dali_reads_an_adopted_set_with_its_index(adopted):
