@@ -101,7 +101,7 @@ def _check_paths(options: Namespace) -> None:
     if not path.exists():
         if SOURCES[options.command].accepts_patterns and re.search(r"://|\{", options.src):
             return
-        raise UserError(f"SRC {options.src}: does not exist")
+        raise UserError(f"SRC {options.src}: does not exist; check the path")
     source, out = path.resolve(), options.out.resolve()
     if out == source or source in out.parents:
         raise UserError(f"OUT {options.out}: is inside SRC {options.src}, so shards would become inputs")

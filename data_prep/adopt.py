@@ -4,10 +4,11 @@ Invariant: no tar is modified. Index, manifest and quarantine depend only on the
 interruptions, workers and array tasks. The manifest is written last. As long as an adoption is unfinished, .build/
 holds its state:
 
-    .build/adopt.json   tars and options
-    .build/NAME.json    record of a finished tar
+    .build/.adopt.json   tars and options
+    .build/NAME.json     record of a finished tar
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,7 @@ from typing import Any
 
 from data_prep import finalize, shard_set
 from data_prep.adopt_tar import AdoptJob
+from data_prep.atomic import atomic_write
 from data_prep.builder import ArrayTask, print_summary
 from data_prep.errors import UserError
 from data_prep.images import Policy
@@ -97,18 +99,22 @@ def adopt(
         StoppedEarly: If a signal stopped the adoption or a worker was killed.
     """
     adoption = _plan(directory, split, policy, labels, label_key)
+    had_manifest = (directory / shard_set.MANIFEST).exists()
     if _is_complete(directory, adoption):
         return
-    state_path = _state_path(directory)
     try:
-        state_path.parent.mkdir(exist_ok=True)
-        shard_set.atomic_write(state_path, json.dumps(asdict(adoption)).encode())
-        (directory / shard_set.MANIFEST).unlink(missing_ok=True)
+        _state_path(directory).parent.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"{directory}: cannot be written: {error.strerror}; "
+            f"`python -m data_prep webdataset {directory} OUT` builds a set elsewhere"
+        ) from error
     job, num_tars = adoption.job(directory), len(adoption.tars)
     numbers = range(num_tars) if task is None else range(task.index, num_tars, task.count)
     with finalize.lock_build(directory, exclusive=task is None):
+        if not had_manifest and _is_complete(directory, adoption):  # by another process in the meantime
+            return
+        _begin(directory, adoption)
         progress = Progress(None)
         try:
             run_in_workers(job, numbers, workers, progress.update)
@@ -118,6 +124,23 @@ def adopt(
             _finalize(directory, adoption)
             return
     print(f"{directory}: task {task.index} of {task.count} is done, {len(numbers):,} tars")
+
+
+def _begin(directory: Path, adoption: Adoption) -> None:
+    """Write the state, then remove what an earlier adoption of other tars or options has written."""
+    state_path = _state_path(directory)
+    removed = {path.name.removesuffix(".json") for path in state_path.parent.glob("*.json")}
+    with contextlib.suppress(ShardSetError):  # there is no manifest
+        removed |= {shard.name for shard in shard_set.read_manifest(directory).shards}
+    removed -= {name for name, _ in adoption.tars}
+    try:
+        atomic_write(state_path, json.dumps(asdict(adoption)).encode())
+        for name in removed:
+            shard_set.idx_path(directory, name).unlink(missing_ok=True)
+        for name in (shard_set.MANIFEST, *_WRITTEN):
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise finalize.storage_error(directory, error) from error
 
 
 def is_adoption(directory: Path) -> bool:
@@ -135,18 +158,19 @@ def finalize_adoption(directory: Path) -> None:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: cannot be read; remove {path.parent} and adopt again") from error
     with finalize.lock_build(directory, exclusive=True):
-        _finalize(directory, adoption)
+        if not _is_complete(directory, adoption):  # a kill may have left a part of the build directory
+            _finalize(directory, adoption)
 
 
 def _state_path(directory: Path) -> Path:
-    return directory / shard_set.BUILD_DIRECTORY / "adopt.json"
+    return directory / shard_set.BUILD_DIRECTORY / shard_set.ADOPTION_STATE
 
 
 def _plan(directory: Path, split: str, policy: Policy, labels: str, label_key: str | None) -> Adoption:
     tars = list_tars(directory)
     for path in tars:
         check_readable_in_place(path)
-    rule = parse_label_options(labels, label_key) or peek_labels(tars)
+    rule = peek_labels(tars, parse_label_options(labels, label_key))
     sizes = tuple((path.name.removesuffix(".tar"), path.stat().st_size) for path in tars)
     num_bytes = sum(size for _, size in sizes)
     source = f"json key {rule.key!r}" if rule.source == "json" else rule.source
@@ -171,6 +195,10 @@ def _is_complete(directory: Path, adoption: Adoption) -> bool:
         shard_set.check_shard_files(directory, manifest)
     except ShardSetError as error:
         logger.info(f"{error}; adopting again")
+        return False
+    completed = (directory / shard_set.MANIFEST).stat().st_mtime_ns
+    if any(shard_set.tar_path(directory, name).stat().st_mtime_ns > completed for name, _ in adoption.tars):
+        logger.info(f"{directory}: tars are newer than {shard_set.MANIFEST}, adopting again")
         return False
     finalize.remove_build_directory(directory)
     print(f"{directory} is already complete: {manifest.num_samples:,} samples in {len(manifest.shards):,} shards")
@@ -221,6 +249,8 @@ def _finalize(directory: Path, adoption: Adoption) -> None:
     )
     finalize.write_set(directory, manifest, quarantine, stats)
     print_summary(directory, manifest)
+    if classes:
+        print(f"{len(classes):,} classes: {', '.join(classes[:3])}" + (", ..." if len(classes) > 3 else ""))
     damaged = [entry["source"] for entry in quarantine if entry["reason"] == "damaged_tar"]
     if damaged:
         print(

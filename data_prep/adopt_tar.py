@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep import images
+from data_prep.atomic import atomic_write
 from data_prep.build_shard import Record, is_intact, read_record, storage_error, write_record
 from data_prep.errors import UserError
 from data_prep.labels import LabelRule
 from data_prep.pixels import ImageError
-from data_prep.shard_set import Shard, atomic_write, idx_path, quote_name, read_index, tar_path
+from data_prep.shard_set import Shard, idx_path, quote_name, read_index, tar_path
 from data_prep.source_reader import check_image_bytes
 from data_prep.sources.sample import Location
 from data_prep.sources.sequential_reader import SequentialReader, UnreadableSource, open_local

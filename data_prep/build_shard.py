@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import images
+from data_prep.atomic import atomic_write, temporary_name
 from data_prep.errors import UserError
 from data_prep.label_map import check_label_map
 from data_prep.pixels import ImageError
@@ -26,7 +27,6 @@ from data_prep.shard_set import (
     BUILD_DIRECTORY,
     Shard,
     ShardSetError,
-    atomic_write,
     check_shard_bytes,
     idx_path,
     read_index,
@@ -108,7 +108,7 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
     if shutil.disk_usage(job.directory).free < job.estimate_bytes(number) + _DISK_RESERVE:
         raise storage_error(job.directory)
     name, stats, quarantine = job.shard_name(number), Stats(), []
-    temporary = job.directory / BUILD_DIRECTORY / f"{name}.{os.getpid()}.tmp"
+    temporary = job.directory / BUILD_DIRECTORY / temporary_name(name)
     try:
         with open(temporary, "wb", buffering=0) as file:
             writer = ShardWriter(file)
@@ -124,6 +124,7 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
                         label_map = reader.read(details.label_map)
                         values = check_label_map(label_map, image.width, image.height, len(job.source.classes.names))
                         labels = (values - 1).tolist()
+                    copied = job.source.read_files(sample, reader.read)
                 except ImageError as error:
                     quarantine.append(sample.location.quarantine_entry(error.reason, str(error)))
                     stats.quarantine[error.reason] += 1
@@ -135,7 +136,7 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
                 if details.metadata is not None:
                     metadata = json.dumps(details.metadata, separators=(",", ":"), sort_keys=True)
                     files.append(("json", metadata.encode()))
-                files += job.source.read_files(sample, reader.read)
+                files += copied
                 if label_map:
                     files.append(("png", label_map))
                 writer.add(sample.key, files)

@@ -163,7 +163,7 @@ def _check_out_directory(out: Path) -> None:
         return
     if not out.is_dir():
         raise UserError(f"OUT {out}: is a file, not a directory")
-    if (out / shard_set.BUILD_DIRECTORY / "adopt.json").exists():
+    if (out / shard_set.BUILD_DIRECTORY / shard_set.ADOPTION_STATE).exists():
         raise UserError(f"OUT {out}: its tars are being adopted; choose another directory")
     is_set = any((out / name).exists() for name in (shard_set.MANIFEST, shard_set.BUILD_DIRECTORY))
     if not is_set and any(out.iterdir()):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep import shard_set
+from data_prep.atomic import atomic_write
 from data_prep.shard_set import Manifest
 from data_prep.stats import ASPECT_EDGES, KILOBYTE_EDGES, SHORTER_SIDE_EDGES, Stats
 
@@ -23,10 +24,10 @@ _MAX_CLASSES = 100
 
 
 def write_card(directory: Path, manifest: Manifest, stats: Stats) -> None:
-    shard_set.atomic_write(directory / shard_set.CONTACT_SHEET, _render_contact_sheet(directory, manifest))
-    shard_set.atomic_write(directory / shard_set.CARD, _render_card(manifest, stats).encode())
+    atomic_write(directory / shard_set.CONTACT_SHEET, _render_contact_sheet(directory, manifest))
+    atomic_write(directory / shard_set.CARD, _render_card(manifest, stats).encode())
     figures = json.dumps(_figures(manifest, stats), indent=1) + "\n"
-    shard_set.atomic_write(directory / shard_set.CARD_JSON, figures.encode())
+    atomic_write(directory / shard_set.CARD_JSON, figures.encode())
 
 
 def _figures(manifest: Manifest, stats: Stats) -> dict[str, Any]:

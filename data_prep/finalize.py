@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import shard_set
+from data_prep.atomic import atomic_write, fsync_path
 from data_prep.build_shard import BuildJob, read_record, storage_error
 from data_prep.dataset_card import write_card
 from data_prep.errors import UserError
@@ -52,6 +53,8 @@ class BuildState:
 
 def summarize(quarantine: list[dict[str, str]]) -> str:
     """Summarize in one line how many inputs were rejected and why, with some examples."""
+    if not quarantine:
+        return "it is empty"
     counts = Counter(entry["reason"] for entry in quarantine).most_common()
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts)
     listed = [f"{entry['member'] or entry['source']}: {entry['detail']}" for entry in quarantine[:_MAX_LISTED]]
@@ -96,9 +99,9 @@ def write_build_state(out: Path, build_state: BuildState) -> None:
     path = _build_state_path(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shard_set.atomic_write(path, json.dumps(asdict(build_state)).encode())
+        atomic_write(path, json.dumps(asdict(build_state)).encode())
     except OSError as error:
-        raise UserError(f"OUT {out}: cannot be written: {error.strerror}") from error
+        raise UserError(f"OUT {out}: cannot be written: {error.strerror}; choose another directory") from error
 
 
 def finalize_build(out: Path, build_state: BuildState) -> Manifest:
@@ -159,9 +162,9 @@ def write_set(out: Path, manifest: Manifest, quarantine: list[dict[str, str]], s
         with ThreadPoolExecutor(1) as pool:
             fsync = pool.submit(_fsync_shards, out, manifest)
             lines = "".join(json.dumps(entry) + "\n" for entry in quarantine)
-            shard_set.atomic_write(out / shard_set.QUARANTINE, lines.encode())
+            atomic_write(out / shard_set.QUARANTINE, lines.encode())
             if not manifest.is_adopted:  # the wids library would count the unusable samples, too
-                shard_set.atomic_write(out / shard_set.WIDS, _wids_index(manifest))
+                atomic_write(out / shard_set.WIDS, _wids_index(manifest))
             write_card(out, manifest, stats)
             fsync.result()
         shard_set.write_manifest(out, manifest)
@@ -183,8 +186,8 @@ def _describe_losses(manifest: Manifest, stats: Stats) -> Iterator[str]:
 def _fsync_shards(out: Path, manifest: Manifest) -> None:
     """Flush the shards to disk: after a power failure, a manifest must not exist without its shards."""
     for shard in manifest.shards:
-        shard_set.fsync_path(shard_set.tar_path(out, shard))
-        shard_set.fsync_path(shard_set.idx_path(out, shard))
+        fsync_path(shard_set.tar_path(out, shard))
+        fsync_path(shard_set.idx_path(out, shard))
 
 
 def finalize(out: Path) -> Manifest | None:

@@ -14,7 +14,7 @@ from data_prep.errors import UserError
 
 LABEL_CHOICES = ("auto", "cls", "folders", "none")
 MAX_CLASSES = 1_000_000
-"""Numbers above it are identifiers, not labels."""
+"""Larger numbers, and more names, are identifiers, not labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def parse_label_options(labels: str, label_key: str | None) -> LabelRule | None:
 
 
 def _normalize(text: str, where: str) -> str:
-    label = text.strip()
+    label = text.strip().encode("utf-8", "replace").decode()  # JSON may have lone surrogates
     if not label:
         raise ValueError(f"{where} is empty")
     if label.isascii() and label.isdigit():
@@ -107,9 +107,11 @@ def find_classes(labels: Iterable[str]) -> tuple[str, ...]:
     Numbers keep their value: if all labels are numbers, the classes are 0 to the largest. Names are sorted.
 
     Raises:
-        ValueError: If a number is too large to be a label.
+        ValueError: If a number is too large to be a label, or there are too many names.
     """
     names = set(labels)
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"more than {MAX_CLASSES:,} different labels")
     if names and all(name.isascii() and name.isdigit() for name in names):
         largest = max(map(int, names))
         if largest >= MAX_CLASSES:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.atomic import temporary_name
 from data_prep.build_shard import staging_directory, storage_error
 from data_prep.errors import UserError
 from data_prep.workers import CountInput
@@ -79,7 +80,7 @@ class StageJob:
 
     def _stage(self, number: int, count_input: CountInput) -> None:
         name, (images, ends_path) = self.files[number], self._staged_paths(number)
-        temporary = images.with_name(f"{images.name}.{os.getpid()}.tmp")
+        temporary = images.with_name(temporary_name(images.name))
         ends = np.zeros(self.num_rows[number], np.uint64)
         try:
             images.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +97,10 @@ class StageJob:
                     count_input(len(image), len(image), 0, 0)
                 if row < len(ends):
                     raise self._changed_error(name)
+                file.flush()
+                os.fsync(file.fileno())  # is_finished sees only the size, which may outlast the content
+            if self.is_finished(number):  # by another array task, which may be reading it
+                return
             os.replace(temporary, images)
             with open(temporary, "wb") as file:
                 np.save(file, ends)

@@ -16,7 +16,6 @@ Invariant: a set is complete if its manifest exists, because the manifest is wri
 Every file read here is untrusted: a missing or damaged one raises ShardSetError and no other exception.
 """
 
-import errno
 import functools
 import hashlib
 import json
@@ -31,6 +30,7 @@ from urllib.parse import quote, unquote_to_bytes
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
+from data_prep.atomic import atomic_write, fsync_path, process_tag
 from data_prep.errors import UserError
 from data_prep.labels import LabelRule
 from data_prep.suggested_command import suggest_command
@@ -41,6 +41,9 @@ MANIFEST, QUARANTINE, WIDS = "manifest.json", "quarantine.jsonl", "wids.json"
 CARD, CARD_JSON, CONTACT_SHEET = "card.md", "card.json", "contact_sheet.png"
 BUILD_DIRECTORY = ".build"
 """Holds the state of an unfinished build; a complete set has none."""
+
+ADOPTION_STATE = ".adopt.json"
+"""File in it of an unfinished adoption. Records of tars never have this name, since a shard's begins with no dot."""
 
 ADOPTED = "adopted"
 """`Manifest.source` of a set whose tars were not built here."""
@@ -166,39 +169,14 @@ def write_manifest(directory: str | os.PathLike, manifest: Manifest) -> None:
     fsync_path(directory)
 
 
-def fsync_path(path: str | os.PathLike) -> None:
-    """Flush a file's content, or a directory's entries, to disk if the file system supports it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def remove_temporary_files(directory: Path, process: int | str = "*") -> None:
-    """Remove the temporary files that one killed process, or any, left behind."""
+def remove_temporary_files(directory: Path, process: int | None = None) -> None:
+    """Remove the temporary files that a killed process of this machine, or any process, left behind."""
+    tag = "*" if process is None else process_tag(process)
     # Only ours: the folder of an adopted set also holds other programs' files.
-    patterns = [f".*.{ending}.{process}.tmp" for ending in ("idx", "json", "jsonl", "md", "png")]
-    for pattern in (*patterns, f"{BUILD_DIRECTORY}/**/*.{process}.tmp"):
+    patterns = [f".*.{ending}.{tag}.tmp" for ending in ("idx", "json", "jsonl", "md", "png")]
+    for pattern in (*patterns, f"{BUILD_DIRECTORY}/**/*.{tag}.tmp"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
-
-
-def atomic_write(path: Path, data: bytes, fsync: bool = True) -> None:
-    """Replace `path` by `data` atomically; with `fsync` also with respect to a power failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            if fsync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:

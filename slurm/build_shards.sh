@@ -22,7 +22,7 @@
 #SBATCH --output=%x-%A.%a.out
 
 # ==== Set these, here or in the environment =================================================================
-SOURCE=${SOURCE:-} # folder, imagenet, imagenet21k, openimages, coco, webdataset, parquet; adopt indexes the tars in OUT
+SOURCE=${SOURCE:-} # a command of data_prep that builds a set; or adopt, which indexes the tars in OUT
 SRC=${SRC:-}
 OUT=${OUT:-}
 OPTIONS=${OPTIONS:-}
@@ -31,7 +31,7 @@ OPTIONS=${OPTIONS:-}
 [ -f "${SHARDMAE:=${SLURM_SUBMIT_DIR:-$PWD}}/slurm/launch.sh" ] ||
   { echo "error: $SHARDMAE is not ShardMAE's repository; set SHARDMAE" >&2; exit 2; }
 . "$SHARDMAE/slurm/launch.sh"
-require_choice SOURCE "$SOURCE" folder imagenet imagenet21k openimages coco webdataset parquet adopt
+require_choice SOURCE "$SOURCE" folder imagenet imagenet21k openimages coco ade20k webdataset parquet adopt
 [ "$SOURCE" = adopt ] || require SRC "the folder of archives or images"
 require OUT "the shard set's directory, on storage that all nodes see"
 paths=("$SRC" "$OUT")

@@ -45,8 +45,10 @@ PRELOAD = [
     "pipeline.pictures.reconstruct",
     "pipeline.report.page",
     "pipeline.export.command",
+    "data_prep.adopt",
     "data_prep.builder",
     "data_prep.finalize",
+    "data_prep.sources.webdataset",
     "data_prep.verify",
     "torch.utils.tensorboard.writer",
 ]
@@ -90,7 +92,7 @@ class ForkedProcess:
         message = json.dumps(request).encode()
         socket.send_fds(self._connection, [len(message).to_bytes(4, "big")], [output, errors])
         self._connection.sendall(message)
-        self._replies = self._connection.makefile("r")
+        self._replies = self._connection.makefile("rb", buffering=0)  # wait() looks for the second reply in the socket
         started = json.loads(self._replies.readline())
         self.pid: int = started["pid"]
         self.rank_pids: list[int] = started["ranks"]

@@ -154,7 +154,7 @@ def _members(part: "_Part", start: int, where: str, storage: Storage) -> Generat
             location = Location(where, name, start + member.offset_data, member.size, storage)
             rejection_reason = _tar_rejection_reason(member) or _unsafe_name(name)
             # The size of a sparse file includes its holes, which are not stored.
-            if rejection_reason is None and part.size is not None and location.offset + location.size > part.size:
+            if rejection_reason is None and not part.has_bytes_before(location.offset + location.size):
                 raise tarfile.ReadError("unexpected end of data")
             yield Entry(name, location, rejection_reason, member.name)
         end = start + tar.offset
@@ -252,6 +252,10 @@ class _Part(io.RawIOBase):
     def tail(self, start: int) -> "_Part":
         """Return a view from byte `start` of this one."""
         return _Part(self._file, self._start + start, None if self.size is None else self.size - start)
+
+    def has_bytes_before(self, position: int) -> bool:
+        """Return whether the file reaches to `position`. If its size is not known, reads the byte before."""
+        return bool(self.read_at(position - 1, 1)) if self.size is None else position <= self.size
 
     def read_at(self, position: int, count: int) -> bytes:
         self.seek(position)

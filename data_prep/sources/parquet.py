@@ -121,10 +121,10 @@ def _find_files(root: Path, split: str) -> tuple[Path, list[str]]:
     """Return the folder, and the split's files below it by name."""
     if root.is_file():
         return root.parent, [root.name]
-    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.parquet"))
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.parquet") if path.is_file())
     files = [name for name in files if not any(part.startswith(".") for part in name.split("/"))]
     if not files:
-        raise UserError(f"SRC {root}: no parquet files")
+        raise UserError(f"SRC {root}: no parquet files; `datasets` writes one with Dataset.to_parquet(PATH)")
     words = {name: set(re.split(r"[^a-z0-9]+", name.lower())) for name in files}
     wanted = next((synonyms for synonyms in _SPLIT_WORDS.values() if split in synonyms), (split,))
     selected = [name for name in files if words[name] & set(wanted)]

@@ -52,7 +52,8 @@ class SequentialReader(io.RawIOBase):
             self._buffer, self._start = b"", offset
             end = offset
         while end < offset + size:
-            wanted = self._block if self._digest is not None else max(self._block, offset + size - end)
+            is_skipping = self._digest is not None and end < offset
+            wanted = self._block if is_skipping else max(self._block, offset + size - end)
             data = self._fetch_block(end, wanted)
             if not data:
                 break

@@ -10,11 +10,14 @@ import logging
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from data_prep.errors import UserError
 from data_prep.labels import LabelRule, find_classes, parse_label_options
+from data_prep.shard_set import ShardSetError, read_manifest
+from data_prep.sources.remote_files import is_url
 from data_prep.sources.sample import Classes, Location, Sample, Source, Storage, make_key
 from data_prep.sources.sequential_reader import SequentialReader
 from data_prep.sources.tar_samples import (
@@ -68,7 +71,10 @@ class WebDatasetSource(Source):
         self._positions = [position_of[label] for label in self._labels]
         rule = self._rule or LabelRule("none")
         layout = "tars, labels: " + (f"json key {rule.key!r}" if rule.source == "json" else rule.source)
-        super().__init__("webdataset", layout, directory, Classes(names))
+        classes = Classes(names)
+        if rule.source == "cls" and not is_url(directory):
+            classes = _find_built_classes(Path(directory), names) or classes
+        super().__init__("webdataset", layout, directory, classes)
         self._prefix_tar = has_repeated(_make_key(self._keys[row]) for row in range(len(self._keys)))
 
     def samples(self) -> Iterator[Sample]:
@@ -159,6 +165,18 @@ class WebDatasetSource(Source):
             sizes.append(member.size if member else 0)
         used = {image, "cls" if self._rule and self._rule.source == "cls" else image, *KEPT_EXTENSIONS}
         self._left_out.update(members.keys() - used)
+
+
+def _find_built_classes(directory: Path, numbers: tuple[str, ...]) -> Classes | None:
+    """Return the classes of which the labels are numbers, if the tars are a built shard set's; else None."""
+    try:
+        manifest = read_manifest(directory)
+    except ShardSetError:
+        return None
+    is_numbered = manifest.has_labels and not manifest.is_adopted and numbers == tuple(map(str, range(len(numbers))))
+    if not is_numbered or len(numbers) > len(manifest.classes):
+        return None
+    return Classes(manifest.classes, manifest.class_names)
 
 
 def _make_key(key: str) -> str:

@@ -5,6 +5,7 @@ Invariant: tars are ordered by name, so what is read from them does not depend o
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +20,10 @@ from data_prep.sources.containers import TAR_ENDINGS, open_gzip
 from data_prep.sources.remote_files import RemoteFiles, hide_password, is_url
 from data_prep.sources.sample import Storage
 from data_prep.sources.sequential_reader import SequentialReader, UnreadableSource, open_local
-from data_prep.sources.tar_samples import TarSamples, choose_labels
+from data_prep.sources.tar_samples import RejectedMember, TarSamples, choose_labels, read_label
+from data_prep.suggested_command import suggest_command
+
+logger = logging.getLogger(__name__)
 
 _GZIP = b"\x1f\x8b"
 _HEADER_BYTES = 4096  # a read of a local tar when its headers are listed
@@ -30,12 +34,16 @@ def list_tars(folder: Path) -> list[Path]:
     """Return the tars of a folder, compressed ones too, by name. Raises UserError if there are none."""
     try:
         names = _select_tars(os.listdir(folder))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: does not exist; check the path") from error
+    except NotADirectoryError as error:
+        raise UserError(f"{folder}: is a file; name the folder of the tars, {folder.parent}") from error
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
     if not names:
-        below = sorted({path.parent for path in folder.glob("*/*.tar")})
-        hint = f"; there are tars in {below[0]}" if below else ""
-        raise UserError(f"{folder}: no tar files{hint}")
+        raise UserError(f"{folder}: no tar files; {suggest_command(folder)}")
+    if below := sorted({path.parent.name for path in folder.glob("*/*.tar")}):
+        logger.warning(f"{folder}: the tars in its subfolders are not read ({', '.join(below[:3])})")
     return [folder / name for name in names]
 
 
@@ -45,7 +53,7 @@ def check_readable_in_place(path: Path) -> None:
         with open(path, "rb") as file:
             is_compressed = file.read(len(_GZIP)) == _GZIP
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; restore it or move it away") from error
     if is_compressed or not path.name.endswith(".tar"):
         raise UserError(
             f"{path}: compressed, so it cannot be indexed in place; "
@@ -55,16 +63,33 @@ def check_readable_in_place(path: Path) -> None:
         raise UserError(f"{str(path)!r}: a name that a shard cannot have; rename it")
 
 
-def peek_labels(tars: list[Path]) -> LabelRule:
-    """Choose where the labels are from the first of these tars that has samples."""
+def peek_labels(tars: list[Path], rule: LabelRule | None) -> LabelRule:
+    """Choose where the labels are from the first of these tars that has samples, or check that `rule` finds one there.
+
+    Raises:
+        UserError: If it does not, since all tars would be read before anyone noticed a wrong --label-key.
+    """
+    if rule is not None and rule.source == "none":
+        return rule
     for path in tars:
         with open_tar(str(path.parent), path.name) as (reader, size, storage):
-            contents = TarSamples(reader, size, str(path), storage)
-            for _ in contents:
-                pass
+            contents, problem = TarSamples(reader, size, str(path), storage), None
+            for key, extension, member in contents:
+                if rule is not None and extension == (rule.extension or extension):
+                    try:
+                        read_label(rule, key, {extension: member}, lambda m: reader.read_at(m.offset, m.size))
+                    except RejectedMember as error:
+                        problem = problem or f"{key}: {str(error).removeprefix('no_label: ')}"
+                        continue
+                    return rule
             if contents.samples:
-                return choose_labels(contents.samples)
-    return LabelRule("none")
+                break
+    else:
+        return rule or LabelRule("none")
+    if rule is None:
+        return choose_labels(contents.samples)
+    problem = problem or f"there is no .{rule.extension} member"
+    raise UserError(f"{path}: no sample has a label ({problem}); choose another --label-key, or --labels")
 
 
 def find_tars(source: str) -> tuple[str, list[str]]:

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def csv_of(columns: str, rows: list[tuple]) -> str:
     return buffer.getvalue()
 
 
-def write_tree(root: Path, files: dict[str, bytes | str]) -> Path:
+def write_tree(root: Path, files: Mapping[str, bytes | str]) -> Path:
     for name, data in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

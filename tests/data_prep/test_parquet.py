@@ -154,6 +154,8 @@ def _damaged_pages(path, photographs):
             "train",
         ),
         (lambda path, photographs: path.with_suffix(".txt").write_text("x"), (), "no parquet files"),
+        (lambda path, photographs: path.mkdir(), (), "no parquet files"),
+        (lambda path, photographs: write(path, []), (), "empty"),
     ],
 )
 def test_an_unusable_source_is_one_line(tmp_path, photographs, data_prep, spoil, arguments, name):

@@ -13,10 +13,8 @@ from webdataset_layouts import LAYOUTS, Layout, compressed
 
 from data_prep.shard_set import QUARANTINE, read_index, read_manifest
 from data_prep.sources.sample import make_key
+from data_prep.sources.tar_samples import find_image
 from pipeline.data.reader import ShardReader
-
-UNREADABLE = ("duplicate_keys", "truncated", "sa_1b", "empty_tars", "macos", "mixed_formats")
-"""Layouts at which the webdataset library stops, or whose samples it splits."""
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
@@ -57,7 +55,7 @@ def _keys(layout: Layout, reader: ShardReader) -> list[str]:
     return keys
 
 
-def test_adopt_finds_keys_labels_and_bytes(adopted, data_prep):
+def test_adopt_finds_keys_labels_and_bytes(adopted):
     reader = ShardReader(adopted.folder)
     keys, classes = _keys(adopted, reader), reader.manifest.classes
     images = [
@@ -69,8 +67,6 @@ def test_adopt_finds_keys_labels_and_bytes(adopted, data_prep):
     assert dict(zip(keys, zip(images, names, strict=True), strict=True)) == adopted.valid
     reencoded = Counter(needs_reencoding=len(adopted.reencoded)) if adopted.reencoded else Counter()
     assert _reasons(adopted.folder) == adopted.rejected + reencoded
-    assert data_prep("verify", adopted.folder).stdout.count("\n") == 1
-    assert data_prep("verify", adopted.folder).returncode == 0
 
 
 def test_webdataset_finds_the_same_samples(layout, tmp_path, data_prep):
@@ -86,7 +82,6 @@ def test_webdataset_finds_the_same_samples(layout, tmp_path, data_prep):
             assert images[built] == data
         assert name == (classes[int(labels[built])] if classes else None)
     assert _reasons(out) == layout.rejected
-    assert data_prep("verify", out).returncode == 0
 
 
 def test_dali_reads_an_adopted_set_with_its_index(adopted):
@@ -108,22 +103,31 @@ def test_dali_reads_an_adopted_set_with_its_index(adopted):
     assert sorted(images) == sorted(data for data, _ in adopted.valid.values())
 
 
-def test_dali_decodes_every_adopted_image(adopted, data_prep):
+def test_verify_finds_no_fault_and_dali_decodes_every_adopted_image(adopted, data_prep):
     done = data_prep("verify", adopted.folder, "--deep")
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stdout
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in UNREADABLE], indirect=True)
-def test_webdataset_reads_the_adopted_samples(adopted):
-    """The library reads the tars without an index, so keys that are in no index are left out here."""
+def test_webdataset_reads_the_adopted_images(adopted):
+    """The library reads tars without an index.
+
+    So samples that are in no index are left out here, a truncated tar and a repeated key need a handler, and a sample
+    whose members are not neighbors comes in parts.
+    """
     import webdataset
 
-    shards = read_manifest(adopted.folder).shards
-    keys = {unquote(key) for shard in shards for key in read_index(adopted.folder, shard).keys}
-    paths = [str(adopted.folder / f"{shard.name}.tar") for shard in shards]
-    dataset = webdataset.WebDataset(paths, shardshuffle=False).select(lambda sample: sample["__key__"] in keys)
-    images = {sample["__key__"]: sample["jpg"] for sample in dataset}
-    assert images == {unquote(key): data for key, (data, _) in adopted.valid.items()}
+    repeats = adopted.folder.name.startswith("duplicate_keys")
+    expected = {}
+    for shard in read_manifest(adopted.folder).shards:
+        for key in read_index(adopted.folder, shard).keys:
+            valid = adopted.valid[f"{shard.name}/{key}" if repeats else key]
+            expected[str(adopted.folder / f"{shard.name}.tar"), unquote(key)] = valid[0]
+    paths, images = sorted({path for path, _ in expected}), {}
+    for sample in webdataset.WebDataset(paths, shardshuffle=False, handler=webdataset.ignore_and_continue):
+        place, extension = (sample["__url__"], sample["__key__"]), find_image(sample)
+        if place in expected and extension is not None:
+            images[place] = sample[extension]
+    assert images == expected
 
 
 def test_an_epoch_reads_each_adopted_sample_once(adopted):

@@ -75,6 +75,23 @@ def test_labels_none_and_folders(tmp_path, photographs, data_prep):
     assert read_manifest(tmp_path / "auto").classes == tuple(map(str, range(8)))
 
 
+def test_a_built_set_keeps_its_class_names(image_folder, tmp_path, data_prep):
+    data_prep("folder", image_folder, tmp_path / "built")
+    assert data_prep("webdataset", tmp_path / "built", tmp_path / "again", "--shard-size", 7).returncode == 0
+    assert class_of(tmp_path / "again") == class_of(tmp_path / "built")
+    assert samples(tmp_path / "again") == samples(tmp_path / "built")
+
+
+@pytest.mark.parametrize("length", [0.3, 0.9])
+def test_a_truncated_gzip_is_read_as_far_as_possible(tmp_path, photographs, data_prep, length):
+    data = tar_of({f"{i}.jpg": photographs[i] for i in range(6)}, mode="w:gz")
+    (tmp_path / "x.tar.gz").write_bytes(data[: int(length * len(data))])
+    assert data_prep("webdataset", tmp_path / "x.tar.gz", tmp_path / "set").returncode == 0
+    images = samples(tmp_path / "set")
+    assert images == {str(i): photographs[i] for i in range(len(images))}
+    assert quarantine(tmp_path / "set") == {"x.tar.gz": "damaged_tar"}
+
+
 def test_left_out_members_are_reported(tmp_path, photographs, data_prep):
     (tmp_path / "x.tar").write_bytes(tar_of({"a.jpg": photographs[0], "a.npy": b"1", "a.seg.png": b"2"}))
     done = data_prep("webdataset", tmp_path / "x.tar", tmp_path / "set")

@@ -3,12 +3,15 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from jobs import JOB_STEPS, ROOT, Job
 
@@ -113,14 +116,23 @@ def test_preflight_error_names_nodes_and_ends_the_job(cluster, shards, tmp_path,
 
 
 def test_array_build_with_a_failed_task_equals_a_local_build(cluster, shards, photographs, tmp_path):
-    out, local = tmp_path / "out", tmp_path / "local"
+    """The tasks of a build from parquet also share its staged images; those of `adopt` share nothing but a folder."""
+    out, local, parquet = tmp_path / "out", tmp_path / "local", tmp_path / "train.parquet"
+    images = [path.read_bytes() for path in sorted(photographs.rglob("*.*"))]
+    pq.write_table(pa.table({"image": [{"bytes": image, "path": None} for image in images]}), parquet)
     environment = Job(cluster, shards, tmp_path).environment
     options = "--shard-size 20 --seed 3"
-    source = {"SOURCE": "folder", "SRC": str(photographs), "OUT": str(out), "OPTIONS": options}
+    source = {"SOURCE": "parquet", "SRC": str(parquet), "OUT": str(out), "OPTIONS": options}
 
-    command = [sys.executable, "-m", "data_prep", "folder", photographs, local, *options.split()]
+    command = [sys.executable, "-m", "data_prep", "parquet", parquet, local, *options.split()]
     subprocess.run(command, check=True, capture_output=True)
     manifest = read_manifest(local)
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    for folder in (alone, shared):
+        folder.mkdir()
+        for path in local.glob("*.tar"):
+            shutil.copy(path, folder)
+    subprocess.run([*command[:3], "adopt", alone], check=True, capture_output=True)
 
     def submit(array, **more):
         folder = (f"--chdir={tmp_path}", f"--output={tmp_path}/%x-%A.%a.out", "--cpus-per-task=1")
@@ -133,17 +145,23 @@ def test_array_build_with_a_failed_task_equals_a_local_build(cluster, shards, ph
         (output,) = tmp_path.glob(f"finalize-shards-{job}-*.out")
         return output.read_text()
 
+    submit("0-1", SOURCE="adopt", OUT=str(shared), OPTIONS="")
     first = submit("0-3")
     kill(cluster, "--task-index\0002")
     missing = [shard.name for shard in manifest.shards[2::4]]
     log = finalize_log(first)
     assert f"{len(missing)} of {len(manifest.shards)} shards" in log and missing[0] in log
     assert not (out / "manifest.json").exists()
+    assert content(shared) == content(alone)
     # With this count, a task submits the last step as if it had been requeued before it could.
     second = submit("2", TASKS="4", SLURM_RESTART_COUNT="1")
     log = finalize_log(second)
     assert f"{out}: {manifest.num_samples} samples in {len(manifest.shards)} shards" in log
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in local.iterdir()}
+    assert content(out) == content(local)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def kill(cluster, words):
