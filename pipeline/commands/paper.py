@@ -45,7 +45,8 @@ def _paper(args: argparse.Namespace) -> None:
         return
     experiment = find_experiment(args.name)
     if args.run is None:
-        print(format_commands(experiment, plan_experiment(experiment, args.overrides), args.launcher))
+        plans = plan_experiment(experiment, args.overrides)
+        print(format_commands(experiment, plans, args.launcher, args.data, args.val))
         return
     from pipeline.papers.runner import run_experiment
 

@@ -57,7 +57,7 @@ def decode_options(data: DataSection, device: torch.device, deterministic: bool 
 
 def prefetch_depth(data: DataSection, device: torch.device) -> int:
     """Return how many batches to decode ahead: on a GPU 3, which absorbs a batch of large images; on the CPU,
-    where decoding and training share the cores, more than 2 gain nothing."""
+    if decoding and training share the cores, more than 2 gain nothing."""
     return data.prefetch or (3 if device.type == "cuda" else 2)
 
 

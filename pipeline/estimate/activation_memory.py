@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pipeline.methods import Method, build_method
+from pipeline.methods.flops import extrapolate_depth
 from pipeline.recipe import Recipe
 
 
@@ -17,7 +18,8 @@ def activation_bytes(recipe: Recipe, build: Callable[[Recipe], Method] = build_m
 
     `build` builds the method.
     """
-    return _activation_bytes(recipe.with_micro_batch(1), build)  # whose size does not matter
+    recipe = recipe.with_micro_batch(1)  # whose size does not matter
+    return int(extrapolate_depth(lambda shallow: _activation_bytes(shallow, build), recipe))
 
 
 @lru_cache

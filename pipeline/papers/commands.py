@@ -15,10 +15,12 @@ from pipeline.papers.experiment import Experiment, Row, Step
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe.classification import ClassificationRecipe
 from pipeline.recipe.linear_probe import SET_BY_WEIGHTS, ProbeRecipe, load_probe_recipe
-from pipeline.recipe.loading import RecipeFile, flatten, mutable_keys, recipe_keys
+from pipeline.recipe.loading import MUTUALLY_EXCLUSIVE, RecipeFile, flatten, mutable_keys, recipe_keys
 from pipeline.recipe.tasks import load_finetune_recipe
 
 KINDS: dict[Step, type[RecipeFile]] = {"pretrain": Recipe, "finetune": ClassificationRecipe, "linprobe": ProbeRecipe}
+SET_BY_COMMAND = {"weights"}
+"""Keys that a command sets by an option."""
 DATA, VAL, DIR = "DATA", "VAL", "DIR"
 """Placeholders for paths in commands that are only printed."""
 
@@ -67,7 +69,9 @@ def plan_experiment(experiment: Experiment, overrides: Sequence[str] = ()) -> li
     return [_plan_row(experiment, row, given) for row in experiment.rows]
 
 
-def format_commands(experiment: Experiment, plans: Sequence[RowPlan], launcher: str) -> str:
+def format_commands(
+    experiment: Experiment, plans: Sequence[RowPlan], launcher: str, data: str | None = None, val: str | None = None
+) -> str:
     """Return the commands of every row as a shell script, with the published values as comments."""
     lines = [f"# {experiment.name}: {experiment.title} ({experiment.source})"]
     lines += [f"# {note}" for note in experiment.notes]
@@ -75,9 +79,9 @@ def format_commands(experiment: Experiment, plans: Sequence[RowPlan], launcher: 
         published = ", ".join(f"{column} {value:g}" for column, value in plan.row.published.items())
         lines += ["", f"# {plan.row.name}; published: {published or 'no number'}"]
         for command in plan.commands:
-            lines.append(f"{launcher} pipeline {shlex.join(command.words(DIR, DATA, VAL))}")
-        if not plan.commands:
-            lines.append(f"{launcher} pipeline paper {experiment.name} --run {DIR}")
+            lines.append(f"{launcher} pipeline {shlex.join(command.words(DIR, data or DATA, val))}")
+    if not experiment.steps:
+        lines += ["", f"{launcher} pipeline paper {experiment.name} --run {DIR}"]
     return "\n".join(lines)
 
 
@@ -115,7 +119,7 @@ def _merge(*groups: Sequence[str]) -> list[str]:
     values: dict[str, str] = {}
     for setting in (setting for group in groups for setting in group):
         key = setting.partition("=")[0]
-        for pair in (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_epochs")):
+        for pair in MUTUALLY_EXCLUSIVE:
             if key in pair:
                 values.pop(pair[1 - pair.index(key)], None)
         values[key] = setting
@@ -128,18 +132,21 @@ def _sets(settings: Sequence[str]) -> list[str]:
 
 def _overrides_by_step(experiment: Experiment, overrides: Sequence[str]) -> dict[Step, list[str]]:
     given: dict[Step, list[str]] = {step: [] for step in KINDS}
+    needed: list[Step] = experiment.steps or ["pretrain"]  # columns of cost are computed from the pre-training recipe
     for override in overrides:
         prefix, _, rest = override.partition(".")
-        named: list[Step] = [step for step in KINDS if step == prefix]
-        setting = rest if named else override
+        is_named = prefix in KINDS
+        setting = rest if is_named else override
         key = setting.partition("=")[0]
-        if key in experiment.varied_keys:
-            raise UserError(f"--set {override}: distinguishes the rows of {experiment.name}; remove it")
-        accepting: list[Step] = [step for step in named or KINDS if key in recipe_keys(KINDS[step])]
-        if not named:  # the probe takes these keys from the weights
+        accepting = [step for step in needed if key in recipe_keys(KINDS[step]) - SET_BY_COMMAND]
+        if is_named:
+            accepting = [step for step in accepting if step == prefix]
+        else:  # the probe takes these keys from the weights
             accepting = [step for step in accepting if step != "linprobe" or key not in SET_BY_WEIGHTS]
         if not accepting:
             raise UserError(f"--set {override}: no command of {experiment.name} has this key; fix its name")
         for step in accepting:
+            if key in experiment.varied_keys(step):
+                raise UserError(f"--set {override}: distinguishes the rows of {experiment.name}; remove it")
             given[step].append(setting)
     return given

@@ -1,5 +1,6 @@
 """Figure 2 of Efficient MAE: masked patches by P2Dist, and their share of the loss with and without d^-gamma."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from pipeline.data.reader import ShardReader
 from pipeline.difficulty import patch_distance
 from pipeline.io.atomic import atomic_path, atomic_write, write_json
 from pipeline.papers.experiment import Experiment
-from pipeline.papers.report import markdown_row
+from pipeline.papers.report import format_notes, markdown_row
 from pipeline.pictures.difficulty_map import masked_errors
 from pipeline.pictures.images import load_first_images
 from pipeline.pictures.reconstruction import reconstruct_tiles
@@ -41,7 +42,14 @@ class Profile(NamedTuple):
     """Whether the loss is that of a trained model. Otherwise every patch has the same error."""
 
 
-def write(experiment: Experiment, recipe: Recipe, directory: Path, run: Path | None, data: str | None) -> Path:
+def write(
+    experiment: Experiment,
+    recipe: Recipe,
+    directory: Path,
+    run: Path | None,
+    data: str | None,
+    overrides: Sequence[str],
+) -> Path:
     """Write DIR/NAME.json, NAME.md and NAME.png. Returns the Markdown file.
 
     Args:
@@ -59,7 +67,7 @@ def write(experiment: Experiment, recipe: Recipe, directory: Path, run: Path | N
     lines = [f"# {experiment.name}: {experiment.title}", "", f"Published: {experiment.source}.", ""]
     lines += [markdown_row(titles), markdown_row(["---"] * len(titles)), *map(markdown_row, rows)]
     path = directory / f"{experiment.name}.md"
-    atomic_write(path, "\n".join([*lines, "", *(f"- {note}" for note in experiment.notes)]) + "\n")
+    atomic_write(path, "\n".join([*lines, *format_notes(experiment, overrides)]) + "\n")
     return path
 
 

@@ -2,6 +2,8 @@
 
 from typing import Literal, NamedTuple
 
+from pipeline.recipe.loading import MUTUALLY_EXCLUSIVE
+
 Step = Literal["pretrain", "finetune", "linprobe"]
 Computed = Literal["patches", "neighbors", "gmacs", "memory", "compute"]
 ColumnName = Computed | Literal["loss", "finetune", "linprobe"]
@@ -71,8 +73,11 @@ class Experiment(NamedTuple):
                 steps.append(step)
         return steps
 
-    @property
-    def varied_keys(self) -> set[str]:
-        """Return the recipe keys that distinguish the rows."""
-        settings = (setting for row in self.rows for setting in (*row.settings, *row.finetune_settings))
-        return {setting.partition("=")[0] for setting in settings}
+    def varied_keys(self, step: Step) -> set[str]:
+        """Return the keys that distinguish the rows' commands of one kind, and those that would replace these keys."""
+        settings = {
+            "pretrain": [row.settings for row in self.rows],
+            "finetune": [row.finetune_settings for row in self.rows],
+        }
+        keys = {setting.partition("=")[0] for row in settings.get(step, []) for setting in row}
+        return keys | {other for pair in MUTUALLY_EXCLUSIVE for key, other in (pair, pair[::-1]) if key in keys}

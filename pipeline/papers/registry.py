@@ -14,8 +14,9 @@ EXPERIMENTS = {
 def find_experiment(name: str) -> Experiment:
     """Return an experiment. Raises UserError if there is none of this name."""
     if name not in EXPERIMENTS:
-        close = difflib.get_close_matches(name, EXPERIMENTS, n=1)
-        suggestion = f" (did you mean {close[0]}?)" if close else ""
+        same_table = [full for full in EXPERIMENTS if full.endswith(f".{name}")]
+        close = same_table or difflib.get_close_matches(name.lower(), EXPERIMENTS, n=1)
+        suggestion = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise UserError(f"paper {name}: no such experiment{suggestion}; `paper list` shows all")
     return EXPERIMENTS[name]
 
@@ -25,6 +26,6 @@ def list_experiments() -> str:
     width = max(map(len, EXPERIMENTS))
     lines = []
     for experiment in EXPERIMENTS.values():
-        columns = ", ".join(COLUMNS[column].title for column in experiment.columns)
+        columns = "; ".join(COLUMNS[column].title for column in experiment.columns)
         lines.append(f"{experiment.name:{width}}  {experiment.title}{f' ({columns})' if columns else ''}")
     return "\n".join(lines)

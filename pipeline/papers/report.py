@@ -17,7 +17,11 @@ class Measured(NamedTuple):
 
 
 def write(
-    experiment: Experiment, directory: Path, plans: Sequence[RowPlan], results: Sequence[dict[ColumnName, Measured]]
+    experiment: Experiment,
+    directory: Path,
+    plans: Sequence[RowPlan],
+    results: Sequence[dict[ColumnName, Measured]],
+    overrides: Sequence[str],
 ) -> Path:
     """Write DIR/NAME.json and NAME.md, and NAME.png if the experiment has a plot. Returns the Markdown file."""
     rows = [
@@ -30,16 +34,20 @@ def write(
         for plan, result in zip(plans, results, strict=True)
     ]
     head = {"experiment": experiment.name, "title": experiment.title, "source": experiment.source}
-    write_json(directory / f"{experiment.name}.json", {**head, "notes": experiment.notes, "rows": rows})
+    head |= {"notes": experiment.notes, "overrides": list(overrides)}
+    write_json(directory / f"{experiment.name}.json", {**head, "rows": rows})
     path = directory / f"{experiment.name}.md"
-    atomic_write(path, format_table(experiment, plans, results))
+    atomic_write(path, format_table(experiment, plans, results, overrides))
     if experiment.plot:
-        _plot_columns(experiment, plans, results, directory / f"{experiment.name}.png")
+        _plot_cost(experiment, plans, results, directory / f"{experiment.name}.png")
     return path
 
 
 def format_table(
-    experiment: Experiment, plans: Sequence[RowPlan], results: Sequence[dict[ColumnName, Measured]]
+    experiment: Experiment,
+    plans: Sequence[RowPlan],
+    results: Sequence[dict[ColumnName, Measured]],
+    overrides: Sequence[str] = (),
 ) -> str:
     """Return the table as Markdown. Values that are not published or not measured yet are empty."""
     titles = []
@@ -54,8 +62,14 @@ def format_table(
     ]
     lines = [f"# {experiment.name}: {experiment.title}", "", f"Published: {experiment.source}.", ""]
     lines += [markdown_row(["row", *titles]), markdown_row(["---"] * (1 + len(titles))), *map(markdown_row, cells)]
-    lines += [""] + [f"- {note}" for note in experiment.notes] if experiment.notes else []
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *format_notes(experiment, overrides)]) + "\n"
+
+
+def format_notes(experiment: Experiment, overrides: Sequence[str]) -> list[str]:
+    """Return the lines below a table: the settings that differ from the paper's, and the experiment's notes."""
+    changed = [f"Changed settings: `{' '.join(overrides)}`."] if overrides else []
+    notes = [f"- {note}" for note in (*changed, *experiment.notes)]
+    return ["", *notes] if notes else []
 
 
 def markdown_row(cells: Sequence[str]) -> str:
@@ -75,20 +89,20 @@ def _measured(result: dict[ColumnName, Measured], column: ColumnName) -> str:
     return text if measured.low is None else f"{text} [{measured.low:.{digits}f}, {measured.high:.{digits}f}]"
 
 
-def _plot_columns(
+def _plot_cost(
     experiment: Experiment, plans: Sequence[RowPlan], results: Sequence[dict[ColumnName, Measured]], path: Path
 ) -> None:
-    """Draw published and measured values of every row side by side, a panel for each column that has values."""
+    """Draw published and our values of every row side by side, a panel for each computed column."""
     from matplotlib.figure import Figure
 
     names = [plan.row.name for plan in plans]
-    columns: list[ColumnName] = [column for column in experiment.columns if any(column in result for result in results)]
+    columns: list[ColumnName] = [column for column in experiment.columns if COLUMNS[column].step is None]
     figure = Figure(figsize=(4.5 * len(columns) + 1, 0.4 * len(names) + 1.2), layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for panel, column in zip(panels, columns, strict=True):
         for offset, label, values in (
-            (-0.2, "published", [plan.row.published.get(column, 0.0) for plan in plans]),
-            (0.2, "ours", [result[column].value if column in result else 0.0 for result in results]),
+            (-0.2, "published", [plan.row.published[column] for plan in plans]),
+            (0.2, "ours", [result[column].value for result in results]),
         ):
             panel.barh([number + offset for number in range(len(names))], values, height=0.38, label=label)
         panel.set_xlabel(COLUMNS[column].title)

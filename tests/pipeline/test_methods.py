@@ -67,7 +67,7 @@ def small(variant: str, *more: str) -> Method:
 @pytest.mark.parametrize("variant", [pytest.param(v, marks=[] if v in METHODS else pytest.mark.soak) for v in VARIANTS])
 def test_forward_is_one_static_graph_compiled_once(variant):
     torch._dynamo.reset()
-    method = small(variant)
+    method = small(variant, "model.depth=1")
     backend = "aot_eager" if variant == "emae" else "eager"  # aot_eager traces the backward pass, and is slow
     compiled = torch.compile(method, backend=backend, fullgraph=True, dynamic=False)
     with torch._dynamo.config.patch(error_on_recompile=True):

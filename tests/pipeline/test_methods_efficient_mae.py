@@ -31,7 +31,7 @@ def plain_loss(method, batch, beta=None, num_predicted=None, weight_of=flatten_w
     """The definition: per image, drop patches that are too hard before the decoder, then weight the rest."""
     losses = []
     for image, row in zip(*batch, strict=True):
-        order = row.argsort()
+        order = row.argsort(stable=True)
         visible_ids, masked_ids = order[None, :VISIBLE], order[VISIBLE:]
         visible = as_mask(visible_ids, PATCHES).view(1, GRID, GRID)
         d = difficulty(visible, 4, **{"metric": "p2dist", "exact": False, "k": 8} | distance)

@@ -41,7 +41,7 @@ def test_loss_equals_the_plain_definition(num_parts, kind, mean, seed):
     patches = patchify(images, 4)
     reconstruction, predictions = [], []
     for k in range(num_parts):  # each part alone, as in MAE
-        visible = noise.argsort(dim=1)[:, k * 36 // num_parts : (k + 1) * 36 // num_parts]
+        visible = noise.argsort(dim=1, stable=True)[:, k * 36 // num_parts : (k + 1) * 36 // num_parts]
         encoded = method.encoder(gather_tokens(patches, visible), visible)
         masked_ids = torch.stack([torch.tensor(sorted(set(range(36)) - set(v.tolist()))) for v in visible])
         prediction = method.decoder(encoded, visible, masked_ids)
@@ -73,7 +73,7 @@ def test_difficulty_flatten_is_efficient_mae_on_each_part(beta, num_predicted, s
     losses = []
     for b in range(3):
         for k in range(4):
-            order = noise[b].argsort()
+            order = noise[b].argsort(stable=True)
             visible = order[k * 9 : (k + 1) * 9]
             d = patch_distance(as_mask(visible, 36).view(1, 6, 6), 4).flatten()
             masked = order.roll(-(k + 1) * 9).tolist()[:27]  # of equally hard patches the next part's first

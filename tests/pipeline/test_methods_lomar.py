@@ -132,11 +132,11 @@ def test_loss_equals_each_window_encoded_alone(flatten, side, count, ratio, seed
     num_visible = size - int(size * ratio)
     losses = []
     for b in range(2):
-        top, left = noise[b, : 2 * num_positions].view(2, -1).argsort()
+        top, left = noise[b, : 2 * num_positions].view(2, -1).argsort(stable=True)
         for k in range(count):
             mask_noise = noise[b, 2 * num_positions + size * k :][:size]
             window = torch.tensor([(top[k] + y) * 10 + left[k] + x for y in range(side) for x in range(side)])
-            visible, masked = mask_noise.argsort().split([num_visible, size - num_visible])
+            visible, masked = mask_noise.argsort(stable=True).split([num_visible, size - num_visible])
             assert out.visible_ids[b, k].tolist() == window[visible].tolist()
             assert out.predicted_ids[b, k].tolist() == window[masked].tolist()
             tokens = method.encoder.mask_token[0].expand(size, -1).clone()

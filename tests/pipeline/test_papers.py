@@ -3,14 +3,14 @@
 import json
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from small_run import small_run
 
 from pipeline.__main__ import build_parser, main
-from pipeline.errors import StoppedEarly, UserError
-from pipeline.io.atomic import write_json
+from pipeline.errors import Diverged, StoppedEarly, UserError
 from pipeline.methods import build_method
 from pipeline.papers.commands import plan_experiment
 from pipeline.papers.difficulty_profile import compute_profile
@@ -46,8 +46,9 @@ def test_the_papers_tables_are_experiments(capsys):
 def test_every_printed_command_parses_and_builds_its_model(name, capsys):
     assert main(["paper", name, "--print"]) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m pipeline ")]
-    assert len(printed) >= len(EXPERIMENTS[name].rows)
-    for line in sorted(set(printed)):
+    assert len(printed) == len(EXPERIMENTS[name].rows) * len(EXPERIMENTS[name].steps) or len(printed) == 1
+    models = {}
+    for line in dict.fromkeys(printed):
         args = build_parser().parse_args(shlex.split(line)[3:])
         command = line.split()[3]
         if command == "pretrain":
@@ -55,8 +56,11 @@ def test_every_printed_command_parses_and_builds_its_model(name, capsys):
             with torch.device("meta"):  # one block, of the model's width
                 build_method(load_recipe(args.recipe, [*args.overrides, "model.depth=1"]))
             assert recipe.images_per_rank(4) >= 1
+            models[str(args.run)] = recipe.model
         elif command == "finetune":
-            load_finetune_recipe(args.recipe, args.weights, args.overrides)
+            options = load_finetune_recipe(args.recipe, args.weights, args.overrides).classifier
+            model = models[args.weights]
+            assert options.encoder == model.name and (options.trained_blocks or 0) <= model.size.depth
         elif command == "linprobe":
             load_probe_recipe({"probe": {"weights": args.weights, "base_lrs": args.lr}}, args.overrides)
 
@@ -80,7 +84,8 @@ def test_equal_commands_of_several_tables_share_a_run():
     )
     assert depth[3] == sampling[0] and gamma[2] == metric[-1]  # the defaults
     assert len({run for row in (*depth, *sampling) for run in row}) == 3 * (5 + 4 - 1)
-    cost, loss = runs("efficient_mae.table4"), runs("efficient_mae.table2")
+    plans = plan_experiment(find_experiment("efficient_mae.table4"), ["engine.micro_batch=256"])
+    cost, loss = [[command.run for command in plan.commands] for plan in plans], runs("efficient_mae.table2")
     assert cost[0] == loss[0]  # although the micro batches differ
 
 
@@ -157,6 +162,9 @@ def test_overrides_go_to_the_commands_that_have_the_key():
         assert plan.recipe.train.epochs == 800
     steps = plan_experiment(table, ["pretrain.train.steps=7"])[0]
     assert steps.recipe.train.steps == 7 and steps.recipe.train.epochs is None
+    for plan in plan_experiment(find_experiment("mae.figure7"), ["finetune.train.epochs=3", "linprobe.train.epochs=2"]):
+        tuning, probe = (" ".join(command.options) for command in plan.commands[1:])
+        assert "train.epochs=3" in tuning and "train.epochs=2" in probe
 
 
 @pytest.mark.parametrize(
@@ -165,8 +173,14 @@ def test_overrides_go_to_the_commands_that_have_the_key():
         ("efficient_mae.table7", ["method.efficient_mae.gamma=1"], "gamma=1: distinguishes the rows"),
         ("efficient_mae.table7", ["data.image_sze=32"], "data.image_sze=32: no command .* has this key"),
         ("efficient_mae.table7", ["finetune.model.depth=2"], "model.depth=2: no command"),
+        ("efficient_mae.table7", ["weights=run"], "weights=run: no command"),
+        ("efficient_mae.table7", ["probe.pool=mean"], "probe.pool=mean: no command"),
+        ("mae.figure7", ["train.epochs=3"], "train.epochs=3: distinguishes the rows"),
+        ("mae.figure7", ["pretrain.train.steps=3"], "train.steps=3: distinguishes the rows"),  # would replace epochs
+        ("mae.figure9", ["classifier.trained_blocks=3"], "trained_blocks=3: distinguishes the rows"),
         ("efficient_mae.table7", ["data.image_size=30"], "data.image_size: 30 is not a multiple"),
         ("efficient_mae.tabl7", [], r"efficient_mae.tabl7: no such experiment \(did you mean efficient_mae.table7\?\)"),
+        ("table3", [], r"table3: no such experiment \(did you mean mae.table3 or efficient_mae.table3\?\)"),
     ],
 )
 def test_impossible_arguments_are_one_line_errors(name, overrides, message):
@@ -175,12 +189,24 @@ def test_impossible_arguments_are_one_line_errors(name, overrides, message):
     assert "\n" not in str(caught.value)
 
 
-def test_training_tables_need_data(tmp_path):
-    with pytest.raises(UserError, match=r"--data: efficient_mae\.table7 trains models"):
-        run_experiment(find_experiment("efficient_mae.table7"), tmp_path, None, None, [], LAUNCHER)
+@pytest.mark.parametrize(
+    ("directory", "data", "val", "launcher", "message"),
+    [
+        ("new", None, None, LAUNCHER, r"--data: efficient_mae\.table7 trains models"),
+        ("new", None, "val", LAUNCHER, "--val: is used only with --data"),
+        ("new", "", "val", LAUNCHER, "--data: is empty"),
+        ("file", "data", "val", LAUNCHER, "--run .*file: cannot be created"),
+        ("new", "data", "val", "deepspeed '", "--launcher deepspeed ': .*; fix the quotes"),
+        ("new", "data", "val", "nosuchlauncher", "--launcher: nosuchlauncher cannot be started"),
+    ],
+)
+def test_impossible_arguments_of_run_are_user_errors(tmp_path, directory, data, val, launcher, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=message):
+        run_experiment(find_experiment("efficient_mae.table7"), tmp_path / directory, data, val, [], launcher)
 
 
-@pytest.mark.parametrize(("code", "error"), [(75, StoppedEarly), (130, StoppedEarly), (2, UserError), (1, UserError)])
+@pytest.mark.parametrize(("code", "error"), [(75, StoppedEarly), (143, StoppedEarly), (2, UserError), (1, UserError)])
 def test_a_failed_command_ends_the_table_and_leaves_no_result(tmp_path, code, error):
     launcher = shlex.join([sys.executable, "-c", f"import sys; sys.exit({code})"])
     with pytest.raises(error, match="pretrain"):
@@ -188,22 +214,50 @@ def test_a_failed_command_ends_the_table_and_leaves_no_result(tmp_path, code, er
     assert not list(tmp_path.glob("*.done.json")) and (tmp_path / "efficient_mae.table7.md").exists()
 
 
-def test_a_launcher_that_does_not_exist_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="--launcher: nosuchlauncher"):
-        run_experiment(find_experiment("efficient_mae.table7"), tmp_path, "data", None, [], "nosuchlauncher")
+def fake_launcher(directory: Path, body: str) -> str:
+    """Return a launcher that runs `body` with the command as `step` and its run directory as `run`."""
+    program = "import json, os, pathlib, signal, sys, time; step = sys.argv[2]\n"
+    program += f"run = pathlib.Path(sys.argv[sys.argv.index('--run') + 1]); run.mkdir(exist_ok=True)\n{body}\n"
+    (directory / "fake.py").write_text(program)
+    return shlex.join([sys.executable, "-S", str(directory / "fake.py")])
 
 
-def test_results_of_other_shard_sets_are_rejected(tmp_path):
-    experiment = find_experiment("efficient_mae.table9")
-    for plan in plan_experiment(experiment):
-        for command in plan.commands:
-            inputs = {"data": "train", "val": "val" if command.weights else None}
-            result = {"finetune": [50.0, 40.0, 60.0]} if command.weights else {"loss": [0.5]}
-            write_json(tmp_path / f"{command.run}.done.json", {"inputs": inputs, "command": [], "result": result})
-    table = run_experiment(experiment, tmp_path, "train", "val", [], "false").read_text()
-    assert table.count("50.0 [40.0, 60.0]") == 3 and "| 8 blocks | 84.6 |" in table
+FINISH = """
+if step == "pretrain":
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\\n')
+else:
+    (run / "results.json").write_text('{"top1": {"accuracy": 0.5, "low": 0.4, "high": 0.6}}')
+"""
+
+
+def test_a_row_that_diverges_does_not_stop_the_others(tmp_path):
+    experiment, out = find_experiment("efficient_mae.table9"), tmp_path / "out"
+    bad = plan_experiment(experiment)[0].commands[0].run
+    launcher = fake_launcher(tmp_path, f"if run.name == {bad!r}: sys.exit(4)\n{FINISH}")
+    with pytest.raises(Diverged, match=f"8 blocks.*{bad}"):
+        run_experiment(experiment, out, "train", "val", [], launcher)
+    rows = {row["name"]: row["measured"] for row in json.loads((out / f"{experiment.name}.json").read_text())["rows"]}
+    assert rows["8 blocks"] == {} and all(rows[name]["finetune"]["value"] == 50 for name in ("4 blocks", "1 blocks"))
+    assert not (out / plan_experiment(experiment)[0].commands[1].run).exists()  # not fine-tuned
+
+
+def test_a_signal_stops_the_table_even_if_the_command_finishes(tmp_path):
+    experiment, out = find_experiment("efficient_mae.table9"), tmp_path / "out"
+    parent = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.kill(os.getppid(), signal.SIGTERM)\n"
+    with pytest.raises(StoppedEarly):
+        run_experiment(experiment, out, "train", "val", [], fake_launcher(tmp_path, parent + FINISH))
+    assert len(list(out.glob("*.done.json"))) == 1
+
+
+def test_results_are_kept_and_those_of_other_shard_sets_rejected(tmp_path):
+    experiment, out = find_experiment("efficient_mae.table5"), tmp_path / "out"
+    run_experiment(experiment, out, "train/", "val", ["seed=1"], fake_launcher(tmp_path, FINISH))
+    for data, val in (("train", "val/"), ("train", None), (None, None)):
+        table = run_experiment(experiment, out, data, val, ["seed=1"], "false").read_text()
+        assert table.count("50.0 [40.0, 60.0]") == 5 and "Changed settings: `seed=1`" in table
+    assert "50.0" not in run_experiment(experiment, out, None, None, [], "false").read_text()  # other settings
     with pytest.raises(UserError, match="was made with other shard sets"):
-        run_experiment(experiment, tmp_path, "train", "other", [], "false")
+        run_experiment(experiment, out, "train", "other", ["seed=1"], "false")
 
 
 def test_a_table_has_published_and_measured_values():

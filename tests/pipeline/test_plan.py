@@ -11,10 +11,11 @@ import torch
 from pipeline.__main__ import main
 from pipeline.distributed.hardware import GPUS
 from pipeline.errors import UserError
+from pipeline.estimate import activation_memory
 from pipeline.estimate.activation_memory import activation_bytes
 from pipeline.estimate.memory import OVERHEAD_GIB
 from pipeline.estimate.plan import format_plan, plan
-from pipeline.methods import build_method
+from pipeline.methods import build_method, flops
 from pipeline.methods.flops import forward_flops
 from pipeline.recipe import load_recipe
 from tests.documentation import PAGES
@@ -64,6 +65,18 @@ def test_mae_costs_the_sum_of_its_layers():
     # block's 3 products run once per batch, for all 196 positions instead of each image's 147.
     saved = 9 * narrow**2 * tokens + 2 * tokens * decoder_tokens * narrow - 3 * narrow**2 * 49
     assert forward_flops(load_recipe("vitb16_mae")) == 2 * (encoder + decoder + head - saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing"), [("mae", "false"), ("emae", "true"), ("lomar", "false"), ("beit", "true")]
+)
+def test_costs_of_deep_encoders_are_those_of_all_their_blocks(name, checkpointing):
+    settings = [f"model.depth={flops.MIN_EXTRAPOLATED_DEPTH}", "model.width=64", "model.heads=4"]
+    settings += ["model.decoder_depth=2", "data.image_size=128", "engine.micro_batch=1"]
+    settings += [f"engine.activation_checkpointing={checkpointing}"]
+    recipe = load_recipe(f"vitb16_{name}", settings)
+    assert forward_flops(recipe) == flops._forward_flops(recipe, 1, build_method)
+    assert activation_bytes(recipe) == activation_memory._activation_bytes(recipe, build_method)
 
 
 @pytest.mark.parametrize("batch", [2, 64])
