@@ -36,6 +36,7 @@ from pipeline.tasks.instance_data import (
     TrainTransform,
     check_categories,
     check_instances,
+    leave_out_unlisted,
     log_skipped,
     read_annotations,
     select_annotated,
@@ -63,6 +64,9 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
 
     def check_annotated(self, option: str, reader: ShardReader) -> None:
         check_instances(option, reader)
+
+    def select_val_samples(self, reader: ShardReader) -> None:
+        leave_out_unlisted("--val", reader)
 
     def check_sets(self, train: ShardReader, val: ShardReader) -> None:
         check_categories(train, val)
@@ -177,7 +181,7 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         if predictions:
             predictions.mkdir(parents=True, exist_ok=True)
             atomic_write(predictions / DETECTIONS, json.dumps(detections))
-        annotations: list[Annotation] = [one for of_shard in read_annotations(self.val) for one in of_shard]
+        annotations: list[Annotation] = [one for of_shard in read_annotations(self.val) for one in of_shard if one]
         log_skipped(f"--val {self.val.paths[0]}", sum((one.skipped for one in annotations), Counter()))
         return average_precision(ground_truth(annotations, self.classes, self.val.manifest.category_ids), detections)
 
