@@ -64,23 +64,12 @@ class DenseEvalBatch(NamedTuple):
 class DenseEvalLoader(EvalLoader):
     """Iterates over a rank's part of a shard set, in `DenseEvalBatch`es; can be iterated repeatedly.
 
-    Args:
-        transform: Called with epoch 0.
+    The transform is called with epoch 0. The other arguments are those of `EvalLoader`.
     """
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        transform: DenseTransform,
-        data: DataSection,
-        batch: int,
-        device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        threads: int = 1,
-    ):
-        super().__init__(reader, data, batch, device, rank, world_size, threads, resize=data.image_size)
-        self._annotator = Annotator(reader, transform, threads, pinned=False)
+    def __init__(self, reader: ShardReader, transform: DenseTransform, data: DataSection, *arguments: Any):
+        super().__init__(reader, data, *arguments, resize=data.image_size)
+        self._annotator = Annotator(reader, transform, self.threads, pinned=False)
 
     def _pipeline_def(self) -> PipelineDef:
         return placed_pipeline_def(self.data, decode_options(self.data, self.device, self.deterministic))

@@ -14,6 +14,8 @@ from faster_coco_eval.core import mask
 
 from pipeline.data.placement import Placement
 
+UNLISTED_BYTES = 64
+"""Upper bound of the size of an unlisted image's json."""
 coco_mask: Any = mask  # its functions are typed too loosely or too strictly
 
 
@@ -41,6 +43,15 @@ class Annotation(NamedTuple):
     instances: list[Instance]
     skipped: Counter[str]
     """Number of instances that cannot be used, by reason."""
+
+
+def is_unlisted(data: np.ndarray) -> bool:
+    """Return whether a sample's json is that of an image which the annotation file does not list.
+
+    Raises:
+        ValueError: If it is no json.
+    """
+    return data.size <= UNLISTED_BYTES and json.loads(bytes(data)) == {"captions": [], "instances": []}
 
 
 def parse_annotation(data: np.ndarray | bytes, image_size: tuple[int, int] | None = None) -> Annotation:
@@ -125,13 +136,17 @@ def _parse_instance(entry: dict[str, Any], size: tuple[int, int]) -> Instance:
     visible = min(x + width, size[0]) > max(x, 0) and min(y + height, size[1]) > max(y, 0)
     if not (np.isfinite([x, y, width, height]).all() and width > 0 and height > 0 and visible):
         raise ValueError("empty box")
-    segmentation, polygons, rle = entry["segmentation"], (), None
+    segmentation, polygons, rle = entry.get("segmentation"), (), None
+    if segmentation is None:
+        raise ValueError("no segmentation")
     if isinstance(segmentation, dict):
         rle = _compress(segmentation, size)
     else:
         polygons = _parse_polygons(segmentation)
     area = float(entry.get("area", width * height))
-    return Instance((x, y, width, height), int(entry["category_id"]), area, bool(entry["iscrowd"]), polygons, rle)
+    return Instance(
+        (x, y, width, height), int(entry["category_id"]), area, bool(entry.get("iscrowd", 0)), polygons, rle
+    )
 
 
 def _parse_polygons(segmentation: Sequence[Sequence[float]]) -> tuple[np.ndarray, ...]:

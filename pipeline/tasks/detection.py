@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 from pipeline.evals.coco_ap import average_precision, ground_truth
 from pipeline.evals.datasets import check_disjoint
 from pipeline.io.atomic import atomic_write
-from pipeline.pictures.detections import draw_detections
+from pipeline.pictures.detections import MIN_SCORE, draw_detections
 from pipeline.recipe.detection import DetectionRecipe
 from pipeline.tasks.detector import Detector, build_detector, detector_from_encoder, training_forward_flops
 from pipeline.tasks.finetune_task import FinetuneTask, Results, Trained, meta_copy
@@ -36,6 +36,7 @@ from pipeline.tasks.instance_data import (
     TrainTransform,
     check_categories,
     check_instances,
+    leave_out_unlisted,
     log_skipped,
     read_annotations,
     select_annotated,
@@ -63,6 +64,9 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
 
     def check_annotated(self, option: str, reader: ShardReader) -> None:
         check_instances(option, reader)
+
+    def select_val_samples(self, reader: ShardReader) -> None:
+        leave_out_unlisted("--val", reader)
 
     def check_sets(self, train: ShardReader, val: ShardReader) -> None:
         check_categories(train, val)
@@ -145,6 +149,7 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         normalize(resize(pixels, [height, width], "bilinear"), data, canvas[0, :, :height, :width])
         device = next(self.module.parameters()).device
         (found,) = self.module.detect(canvas.to(device), [(height, width)])
+        found = {name: values[found["scores"] >= MIN_SCORE] for name, values in found.items()}
         boxes, masks = _to_stored(found, placement)
         names = [self.classes[label - 1] for label in found["labels"].tolist()]
         return draw_detections(image, boxes, masks, names, found["scores"].tolist())
@@ -176,15 +181,18 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         if predictions:
             predictions.mkdir(parents=True, exist_ok=True)
             atomic_write(predictions / DETECTIONS, json.dumps(detections))
-        annotations: list[Annotation] = [one for of_shard in read_annotations(self.val) for one in of_shard]
+        annotations: list[Annotation] = [one for of_shard in read_annotations(self.val) for one in of_shard if one]
         log_skipped(f"--val {self.val.paths[0]}", sum((one.skipped for one in annotations), Counter()))
         return average_precision(ground_truth(annotations, self.classes, self.val.manifest.category_ids), detections)
 
 
-def _to_stored(found: dict[str, torch.Tensor], placement: Placement) -> tuple[np.ndarray, np.ndarray]:
-    """Map detections to the stored image: boxes, float64 (n, 4), and masks, uint8 (n, H, W)."""
+def _to_stored(found: dict[str, torch.Tensor], placement: Placement) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Map detections to the stored image: boxes, float64 (n, 4), and n masks, uint8 (H, W)."""
     width, height = placement.stored
     boxes = placement.unmap_boxes(found["boxes"].cpu().numpy())
     boxes = np.clip(boxes, 0, [width, height, width, height])
-    pasted = paste_masks_in_image(found["masks"].cpu(), torch.from_numpy(boxes).float(), (height, width))
-    return boxes, (pasted[:, 0] >= MASK_THRESHOLD).numpy().astype(np.uint8)
+    masks = [  # one at a time: in float32, 100 masks of a photograph of 24 megapixels would take 10 GB
+        (paste_masks_in_image(mask[None], box[None], (height, width))[0, 0] >= MASK_THRESHOLD).numpy().astype(np.uint8)
+        for mask, box in zip(found["masks"].cpu(), torch.from_numpy(boxes).float(), strict=True)
+    ]
+    return boxes, masks

@@ -85,6 +85,9 @@ class FinetuneTask(Task[RecipeT]):
     def check_annotated(self, option: str, reader: ShardReader) -> None:
         """Raise UserError, naming the option, if a set lacks the task's annotations."""
 
+    def select_val_samples(self, reader: ShardReader) -> None:
+        """Leave out samples of the validation set that do not belong to it; see `ShardReader.filter_samples`."""
+
     @abstractmethod
     def check_sets(self, train: ShardReader, val: ShardReader) -> None:
         """Raise UserError if two annotated sets do not fit together."""
@@ -128,9 +131,8 @@ class FinetuneTask(Task[RecipeT]):
         return f"{self.recipe.TASK}: fine-tuning of {self._encoder_name}, {len(self.classes)} classes"
 
     def build(self, reader: ShardReader) -> TrainableModule:
+        self.check_annotated("--data", reader)
         self._train, self.val = reader, self._open_val()
-        for option, annotated in (("--data", reader), ("--val", self.val)):
-            self.check_annotated(option, annotated)
         self.check_sets(reader, self.val)
         assert self.recipe.weights is not None
         encoder = self.load_encoder(self.recipe.weights)
@@ -196,7 +198,6 @@ class FinetuneTask(Task[RecipeT]):
         self.classes, self.class_names = trained.initial.classes, trained.initial.class_names
         if self._val_path is not None:
             self.val = self._open_val()
-            self.check_annotated("--val", self.val)
             manifest = self.val.manifest
             if (manifest.classes, manifest.category_ids) != (self.classes, trained.initial.category_ids):
                 raise UserError(f"--val {self._val_path}: its classes are not those of {run}; give another set")
@@ -211,7 +212,10 @@ class FinetuneTask(Task[RecipeT]):
 
     def _open_val(self) -> ShardReader:
         assert self._val_path is not None
-        return ShardReader(self._val_path, self.recipe.data.model_copy(update=FULL_SET))
+        reader = ShardReader(self._val_path, self.recipe.data.model_copy(update=FULL_SET))
+        self.check_annotated("--val", reader)
+        self.select_val_samples(reader)
+        return reader
 
     def _check_initial_weights(self) -> InitialWeights:
         """Compare weights, classes and validation set with those of the run.

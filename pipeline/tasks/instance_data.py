@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.data.instances import Annotation, parse_annotation, place_instance
+from pipeline.data.instances import Annotation, is_unlisted, parse_annotation, place_instance
 from pipeline.data.large_scale_jitter import fit, jitter
 from pipeline.data.placement import Placement, Target
 from pipeline.data.reader import ShardReader
@@ -89,15 +89,22 @@ def check_categories(train: ShardReader, val: ShardReader) -> None:
         )
 
 
-def read_annotations(reader: ShardReader) -> Iterator[list[Annotation]]:
-    """Yield the annotations of each shard. Raises UserError if one is damaged or has an unknown category."""
+def read_annotations(reader: ShardReader) -> Iterator[list[Annotation | None]]:
+    """Yield the annotations of each shard; None for images that the annotation file does not list.
+
+    Raises:
+        UserError: If one is damaged or has an unknown category.
+    """
     known = set(reader.manifest.category_ids)
 
-    def read(shard: int) -> list[Annotation]:
+    def read(shard: int) -> list[Annotation | None]:
         annotations = []
         indexes = range(int(reader.shard_sizes[shard]))
         for index, data in enumerate(reader.read_many(shard, indexes, "json")):
             try:
+                if is_unlisted(data):
+                    annotations.append(None)
+                    continue
                 annotation = parse_annotation(data)
                 if unknown := {instance.category_id for instance in annotation.instances} - known:
                     raise ValueError(f"category {min(unknown)} is not in the manifest")
@@ -120,14 +127,18 @@ def select_annotated(reader: ShardReader) -> None:
         UserError: If no image is left, or an annotation is damaged.
     """
     keep, skipped, crowds = [], Counter(), 0
-    for annotations in read_annotations(reader):
-        keep.append(np.array([any(not i.is_crowd for i in a.instances) for a in annotations], bool))
+    for of_shard in read_annotations(reader):
+        keep.append(np.array([a is not None and any(not i.is_crowd for i in a.instances) for a in of_shard], bool))
+        annotations = [annotation for annotation in of_shard if annotation]
         skipped += sum((annotation.skipped for annotation in annotations), Counter())
         crowds += sum(instance.is_crowd for annotation in annotations for instance in annotation.instances)
     total, kept = sum(map(len, keep)), int(sum(map(np.sum, keep)))
     where = f"--data {reader.paths[0]}"
     if not kept:
-        raise UserError(f"{where}: none of its {total} images has an instance that can be trained on; give another set")
+        reasons = f" (skipped: {_join_reasons(skipped)})" if skipped else ""
+        raise UserError(
+            f"{where}: none of its {total} images has an instance that can be trained on{reasons}; give another set"
+        )
     if kept < total:
         reader.filter_samples(keep)
         logger.info(f"{where}: {total - kept} of {total} images are left out: they have no instance")
@@ -136,8 +147,31 @@ def select_annotated(reader: ShardReader) -> None:
     log_skipped(where, skipped)
 
 
+def leave_out_unlisted(option: str, reader: ShardReader) -> None:
+    """Leave out the images that the annotation file does not list, and log their number.
+
+    Raises:
+        UserError: If no image is left, or an annotation is damaged.
+    """
+    keep = [
+        np.array([annotation is not None for annotation in of_shard], bool) for of_shard in read_annotations(reader)
+    ]
+    total, kept = sum(map(len, keep)), int(sum(map(np.sum, keep)))
+    if not kept:
+        raise UserError(f"{option} {reader.paths[0]}: the annotation file lists none of its images; give another set")
+    if kept < total:
+        reader.filter_samples(keep)
+        logger.warning(
+            f"{option} {reader.paths[0]}: {total - kept} of {total} images are left out: the annotation file does not "
+            "list them"
+        )
+
+
 def log_skipped(where: str, skipped: Counter[str]) -> None:
     """Log how many instances were skipped, and why."""
     if skipped:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        logger.warning(f"{where}: skipped {sum(skipped.values())} instances: {reasons}")
+        logger.warning(f"{where}: skipped {sum(skipped.values())} instances: {_join_reasons(skipped)}")
+
+
+def _join_reasons(skipped: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))

@@ -1,7 +1,9 @@
 """Detection uses the loop of pre-training: its results depend only on recipe and data, and are COCO's figures."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,13 @@ from coco_data import read_instances, write_coco, write_instances
 from forkserver import run as fork
 from PIL import Image
 from pytest import approx
-from runs import Run, environment
+from runs import Run, environment, launch_processes
 from safetensors.torch import load_file, save_file
 
 from pipeline.__main__ import main
 from pipeline.train import checkpoint, engine
 
-STEPS = 5
+STEPS = 6
 RECIPE = {
     "data.image_size": 96,
     "data.global_batch": 4,
@@ -31,6 +33,12 @@ RECIPE = {
     "train.checkpoint_every": 3,
     "optim.warmup_steps": 2,
 }
+BY_HEART = {  # no augmentation
+    "data.flip": "false",
+    "engine.micro_batch": 4,
+    "detector.scale": "[1.0,1.0]",
+    "train.steps": 400,
+}
 FIGURES = [f"{kind}_{name}" for kind in ("box", "mask") for name in
            ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")]  # fmt: skip
 
@@ -38,12 +46,14 @@ FIGURES = [f"{kind}_{name}" for kind in ("box", "mask") for name in
 class DetectionRun(Run):
     """A run of `finetune detect_tiny`, from random weights."""
 
+    recipe = RECIPE
+
     def __init__(self, sets, directory):
         super().__init__(sets[0], directory)
         self.val = sets[1]
 
     def arguments(self, **settings):
-        settings = {**RECIPE, **{key.replace("__", "."): value for key, value in settings.items()}}
+        settings = {**self.recipe, **{key.replace("__", "."): value for key, value in settings.items()}}
         sets = [f"--set={key}={value}" for key, value in settings.items()]
         paths = ["--data", str(self.shards), "--val", str(self.val), "--run", str(self.directory)]
         return ["-m", "pipeline", "finetune", "detect_tiny", "--weights", "random:demo_emae", *paths, *sets]
@@ -61,12 +71,22 @@ def build_set(root: Path, split: str) -> Path:
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory) -> Path:
-    return write_coco(tmp_path_factory.mktemp("coco"), 12)
+    """A data set with an image that its annotation file does not list, and two unusable instances to train on."""
+    root = write_coco(tmp_path_factory.mktemp("coco"), 12)
+    for split in ("train2017", "val2017"):
+        shutil.copy(next((root / split).iterdir()), root / split / "unlisted.jpg")
+    tree = read_instances(root, "train2017")
+    usable = next(entry for entry in tree["annotations"] if not entry["iscrowd"])
+    last = max(entry["id"] for entry in tree["annotations"])
+    empty_box, short = {"bbox": [*usable["bbox"][:2], 0, 9]}, {"segmentation": [[1, 1, 9, 9]]}
+    tree["annotations"] += [{**usable, **change, "id": last + n} for n, change in enumerate((empty_box, short), 1)]
+    write_instances(root, tree, "train2017")
+    return root
 
 
 @pytest.fixture(scope="module")
 def coco_sets(coco) -> tuple[Path, Path]:
-    """Two shard sets of 12 images, one of each without instances."""
+    """Two shard sets of 12 listed images, one of each without instances."""
     return build_set(coco, "train"), build_set(coco, "val")
 
 
@@ -74,17 +94,18 @@ def coco_sets(coco) -> tuple[Path, Path]:
 def finished(coco_sets, tmp_path_factory) -> DetectionRun:
     """A run that was killed and resumed."""
     run = DetectionRun(coco_sets, tmp_path_factory.mktemp("runs") / "one")
-    run.kill_at(1, "step 5")
+    run.kill_at(1, "step 6")
     run.before = run.losses()
     run.train(1)
     return run
 
 
 def test_resume_is_bit_identical_and_ranks_and_stages_agree(finished, coco_sets, tmp_path):
-    assert 3 <= len(finished.before) < STEPS and finished.losses()[: len(finished.before)] == finished.before
+    assert 4 <= len(finished.before) < STEPS, "with steps after the checkpoint of step 3"
+    assert finished.losses()[: len(finished.before)] == finished.before
     expected = [loss for _, loss in finished.losses()]
     assert len(expected) == STEPS
-    for ranks, stage in ((2, 3), (2, 2)):
+    for ranks, stage in ((2, 3), (1, 2)):
         run = DetectionRun(coco_sets, tmp_path / f"zero{stage}")
         run.train(ranks, engine__zero_stage=stage)
         assert [loss for _, loss in run.losses()] == approx(expected, abs=1e-5)
@@ -182,21 +203,11 @@ def test_unusable_sets_are_errors(coco, coco_sets, tmp_path, change, option, nam
     assert "Traceback" not in done.stderr
 
 
-def test_unusable_instances_are_skipped_and_counted(coco, tmp_path):
-    root = tmp_path / "coco"
-    root.mkdir()
-    (root / "train2017").symlink_to(coco / "train2017")
-    (root / "val2017").symlink_to(coco / "val2017")
-    tree = read_instances(coco, "train2017")
-    degenerate, short = [entry for entry in tree["annotations"] if not entry["iscrowd"]][:2]
-    degenerate["bbox"][2], short["segmentation"] = 0, [[1, 1, 9, 9]]
-    write_instances(root, tree, "train2017")
-    write_instances(root, read_instances(coco), "val2017")
-    run = DetectionRun((build_set(root, "train"), build_set(root, "val")), tmp_path / "run")
-    run.train(1, train__steps=1)
-    output = run.output.read_text()
+def test_unusable_instances_and_unlisted_images_are_left_out_and_counted(finished):
+    output = finished.output.read_text()
     assert "skipped 2 instances: 1 empty box, 1 no polygon of three points" in output
-    assert "1 of 12 images are left out" in output
+    assert "2 of 13 images are left out" in output
+    assert "--val" in output and "1 of 13 images are left out" in output
 
 
 def test_lomar_is_an_error(coco_sets, tmp_path):
@@ -216,3 +227,28 @@ def test_the_manifest_maps_classes_to_category_ids(coco, coco_sets):
     assert manifest["classes"] == [category["name"] for category in published]
     assert manifest["category_ids"] == [category["id"] for category in published]
     assert manifest["annotation"] == "instances" and np.all(np.diff(manifest["category_ids"]) > 0)
+
+
+@pytest.mark.soak
+@pytest.mark.skipif("COCO_DIR" not in os.environ, reason="COCO_DIR is not set")
+def test_detect_tiny_learns_sixteen_images_by_heart(tmp_path, capsys):
+    root, started = tmp_path / "coco", time.monotonic()
+    tree = read_instances(Path(os.environ["COCO_DIR"]), "train2017")
+    annotated = {entry["image_id"] for entry in tree["annotations"] if not entry["iscrowd"]}
+    tree["images"] = sorted((i for i in tree["images"] if i["id"] in annotated), key=lambda image: image["id"])[:16]
+    ids = {image["id"] for image in tree["images"]}
+    tree["annotations"] = [entry for entry in tree["annotations"] if entry["image_id"] in ids]
+    write_instances(root, tree, "train2017")
+    (root / "train2017").mkdir()
+    for image in tree["images"]:
+        shutil.copy(Path(os.environ["COCO_DIR"]) / "train2017" / image["file_name"], root / "train2017")
+    for seed, name in ((0, "train"), (1, "val")):  # the same images in another order
+        built = fork(["-m", "data_prep", "coco", root, tmp_path / name, "--split", "train", "--seed", str(seed)])
+        assert built.returncode == 0, built.stderr
+    run = DetectionRun((tmp_path / "train", tmp_path / "val"), tmp_path / "run")
+    run.recipe, run.launch = BY_HEART, launch_processes  # a fork may take ten minutes at most
+    run.train(2)
+    results, minutes = run.results(), (time.monotonic() - started) / 60
+    with capsys.disabled():
+        print(f"box AP50 {results['box_ap50']:.3f}, mask AP50 {results['mask_ap50']:.3f}, {minutes:.1f} minutes")
+    assert results["box_ap50"] > 0.5 and results["mask_ap50"] > 0.4

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from coco_data import write_coco
+from coco_data import read_instances, write_coco, write_instances
 from forkserver import run as fork
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
@@ -21,7 +21,13 @@ from pipeline.data.placement import Placement
 from pipeline.data.reader import ShardReader
 from pipeline.errors import UserError
 from pipeline.recipe.tasks import load_finetune_recipe
-from pipeline.tasks.instance_data import EvalTransform, TrainTransform, select_annotated
+from pipeline.tasks.instance_data import (
+    EvalTransform,
+    TrainTransform,
+    leave_out_unlisted,
+    read_annotations,
+    select_annotated,
+)
 
 CPU = torch.device("cpu")
 OVERRIDES = [
@@ -81,6 +87,23 @@ def test_images_without_instances_are_left_out_of_training_only(coco_set):
     readers = ShardReader(coco_set), ShardReader(coco_set)
     select_annotated(readers[0])
     assert readers[0].num_samples == 7 and readers[0].fingerprint != readers[1].fingerprint
+    leave_out_unlisted("--val", readers[1])
+    assert readers[1].num_samples == 8, "an image without instances is part of the validation set"
+
+
+def test_images_that_the_annotation_file_does_not_list_are_left_out(tmp_path):
+    root = write_coco(tmp_path / "coco", 3)
+    tree = read_instances(root, "train2017")
+    gone = [tree["images"].pop()["id"] for _ in range(2)]
+    tree["annotations"] = [entry for entry in tree["annotations"] if entry["image_id"] not in gone]
+    write_instances(root, tree, "train2017")
+    arguments = ["-m", "data_prep", "coco", root, tmp_path / "set", "--split", "train", "--shard-size", "1"]
+    assert fork(arguments).returncode == 0
+    reader = ShardReader(tmp_path / "set")
+    leave_out_unlisted("--val", reader)
+    assert reader.num_samples == 1 and sorted(map(len, read_annotations(reader))) == [0, 0, 1]
+    batches = list(DenseEvalLoader(reader, EvalTransform(64), RECIPE.data, 2, CPU))
+    assert [batch.targets[0]["image_id"] for batch in batches] == [tree["images"][0]["id"]]
 
 
 def test_pixels_are_pillows_at_the_place_of_the_target(coco_set):

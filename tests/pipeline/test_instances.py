@@ -159,6 +159,7 @@ def encoded(*instances, **changes):
         ({"segmentation": []}, "no polygon of three points"),
         ({"segmentation": {"size": [80, 60], "counts": [0, 100, 4700]}}, "run-length encoding of another size"),
         ({"segmentation": {"size": [60, 80], "counts": [0, 100]}}, "run-length encoding of another size"),
+        ({"segmentation": None}, "no segmentation"),
         ({"category_id": None}, "damaged"),
     ],
 )
@@ -167,6 +168,12 @@ def test_unusable_instances_are_skipped_and_counted(change, reason):
     assert len(annotation.instances) == 2 and annotation.skipped.total() == 1
     assert reason is None or annotation.skipped[reason] == 1
     assert annotation.instances[1].is_crowd and annotation.image_id == 7
+
+
+def test_iscrowd_and_area_may_be_missing():
+    plain = {name: value for name, value in GOOD.items() if name not in ("iscrowd", "area")}
+    (instance,) = parse_annotation(encoded(plain)).instances
+    assert not instance.is_crowd and instance.area == 400
 
 
 def test_polygons_of_two_points_do_not_spoil_the_others():
