@@ -19,6 +19,8 @@ from pipeline.weights.run import LoadedRun, load_run
 from pipeline.weights.tokenizer import attach_tokenizer
 
 MAX_TILES = 16
+PIXEL_KINDS = "agreement", "difficulty"
+"""Kinds that compare predicted pixels."""
 
 
 def reconstruct(
@@ -48,6 +50,11 @@ def reconstruct(
     opened, lines = open_images(images, count), []
     for run in runs:
         loaded = load_run(run)
+        if not loaded.method.target.is_image and (pixel_kinds := [kind for kind in kinds if kind in PIXEL_KINDS]):
+            raise UserError(
+                f"--kind {pixel_kinds[0]}: compares pixels, and {run} predicts {loaded.recipe.method.target.name}; use "
+                "grid, attention or features"
+            )
         attach_tokenizer(loaded.method, loaded.recipe)
         batch = to_batch(opened, loaded.recipe.data, tiles * loaded.recipe.data.image_size)
         for kind in kinds:
