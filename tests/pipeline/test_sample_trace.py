@@ -1,7 +1,7 @@
 """The sample trace lists the samples of every step once, after any history of interruptions."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.train.run_directory import RunDirectory
@@ -25,6 +25,7 @@ def read_lines(run, kind):
     return sorted(line for path in run.samples.glob(f"{kind}-*.txt") for line in path.read_text().splitlines())
 
 
+@settings(max_examples=30)  # each example syncs hundreds of files
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 3, 6]), st.integers(1, 4), st.integers(0, 3)), max_size=5))
 def test_trace_does_not_depend_on_the_history_of_the_run(tmp_path_factory, starts):
     run, uninterrupted = (RunDirectory(tmp_path_factory.mktemp(name)) for name in ("run", "uninterrupted"))
