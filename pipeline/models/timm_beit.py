@@ -42,7 +42,7 @@ def build_timm_beit(
         mlp_ratio=mlp_ratio,
         num_classes=0,
         global_pool="",
-        norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+        norm_layer=partial(nn.LayerNorm, eps=norm_eps),  # pyright: ignore[reportArgumentType]
         init_values=1.0,
         use_abs_pos_emb=False,
         use_shared_rel_pos_bias=True,

@@ -140,7 +140,7 @@ def _overrides_by_step(experiment: Experiment, overrides: Sequence[str]) -> dict
         key = setting.partition("=")[0]
         accepting = [step for step in needed if key in recipe_keys(KINDS[step]) - SET_BY_COMMAND]
         if is_named:
-            accepting = [step for step in accepting if step == prefix]
+            accepting = [step for step in accepting if prefix == step]
         else:  # the probe takes these keys from the weights
             accepting = [step for step in accepting if step != "linprobe" or key not in SET_BY_WEIGHTS]
         if not accepting:
