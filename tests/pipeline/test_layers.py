@@ -1,6 +1,7 @@
 """Import rules: the layers of `pipeline`, and which modules may import what. See docs/architecture.md."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted([*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
