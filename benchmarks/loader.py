@@ -210,22 +210,18 @@ def _forever(loader) -> Batches:
             yield batch[0] if isinstance(batch, (list, tuple)) else batch
 
 
+def _data_loader(setup: Setup, dataset, **options) -> torch.utils.data.DataLoader:
+    options |= {"shuffle": True, "drop_last": True, "persistent_workers": True}
+    return torch.utils.data.DataLoader(dataset, setup.batch, num_workers=setup.threads, **options)
+
+
 # ---- The loaders: each function returns an endless iterator of batches
 
 
 def torchvision(setup: Setup) -> Batches:
     from torchvision.datasets import ImageFolder
 
-    return _forever(
-        torch.utils.data.DataLoader(
-            ImageFolder(str(setup.photographs), _augmentation()),
-            setup.batch,
-            shuffle=True,
-            num_workers=setup.threads,
-            drop_last=True,
-            persistent_workers=True,
-        )
-    )
+    return _forever(_data_loader(setup, ImageFolder(str(setup.photographs), _augmentation())))
 
 
 def torchvision_gpu(setup: Setup) -> Batches:
@@ -241,15 +237,7 @@ def torchvision_gpu(setup: Setup) -> Batches:
         def __getitem__(self, index):
             return read_file(self.paths[index])
 
-    loader = torch.utils.data.DataLoader(
-        Files(),
-        setup.batch,
-        shuffle=True,
-        num_workers=setup.threads,
-        drop_last=True,
-        collate_fn=list,
-        persistent_workers=True,
-    )
+    loader = _data_loader(setup, Files(), collate_fn=list)
     augment = v2.Compose(
         [v2.RandomResizedCrop(SIZE, SCALE, interpolation=InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()]
     )

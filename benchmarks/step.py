@@ -34,6 +34,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.distributed.hardware import GPUS, keep_freed_memory, peak_flops
@@ -124,18 +125,10 @@ def engine_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
 
 def encoder_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
     """Return the forward pass of an encoder; its FLOPs are given as a third, because no backward pass follows."""
-    from timm.models.vision_transformer import VisionTransformer
-
     torch.manual_seed(0)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    if name == "encoder":
-        model = build_method(our_recipe("mae", args)).to(args.device, dtype)
-        forward: Callable = model.forward_features
-    else:
-        size = VIT_SIZES[args.model]
-        shape = {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
-        model = VisionTransformer(img_size=IMAGE, patch_size=args.patch, num_classes=0, **shape).to(args.device, dtype)
-        forward = model.forward_features
+    model = build_method(our_recipe("mae", args)) if name == "encoder" else timm_encoder(args)
+    forward: Callable = model.to(args.device, dtype).forward_features
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward(torch.randn(1, 3, IMAGE, IMAGE, device=args.device, dtype=dtype))
     if args.compile:
@@ -146,6 +139,12 @@ def encoder_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
         forward(torch.randn(args.batch, 3, IMAGE, IMAGE, device=args.device, dtype=dtype))
 
     return step, counter.get_total_flops() / 3
+
+
+def timm_encoder(args: argparse.Namespace) -> VisionTransformer:
+    size = VIT_SIZES[args.model]
+    shape = {"embed_dim": size.width, "depth": size.depth, "num_heads": size.heads}
+    return VisionTransformer(img_size=IMAGE, patch_size=args.patch, num_classes=0, **shape)
 
 
 def make_step(name: str, args: argparse.Namespace) -> tuple[Step, float]:
@@ -216,26 +215,16 @@ def lightly_mae(args: argparse.Namespace) -> torch.nn.Module:
     """Compose MAE as lightly's documentation does, with MAE's decoder and normalized targets."""
     from lightly.models import utils
     from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
-    from timm.models.vision_transformer import VisionTransformer
-
-    size = VIT_SIZES[args.model]
 
     class Loss(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            vit = VisionTransformer(
-                img_size=IMAGE,
-                patch_size=args.patch,
-                embed_dim=size.width,
-                depth=size.depth,
-                num_heads=size.heads,
-                num_classes=0,
-            )
+            vit = timm_encoder(args)
             self.backbone = MaskedVisionTransformerTIMM(vit=vit)
             self.decoder = MAEDecoderTIMM(
                 num_patches=vit.patch_embed.num_patches,
                 patch_size=args.patch,
-                embed_dim=size.width,
+                embed_dim=vit.embed_dim,
                 decoder_embed_dim=DECODER["width"],
                 decoder_depth=DECODER["depth"],
                 decoder_num_heads=DECODER["heads"],

@@ -225,7 +225,7 @@ def build_pipeline(
     return pipeline
 
 
-def error_reason(error: RuntimeError) -> str:
+def error_reason(error: Exception) -> str:
     """Return what went wrong, on one line, without DALI's trace of the pipeline's definition."""
     message = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
     return f"DALI: {' '.join(message.split())}"

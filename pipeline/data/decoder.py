@@ -38,7 +38,8 @@ from pipeline.errors import DeviceError, UserError
 MAX_ONLY_PILLOW_DECODES = 3
 """Images of a batch that DALI may reject although Pillow decodes them; with more, the device has failed."""
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|insufficient memory|bad_?alloc|memory ?allocation|fail\w* to allocate|alloc\w*[ _]fail",
+    r"out of memory|insufficient memory|bad_?alloc|memory ?allocation|fail\w* to allocate|can't allocate|"
+    r"alloc\w*[ _]fail",
     re.IGNORECASE,
 )
 """Matches the messages of the C++ library, CUDA, nvJPEG and DALI."""
@@ -81,7 +82,7 @@ class Decoder(Generic[BatchT]):
         self._in_flight: deque[tuple[BatchT, Inputs]] = deque()  # fed to DALI, not yet decoded
         self._resubmit: deque[BatchT] = deque()  # to be fed again after an error, before new batches
         self._num_unconfirmed = 0  # resubmitted batches that are not yet decoded
-        self._build = lambda: build_pipeline(pipeline_def, self._feed, batch_size, device, threads, prefetch)
+        self._batch_size, self._prefetch = batch_size, prefetch
         self._pipeline: Any = self._build()
         self._single_inputs: Inputs = ()
         self._single_pipeline: Any = None
@@ -162,6 +163,16 @@ class Decoder(Generic[BatchT]):
         list(pool.map(postprocess_rows, range(self._threads)))
         return images
 
+    def _build(self) -> Any:
+        """Build the pipeline, which allocates the decoders' buffers."""
+        try:
+            return build_pipeline(self._def, self._feed, self._batch_size, self._device, self._threads, self._prefetch)
+        except (RuntimeError, MemoryError) as error:
+            reason = error_reason(error)
+            if not OUT_OF_MEMORY.search(reason):
+                raise
+            raise self._out_of_memory_error(reason, f"the buffers of {self._threads} decoding threads") from error
+
     def _decode(self) -> tuple[BatchT, Inputs, Any]:
         """Return the next batch, its inputs and DALI's output for it, a TensorList."""
         while True:
@@ -187,7 +198,7 @@ class Decoder(Generic[BatchT]):
         batches = [*(batch for batch, _ in self._in_flight), *self._resubmit]
         try:
             if OUT_OF_MEMORY.search(reason):
-                raise self._out_of_memory_error(reason, [image for batch in batches for image in batch.inputs()[0]])
+                raise self._out_of_memory_error(reason, _describe([i for batch in batches for i in batch.inputs()[0]]))
             replaced = [self._replace_undecodable(batch) for batch in batches]
             if all(before is after for before, after in zip(batches, replaced, strict=True)):
                 raise self._device_error(f"decodes each image of a batch alone, but not the batch: {reason}")
@@ -218,7 +229,7 @@ class Decoder(Generic[BatchT]):
         if reason is None:
             return None
         if OUT_OF_MEMORY.search(reason):
-            raise self._out_of_memory_error(reason, inputs[0])
+            raise self._out_of_memory_error(reason, _describe(inputs[0]))
         if (device_reason := self._decode_single(self._def.good_inputs)) is not None:
             raise self._device_error(f"does not decode a good image either: {device_reason}")
         return reason
@@ -232,7 +243,7 @@ class Decoder(Generic[BatchT]):
                     self._def, lambda: self._single_inputs, batch_size=1, device=self._device, threads=1, prefetch=1
                 )
             self._single_pipeline.run()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self._single_pipeline = None  # unusable after an error
             return error_reason(error)
         return None
@@ -252,10 +263,14 @@ class Decoder(Generic[BatchT]):
             "exclude this node"
         )
 
-    def _out_of_memory_error(self, reason: str, encoded: Iterable[np.ndarray]) -> UserError:
-        sizes = [jpeg_size(image) for image in encoded]
-        width, height = max(sizes, key=math.prod)
+    def _out_of_memory_error(self, reason: str, what: str) -> UserError:
         return UserError(
-            f"engine.micro_batch: {node_name()}, {self._device}: not enough memory to decode {len(sizes)} images of at "
-            f"most {width} x {height} pixels: {reason}; reduce engine.micro_batch or data.prefetch"
+            f"engine.micro_batch: {node_name()}, {self._device}: not enough memory for {what}: {reason}; reduce "
+            "engine.micro_batch, data.prefetch or data.decode_threads"
         )
+
+
+def _describe(encoded: Iterable[np.ndarray]) -> str:
+    sizes = [jpeg_size(image) for image in encoded]
+    width, height = max(sizes, key=math.prod)
+    return f"decoding {len(sizes)} images of at most {width} x {height} pixels"

@@ -3,13 +3,17 @@
 Invariant: of all announced errors the first one is reported, by rank 0 alone, and every rank exits with code 2.
 
 A rank that waits in a collective cannot be called into another one, so the error goes through the process group's
-key-value store, which a thread of each rank polls.
+key-value store, which a thread of each rank polls. A rank ends only when all have read the error: a collective would
+otherwise fail on another rank, with another exit code. No rank destroys its process group, because NCCL would wait for
+what is unfinished.
 """
 
 import os
 import sys
 import threading
-import time
+from contextlib import suppress
+from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -18,10 +22,9 @@ from pipeline.distributed.launch import DistInfo
 
 EXIT_CODE = 2
 POLL_S = 1.0
-GRACE_S = 1.0
 READ_TIMEOUT_S = 10.0
-"""How long a rank with an error waits for the others to read it: rank 0 takes the store with it when it exits."""
-MESSAGE, READERS = "message", "readers"
+"""How long a rank waits until the others have read the error."""
+MESSAGE, READERS, ALL_READ = "message", "readers", "all read"
 """Keys in the store."""
 
 
@@ -33,22 +36,25 @@ class AbortChannel:
 
     def __init__(self, dist_info: DistInfo):
         self._dist_info = dist_info
-        self._store = dist.PrefixStore("abort", _get_default_store())  # pyright: ignore[reportPrivateImportUsage]
+        # A connection of its own: the main thread may be waiting in the process group's.
+        store = _get_default_store().clone()
+        self._store = dist.PrefixStore("abort", store)  # pyright: ignore[reportPrivateImportUsage]
         self._closed = threading.Event()
+        self._ending = threading.Lock()
         if dist_info.world_size > 1:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def announce(self, message: str) -> str:
-        """Announce an error of this rank, and wait until the other ranks have read it.
+        """End the processes of all ranks, this one included, because of an error of this rank.
 
         Returns:
-            The message of the rank that was the first to announce one. The caller must end this process with it.
+            With one rank, the message; the caller must raise it.
         """
-        self._closed.set()
-        first = self._store.compare_set(MESSAGE, "", message).decode()
-        self._wait_for_readers()
-        time.sleep(GRACE_S)  # the others end first: a group that this rank destroys would be another error for them
-        return first
+        if self._dist_info.world_size == 1:
+            return message
+        with suppress(RuntimeError):
+            message = self._store.compare_set(MESSAGE, "", message).decode()
+        self._end(message)
 
     def close(self) -> None:
         self._closed.set()
@@ -56,26 +62,21 @@ class AbortChannel:
     def _watch(self) -> None:
         while not self._closed.wait(POLL_S):
             try:
-                if not self._store.check([MESSAGE]):
-                    continue
-                message = self._store.get(MESSAGE).decode()
-                if self._closed.is_set():  # this rank ends by itself
-                    return
-                if self._dist_info.rank == 0:
-                    print(f"pipeline: error: {message}", file=sys.stderr, flush=True)
-                self._wait_for_readers()
+                announced = self._store.check([MESSAGE])
+                message = self._store.get(MESSAGE).decode() if announced else ""
             except RuntimeError:  # rank 0, which holds the store, has ended
                 return
-            os._exit(EXIT_CODE)
+            if announced:
+                self._end(message)
 
-    def _wait_for_readers(self) -> None:
-        """Count this rank as a reader; on rank 0, and if this rank has the error, wait for the others."""
-        readers = self._store.add(READERS, 1)
-        if self._dist_info.rank and not self._closed.is_set():
-            return
-        deadline = time.monotonic() + READ_TIMEOUT_S
-        while readers < self._dist_info.world_size and time.monotonic() < deadline:
-            time.sleep(POLL_S / 20)
-            readers = self._store.add(READERS, 0)
-        if not self._closed.is_set():
-            time.sleep(POLL_S / 5)  # the rank with the error reads the count from this one
+    def _end(self, message: str) -> NoReturn:
+        with self._ending:  # never released: the main thread may announce an error too
+            if self._dist_info.rank == 0:
+                print(f"pipeline: error: {message}", file=sys.stderr, flush=True)
+            # No traceback if the main thread's collective fails, because another rank ends a moment before this one.
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            with suppress(RuntimeError):  # a rank did not read it in time, or rank 0 has ended first
+                if self._store.add(READERS, 1) == self._dist_info.world_size:
+                    self._store.set(ALL_READ, "")
+                self._store.wait([ALL_READ], timedelta(seconds=READ_TIMEOUT_S))
+            os._exit(EXIT_CODE)

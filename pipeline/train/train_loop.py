@@ -179,7 +179,7 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
         """Describe the error that this rank's GPU is out of memory, with the fix."""
         saved = f"saved at step {self.state.saved_step}" if self.state.saved_step else "nothing was saved yet"
         return (
-            f"engine.micro_batch: {self.recipe.engine.micro_batch} images need more memory than the GPU of rank "
+            f"engine.micro_batch: {self.recipe.engine.micro_batch} needs more memory than the GPU of rank "
             f"{self.session.dist_info.rank} has; {self.out_of_memory_fix()}; {saved}"
         )
 

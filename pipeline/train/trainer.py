@@ -222,6 +222,8 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
 
     def out_of_memory_fix(self) -> str:
         micro_batch, unit = self.recipe.engine.micro_batch, self.recipe.micro_batch_unit
+        if is_auto(micro_batch):  # not even the model is on the GPU
+            return "end other programs on it"
         smaller = choose_micro_batch(micro_batch, unit, micro_batch / 2)
         options = [f"--set engine.micro_batch={smaller}"] * (smaller < micro_batch)
         if not self.recipe.engine.activation_checkpointing:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import time
+from subprocess import PIPE
 
 import pytest
 from forkserver import ForkedProcess
@@ -25,7 +26,19 @@ def test_all_ranks_exit_with_2_if_one_is_out_of_memory(shards, tmp_path, rank):
     assert time.monotonic() - started < 30
     (error,) = [line for line in run.output.read_text().splitlines() if "error" in line.lower()]
     assert error.startswith("pipeline: error: ")
-    assert f"engine.micro_batch: 4 images need more memory than the GPU of rank {rank} has" in error
+    assert f"engine.micro_batch: 4 needs more memory than the GPU of rank {rank} has" in error
     assert "engine.micro_batch=2" in error and "engine.activation_checkpointing=true" in error
     assert "saved at step 4" in error and "Traceback" not in run.output.read_text()
     assert json.loads((run.directory / "checkpoints/step-00000004/state.json").read_text())["step"] == 4
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_no_rank_ends_before_all_know_the_error(rank):
+    """Otherwise a collective fails on another rank, which exits with 1, and Slurm starts the job again."""
+    ranks = [
+        ForkedProcess(["-m", "aborting_ranks", str(rank)], env=environment(**variables), stdout=PIPE, stderr=PIPE)
+        for variables in rank_environments(4)
+    ]
+    errors = [process.communicate()[1] for process in ranks]
+    assert [process.returncode for process in ranks] == 4 * [2], errors
+    assert errors == ["pipeline: error: out of memory\n", "", "", ""]

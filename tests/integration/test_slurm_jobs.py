@@ -55,6 +55,27 @@ def test_dependent_jobs_fine_tune_and_evaluate(cluster, labelled_sets, tmp_path)
     assert "top-1" in evaluation.log() and evaluation.log().rstrip().endswith("done")
 
 
+@pytest.mark.soak
+def test_job_out_of_memory_on_one_rank_is_not_requeued(cluster, shards, tmp_path):
+    """The job's Python trains with a method that is out of memory on rank 1."""
+    faults = json.dumps([{"kind": "out of memory", "rank": 1, "steps": [6]}])
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f"""#!/bin/bash
+        [ "$3" = pretrain ] || exec {sys.executable} "$@"
+        exec {sys.executable} -m faulty '{faults}' "${{@:5}}"
+        """
+    )
+    python.chmod(0o755)
+    job = Job(cluster, shards, tmp_path, train__steps=JOB_STEPS)
+    job.submit("pretrain_vith.sh", VENV=str(python.parents[1]), PYTHONPATH=str(Path(__file__).parent))
+    ended = job.wait()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), job.log()
+    assert "engine.micro_batch: 4 needs more memory than the GPU of rank 1" in job.log()
+    assert "stopped with exit code 2" in job.log() and "Traceback" not in job.log()
+
+
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
 def test_slurm_accepts_every_template(cluster, template):
     cluster.run("sbatch", "--test-only", "--nodes=2", template)

@@ -32,8 +32,9 @@ def hang(path):
     """Start a process in a session of its own, write its id, and hang."""
     command = [sys.executable, "-c", "import time; time.sleep(600)"]
     process = subprocess.Popen(command, start_new_session=True)
-    with open(path, "w") as file:
+    with open(path + ".new", "w") as file:
         file.write(str(process.pid))
+    os.rename(path + ".new", path)
     time.sleep(600)
 
 
@@ -55,8 +56,8 @@ def never_skip(context):
     return skip_on_stages(context, "fp32", [(1, "none")], should_skip=lambda guard, norm: torch.zeros(()))
 
 
-def memory_verdict(context, gib=None):
-    """Check the memory; with `gib` its reading is that number."""
+def memory_verdict(context, gib):
+    """Check the memory; its reading is `gib`."""
     from pipeline.gpu_check.memory import check_memory
 
-    return check_memory(Context(**context), None if gib is None else lambda: gib).verdict
+    return check_memory(Context(**context), lambda: gib).verdict

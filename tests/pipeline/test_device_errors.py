@@ -134,11 +134,20 @@ def test_lack_of_memory_names_the_micro_batch_and_no_image(shards, tmp_path, log
         decoding.assert_nothing_recorded(log)
 
 
+def test_lack_of_memory_for_the_buffers_is_a_user_error(shards, tmp_path):
+    def build_graph(*_):
+        raise MemoryError("Can't allocate 1234 bytes on device 0.")
+
+    with pytest.raises(UserError, match=r"^engine\.micro_batch: .*buffers of 1 decoding threads: DALI: Can't allocate"):
+        Decoding(shards, tmp_path, TRAINING._replace(build_graph=build_graph))
+
+
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
         ("CUDA allocation failed", True),
-        ("Can't allocate 1234 bytes on device 0: cudaErrorMemoryAllocation: out of memory", True),
+        ("Can't allocate 1234 bytes on device 0.", True),
+        ("CUDA error: cudaErrorMemoryAllocation", True),
         ("std::bad_alloc", True),
         ("nvJPEG error (5): NVJPEG_STATUS_ALLOCATOR_FAILURE", True),
         ("Failed to allocate a buffer", True),

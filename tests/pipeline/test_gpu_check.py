@@ -1,7 +1,8 @@
-"""gpu-check: a fault makes the check about it fail, a crash fails one check only, and verdicts follow the bounds."""
+"""gpu-check: a fault makes the check about it fail, and a crash fails one check only."""
 
 import json
 import os
+import sys
 from dataclasses import replace
 
 import forkserver
@@ -15,10 +16,9 @@ from hypothesis import strategies as st
 from pipeline.data.dali import training_pipeline_def
 from pipeline.data.decode_options import DecodeOptions
 from pipeline.errors import UserError
-from pipeline.gpu_check import compile as compile_check
-from pipeline.gpu_check import loader_speed, memory, methods, network, resume, speed, stages
+from pipeline.gpu_check import methods, stages
 from pipeline.gpu_check.check import Context
-from pipeline.gpu_check.child import ChildError, call
+from pipeline.gpu_check.child import ChildError, call, run
 from pipeline.gpu_check.command import gpu_check
 from pipeline.gpu_check.device_errors import decode_with, fail_on_every_image, judge_damaged, judge_failure
 from pipeline.gpu_check.pixels import (
@@ -30,7 +30,6 @@ from pipeline.gpu_check.pixels import (
     small_batches,
     training_batches,
 )
-from pipeline.gpu_check.recommend import best_micro_batch, best_threads, recommend
 from pipeline.gpu_check.registry import CHECKS, Check
 from pipeline.gpu_check.sample_images import KINDS, build_shard_set, make_jpeg
 
@@ -98,46 +97,39 @@ def test_crash_after_the_result_is_an_error(child):
 
 
 def test_hanging_child_is_killed_with_its_descendants(child, tmp_path):
-    path = tmp_path / "pid"
-    with pytest.raises(ChildError, match="no result after 3 s"):
-        child(hang, timeout_s=3.0, path=str(path))
+    path, output = tmp_path / "pid", tmp_path / "output"
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.gpu_check.child",
+        "gpu_check_faults:hang",
+        json.dumps({"path": str(path)}),
+    ]
+    assert not run([*command, str(tmp_path / "result")], output, device="cpu", timeout_s=60.0, stop_when=path.exists)
     pid = int(path.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    with pytest.raises(ChildError, match="no result after 0 s"):
+        child(hang, timeout_s=0.0, path=str(path))
 
 
 # ---- The command
 
 
-def test_crashed_check_fails_and_the_others_still_run(tmp_path, monkeypatch, capsys):
+def test_crashed_check_fails_and_the_others_are_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", f"{HERE}:{forkserver.ROOT}")
     path = tmp_path / "report.json"
-    names = ("crashing_check", "passing_check")
-    checks = [Check(name, f"gpu_check_faults:{name}") for name in names]
+    functions = {"pixels": "crashing_check", "loader-speed": "passing_check"}
+    checks = [Check(name, f"gpu_check_faults:{function}") for name, function in functions.items()]
     assert not gpu_check("cpu", json_file=path, checks=checks)
     report = json.loads(path.read_text())
-    assert [(check["name"], check["verdict"]) for check in report["checks"]] == [
-        (names[0], "failed"),
-        (names[1], "passed"),
-    ]
+    verdicts = [(check["name"], check["verdict"]) for check in report["checks"]]
+    assert verdicts == [("pixels", "failed"), ("loader-speed", "passed")]
     assert all(check.keys() == {"name", "value", "bound", "verdict"} for check in report["checks"])
     assert "SIGSEGV" in report["checks"][0]["value"]
+    assert report["recommended"] == {"data.decode_threads": 1}
     captured = capsys.readouterr()
-    assert all(name in captured.out for name in names) and "in crashing_check" in captured.err
-
-
-def test_command_reports_decoding_checks(tmp_path):
-    path = tmp_path / "report.json"
-    arguments = ["--device", "cpu", "--only", "pixels", "device-errors", "loader-speed", "--json", path]
-    done = forkserver.run(["-m", "pipeline", "gpu-check", *arguments])
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(path.read_text())
-    verdicts = {check["name"]: check["verdict"] for check in report["checks"]}
-    assert verdicts == {"pixels": "passed", "device-errors": "passed", "loader-speed": "measured"}
-    assert all("no GPU" in check["value"] or "CPU" in check["value"] for check in report["checks"])
-    threads = [row["threads"] for row in report["measured"]["loader-speed"]]
-    assert report["recommended"] == {"data.decode_threads": report["recommended"]["data.decode_threads"]}
-    assert report["recommended"]["data.decode_threads"] in threads
-    assert "--set data.decode_threads=" in done.stdout.splitlines()[-1]
+    assert all(name in captured.out for name in functions) and "in crashing_check" in captured.err
+    assert "--set data.decode_threads=1" in captured.out.splitlines()[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -165,6 +157,28 @@ def test_there_are_fifteen_checks_and_each_can_be_imported():
 
 
 # ---- Pixels
+
+
+def fork(function, /, **arguments):
+    """Call "module:function" in a process that has imported the heavy modules. Returns the result, a JSON value."""
+    module, _, name = function.partition(":")
+    code = (
+        f"import json; from {module} import {name}; print(json.dumps({name}(**json.loads({json.dumps(arguments)!r}))))"
+    )
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": HERE}
+    done = forkserver.run(["-c", code], env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"), [("pixels", "passed"), ("device-errors", "passed"), ("loader-speed", "measured")]
+)
+def test_decoding_checks_run_on_the_cpu(context, name, verdict):
+    (check,) = [check for check in CHECKS if check.name == name]
+    finding = fork("pipeline.gpu_check.check:run_check", function=check.function, context=context.__dict__)
+    assert finding["verdict"] == verdict
+    assert "no GPU" in finding["value"] or "CPU" in finding["value"]
 
 
 def test_sample_images_have_every_kind_and_odd_sizes():
@@ -256,18 +270,6 @@ def test_digest_depends_on_every_bit_and_the_order(position, bit):
 # ---- Training
 
 
-def fork(function, **arguments):
-    """Call "module:function" in a process that has imported the heavy modules. Returns the result, a JSON value."""
-    module, _, name = function.partition(":")
-    code = (
-        f"import json; from {module} import {name}; print(json.dumps({name}(**json.loads({json.dumps(arguments)!r}))))"
-    )
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": HERE}
-    done = forkserver.run(["-c", code], env=env)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def test_step_that_should_have_been_skipped_fails(context):
     arguments = {"context": context.__dict__, "precision": "fp32", "stages": [(1, "none")]}
     right = fork("pipeline.gpu_check.stage_ranks:skip_on_stages", **arguments)
@@ -277,33 +279,7 @@ def test_step_that_should_have_been_skipped_fails(context):
 
 
 def test_memory_above_the_estimate_fails(context):
-    assert fork("gpu_check_faults:memory_verdict", context=context.__dict__) == "passed"
     assert fork("gpu_check_faults:memory_verdict", context=context.__dict__, gib=100.0) == "failed"
-
-
-@given(st.floats(0.5, 2.0))
-def test_memory_may_exceed_the_estimate_by_a_tenth(ratio):
-    rows = [{"micro_batch": 1, "measured_gib": ratio * gib, "estimated_gib": gib} for gib in (10.0, 20.0)]
-    assert (memory.judge_memory(rows, "").verdict == "passed") == (ratio <= 1.1)
-
-
-@pytest.mark.parametrize(
-    ("values", "verdict"),
-    [
-        ([1.0, 0.50004], "passed"),
-        ([1.0, 0.5001], "failed"),
-        ([1.0, float("nan")], "failed"),
-        ([float("nan")] * 2, "failed"),
-    ],
-)
-def test_stages_must_have_the_losses_of_pytorch(values, verdict):
-    losses = {
-        "PyTorch, 1 rank": [1.0, 0.5],
-        "fp32, ZeRO 1": [1.0, 0.5],
-        "fp32, ZeRO 2": values,
-        "bf16, ZeRO 1": [1.01, 0.505],
-    }
-    assert stages.judge_losses(losses, "PyTorch, 1 rank").verdict == verdict
 
 
 def test_methods_in_float32_are_close_to_float64(context):
@@ -312,109 +288,6 @@ def test_methods_in_float32_are_close_to_float64(context):
     assert methods.compare(reference, reference) == methods.Errors(0, 0)
     errors = methods.compare(methods.train(recipe, CPU, torch.float32), reference)
     assert 0 < max(errors) < max(methods.BOUNDS["fp32"])
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("quantity", ["loss", "norm", "masks"])
-def test_methods_must_agree_with_the_reference(precision, quantity):
-    right = {"fp32": methods.Errors(1e-6, 1e-6), "bf16": methods.Errors(1e-3, 1e-2)}
-    assert methods.judge_errors(right, True, CPU).verdict == "passed"
-    wrong = right if quantity == "masks" else {**right, precision: right[precision]._replace(**{quantity: 0.1})}
-    assert methods.judge_errors(wrong, quantity != "masks", CPU).verdict == "failed"
-
-
-def test_resumed_losses_must_be_equal_and_complete():
-    losses = [(step, 1.0 / step) for step in range(1, 5)]
-    close = [(step, loss * (1 + 1e-6)) for step, loss in losses]
-    assert resume.judge_losses(losses, losses, close).verdict == "passed"
-    assert resume.judge_losses(losses, losses, None).verdict == "passed"
-    assert resume.judge_losses(losses, close, losses).verdict == "failed"
-    assert resume.judge_losses(losses, losses[:-1], losses).verdict == "failed"
-    assert resume.judge_losses(losses, losses, losses[1:]).verdict == "failed"
-
-
-@pytest.mark.parametrize(
-    ("breaks", "graphs", "difference", "verdict"),
-    [(0, 2, 1e-3, "passed"), (1, 2, 0.0, "failed"), (0, 0, 0.0, "failed"), (0, 2, 0.1, "failed")],
-)
-def test_compiled_step_has_graphs_no_break_and_the_loss(breaks, graphs, difference, verdict):
-    assert compile_check.judge_compile(breaks, graphs, difference, 1.0, 1.0).verdict == verdict
-
-
-# ---- Speed
-
-
-def speed_rows(mfu):
-    row = {"recipe": "vitl16_mae", "ranks": 1, "mfu": None}
-    rows = [
-        {**row, "micro_batch": batch, "images_per_s": rate} for batch, rate in ((64, 80.0), (128, 99.0), (256, 100.0))
-    ]
-    rows[-1]["mfu"] = mfu
-    return [
-        *rows,
-        *({**row, "micro_batch": 64, "zero_stage": stage, "images_per_s": 100.0 - stage} for stage in (1, 3)),
-    ]
-
-
-@pytest.mark.parametrize(("mfu", "verdict"), [(None, "measured"), (0.5, "below goal"), (0.6, "passed")])
-def test_mfu_below_the_goal_is_not_a_failure(mfu, verdict):
-    assert speed.judge_speed(speed_rows(mfu)).verdict == verdict
-
-
-@pytest.mark.parametrize(
-    ("demand", "on_gpu", "verdict"),
-    [(80.0, True, "passed"), (90.0, True, "failed"), (0, True, "measured"), (90.0, False, "measured")],
-)
-def test_loader_must_be_faster_than_the_engine(demand, on_gpu, verdict):
-    rows = [{"threads": n, "images_per_s": 50.0 * n, "cpu_ms": 1.0, "gpu_share": None} for n in (1, 2)]
-    assert loader_speed.judge_rates(rows, demand, on_gpu).verdict == verdict
-
-
-def test_wrong_sum_and_remote_cores_are_reported():
-    rank = {
-        "rank": 0,
-        "backend": "nccl",
-        "cores": 4,
-        "torch_threads": 8,
-        "correct": True,
-        "gb_per_s": 1.0,
-        "gloo_us": 9.0,
-    }
-    rank |= {"cpu_nodes": [0], "gpu_node": 1}
-    finding = network.judge_ranks([rank, {**rank, "rank": 1, "gpu_node": 0}])
-    assert finding.verdict == "passed" and "[0]" in finding.value and "OMP_NUM_THREADS" in finding.value
-    assert network.judge_ranks([rank, {**rank, "correct": False}]).verdict == "failed"
-    assert network.judge_ranks([rank]).verdict == "measured"
-
-
-@given(st.lists(st.floats(1, 1000), min_size=1, max_size=6))
-def test_recommended_micro_batch_is_the_smallest_near_the_best(rates):
-    rows = [{"micro_batch": 2**number, "images_per_s": rate} for number, rate in enumerate(rates)]
-    best = best_micro_batch(rows)
-    by_batch = {row["micro_batch"]: row["images_per_s"] for row in rows}
-    assert by_batch[best] >= 0.97 * max(rates)
-    assert all(rate < 0.97 * max(rates) for batch, rate in by_batch.items() if batch < best)
-
-
-def test_recommendations_follow_from_measured_rows():
-    findings = {
-        "engine-speed": {"verdict": "measured", "rows": speed_rows(0.5)},
-        "compile": {"verdict": "passed", "rows": [{"speed_up": 1.3, "first_step_s": 60.0}]},
-        "loader-speed": {
-            "verdict": "passed",
-            "rows": [{"threads": n, "images_per_s": rate} for n, rate in ((1, 70.0), (2, 130.0), (4, 200.0))],
-        },
-    }
-    assert recommend(findings) == {
-        "engine.micro_batch": {"vitl16_mae": 128},
-        "engine.zero_stage": 1,
-        "engine.compile": True,
-        "data.decode_threads": 2,
-    }
-    assert recommend({}) == {}
-    failed = {name: {**finding, "verdict": "failed"} for name, finding in findings.items()}
-    assert recommend(failed) == {}
-    assert best_threads(findings["loader-speed"]["rows"], 1000.0) == 4
 
 
 def test_context_round_trips_through_json(context):

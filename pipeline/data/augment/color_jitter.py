@@ -6,6 +6,8 @@ strength; 0.4 is that of BEiT's pre-training.
 
 import torch
 
+from pipeline.data.transfer import copy_to_device
+
 STRENGTH = 0.4
 NUM_OPERATIONS = 3
 NOISE_DIM = 2 * NUM_OPERATIONS
@@ -20,7 +22,7 @@ def jitter_colors(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     1 + STRENGTH; the argsort of the second half is the order of the operations.
     """
     factors = 1 + STRENGTH * (2 * noise[:, :NUM_OPERATIONS] - 1)
-    luma = images.new_tensor(LUMA)[:, None, None]
+    luma = copy_to_device(torch.tensor(LUMA), images.device)[:, None, None]
     for operation in noise[:, NUM_OPERATIONS:].argsort(dim=1, stable=True).unbind(1):
         factor = factors.gather(1, operation[:, None])[:, :, None, None]
         gray = (images * luma).sum(dim=1, keepdim=True)

@@ -45,7 +45,7 @@ def change_hue_and_saturation(images: torch.Tensor, factor: torch.Tensor, turns:
     )
     sector = sector + 6 * turns[:, None, None]  # of the color circle, in sixths
     new_chroma = torch.minimum((value - low) * factor[:, None, None], value)
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device)[None, :, None, None]
+    offsets = torch.arange(5.0, 0.0, -2.0, device=images.device)[None, :, None, None]
     distance = (offsets + sector[:, None]).remainder(6)
     share = torch.minimum(distance, 4 - distance).clamp(0, 1)
     return value[:, None] - new_chroma[:, None] * share
