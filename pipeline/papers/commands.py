@@ -141,7 +141,9 @@ def _overrides_by_step(experiment: Experiment, overrides: Sequence[str]) -> dict
         names: set[str] = {prefix} if is_named else set(KINDS)
         if not is_named and key in SET_BY_WEIGHTS:  # the probe takes these keys from the weights
             names.remove("linprobe")
-        accepting = [step for step in needed if step in names and key in recipe_keys(KINDS[step]) - SET_BY_COMMAND]
+        accepting: list[Step] = [
+            step for step in needed if step in names and key in recipe_keys(KINDS[step]) - SET_BY_COMMAND
+        ]
         if not accepting:
             raise UserError(f"--set {override}: no command of {experiment.name} has this key; fix its name")
         for step in accepting:
