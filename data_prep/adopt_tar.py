@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from data_prep.labels import LabelRule
 from data_prep.pixels import ImageError
 from data_prep.shard_set import Shard, idx_path, quote_name, read_index, tar_path
-from data_prep.source_reader import check_image_bytes
+from data_prep.source_reader import check_image_size_limit
 from data_prep.sources.sample import Location
 from data_prep.sources.sequential_reader import SequentialReader, UnreadableSource, open_local
 from data_prep.sources.tar_samples import (
@@ -125,7 +125,7 @@ class _TarAdoption:
             return
         member = members[extension]
         try:
-            check_image_bytes(member.size)
+            check_image_size_limit(member.size)
             data = self._reader.read_at(member.offset, member.size)
             result = replace(images.check_in_place(data, self._job.policy), data=b"")  # to save memory
         except ImageError as error:

@@ -151,7 +151,7 @@ def _build_missing_shards(job: BuildJob, numbers: range, workers: int) -> None:
             progress.close()
     if job.policy.resize is not None:
         load_resizer()
-    progress = Progress(sum(map(job.plan.shard_inputs, missing)))
+    progress = Progress(sum(map(job.plan.count_inputs, missing)))
     try:
         run_in_workers(job, numbers, workers, progress.update)
     finally:

@@ -212,7 +212,7 @@ def lock_build(out: Path, exclusive: bool) -> Iterator[None]:
         try:
             fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"OUT {out}: another process is building it; wait until it ends") from error
+            raise UserError(f"OUT {out}: another process is building or adopting it; wait until it ends") from error
         except OSError:
             pass  # no locks on this file system
         if exclusive:

@@ -85,7 +85,7 @@ def parse_label_options(labels: str, label_key: str | None) -> LabelRule | None:
     """
     if label_key is not None:
         if labels != "auto":
-            raise UserError(f"--label-key {label_key}: contradicts --labels {labels}; remove one")
+            raise UserError(f"--label-key {label_key}: cannot be combined with --labels {labels}; remove one")
         return LabelRule("json", label_key)
     return None if labels == "auto" else LabelRule(labels)
 

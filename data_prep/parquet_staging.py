@@ -39,7 +39,7 @@ def open_parquet(path: Path) -> Any:
     try:
         return pq.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: no parquet file, or damaged ({error}); download it again") from error
+        raise UserError(f"{path}: not a valid parquet file ({error}); download it again") from error
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def read_members(file: BinaryIO, where: str | os.PathLike) -> Iterator[Member]:
         padded = -(-member.size // BLOCK) * BLOCK
         position += BLOCK + padded
         if position > total:
-            raise ShardSetError(f"{where}: ends inside {member.name!r}")
+            raise ShardSetError(f"{where}: is truncated inside {member.name!r}")
         yield member
 
 

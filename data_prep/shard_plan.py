@@ -63,7 +63,7 @@ class ShardPlan:
     def source_bytes(self) -> int:
         return int(np.asarray(self._size)[self.order].sum())
 
-    def shard_inputs(self, shard: int) -> int:
+    def count_inputs(self, shard: int) -> int:
         return int(self.bounds[shard + 1] - self.bounds[shard])
 
     def shard_bytes(self, shard: int, image_limit: int | None = None) -> int:

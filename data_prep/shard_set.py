@@ -205,7 +205,7 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
                 "again to finish it"
             ) from error
         hint = suggest_command(directory)
-        raise ShardSetError(f"{directory}: no shard set (no {MANIFEST}); {hint}") from error
+        raise ShardSetError(f"{directory}: not a shard set (no {MANIFEST}); {hint}") from error
     except OSError as error:
         raise _unreadable(path, error) from error
     return parse_manifest(data, path)

@@ -44,7 +44,7 @@ class SourceReader:
             UserError: If the source cannot be read or has changed since it was planned.
             ImageError: If the file is too large or cannot be decompressed.
         """
-        check_image_bytes(location.size)
+        check_image_size_limit(location.size)
         try:
             data = self._read(location)
         except (OSError, UnreadableSource) as error:
@@ -81,7 +81,7 @@ class SourceReader:
             self._staged_ends[name] = np.load(self._staged / f"{name}.npy", mmap_mode="r")
         ends = self._staged_ends[name]
         start = int(ends[row - 1]) if row else 0
-        check_image_bytes(int(ends[row]) - start)
+        check_image_size_limit(int(ends[row]) - start)
         return os.pread(self._descriptor(str(self._staged / f"{name}.images")), int(ends[row]) - start, start)
 
     def _descriptor(self, path: str) -> int:
@@ -94,7 +94,7 @@ class SourceReader:
         return self._descriptors[path]
 
 
-def check_image_bytes(size: int) -> None:
+def check_image_size_limit(size: int) -> None:
     """Raise ImageError if a file is too large to be read into memory."""
     if size > IMAGE_BYTES_LIMIT:
         raise ImageError("too_large", f"a file of {size:,} bytes")

@@ -272,7 +272,7 @@ class _Part(io.RawIOBase):
 
     def read(self, count: int = -1) -> bytes:
         if not 0 <= count <= _HEADER_LIMIT:
-            raise tarfile.ReadError("a header of impossible size")
+            raise tarfile.ReadError(f"a header claims {count:,} bytes")
         if self.size is not None:
             count = max(0, min(count, self.size - self._position))
         self._file.seek(self._start + self._position)

@@ -82,7 +82,9 @@ class ImageNetSource(Source):
             wnid_of = _wnid_from_folder
         wnids = sorted(set(wnids))
         if not wnids:
-            raise UserError(f"{root / self._container}: no class (n01440764, ...)")
+            raise UserError(
+                f"{root / self._container}: contains no class named by its WordNet ID (n01440764, ...); check SRC"
+            )
         names = tuple(readable[wnid] for wnid in wnids) if all(wnid in readable for wnid in wnids) else ()
         self.classes = Classes(tuple(wnids), names)
         return wnid_of

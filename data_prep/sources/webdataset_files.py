@@ -119,8 +119,8 @@ def find_tars(source: str) -> tuple[str, list[str]]:
     if not is_url(source):
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
-            more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-            raise UserError(f"SRC {shown}: {missing[0]}{more} does not exist")
+            more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
+            raise UserError(f"SRC {shown}: {missing[0]} does not exist{more}; download it, or correct the pattern")
         paths = [os.path.abspath(path) for path in paths]
     folders = zip(*(path.split("/")[:-1] for path in paths), strict=False)
     root = "/".join(level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, folders))

@@ -20,7 +20,7 @@ def add_command(
     return command
 
 
-def add_training_arguments(command: argparse.ArgumentParser) -> None:
+def add_pretraining_arguments(command: argparse.ArgumentParser) -> None:
     add_recipe_arguments(command)
     command.add_argument(
         "--data",

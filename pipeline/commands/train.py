@@ -8,9 +8,9 @@ from pipeline.commands.arguments import (
     add_command,
     add_deepspeed_argument,
     add_labeled_set_arguments,
+    add_pretraining_arguments,
     add_recipe_arguments,
     add_run_argument,
-    add_training_arguments,
 )
 from pipeline.distributed.logging import env_rank
 from pipeline.errors import UserError
@@ -64,7 +64,7 @@ exit codes: as for pretrain
 
 def add_to(commands) -> None:
     summary = "pre-train a recipe on shard sets"
-    add_training_arguments(add_command(commands, "pretrain", _pretrain, summary, PRETRAIN, PRETRAIN_EXAMPLES))
+    add_pretraining_arguments(add_command(commands, "pretrain", _pretrain, summary, PRETRAIN, PRETRAIN_EXAMPLES))
 
     summary = "train a classifier, detector or segmentation model"
     command = add_command(commands, "finetune", _finetune, summary, FINETUNE, FINETUNE_EXAMPLES)
@@ -88,7 +88,7 @@ def add_to(commands) -> None:
         "Check paths, data, disk, versions, devices, decoder and network on every node; write nothing.",
         "example:\n  srun python -m pipeline preflight vitl16_emae --data shards/in1k --run runs/l16\n",
     )
-    add_training_arguments(command)
+    add_pretraining_arguments(command)
     command.add_argument("--weights", metavar="WEIGHTS", help="for a finetune run: its --weights")
     command.add_argument("--val", metavar="VAL", help="for a finetune run: its --val")
 

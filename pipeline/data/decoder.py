@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from pipeline.data.dali import Inputs, PipelineDef, build_pipeline, error_reason
-from pipeline.data.pixels import can_decode, jpeg_size, single_threaded
+from pipeline.data.pixels import can_decode, jpeg_size, limit_torch_to_calling_thread
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.distributed.hardware import device_name
 from pipeline.distributed.launch import node_name
@@ -89,7 +89,7 @@ class Decoder(Generic[BatchT]):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool: ThreadPoolExecutor | None = None
         if pipeline_def.postprocess:
-            self._pool = ThreadPoolExecutor(threads, initializer=single_threaded)
+            self._pool = ThreadPoolExecutor(threads, initializer=limit_torch_to_calling_thread)
         # DALI itself holds `prefetch` batches; without `postprocess` those are the finished ones.
         self._thread = PrefetchThread(self._decoded_batches(), prefetch if self._pool else 1)
         atexit.register(self.close)  # a thread running DALI at interpreter exit would abort the process

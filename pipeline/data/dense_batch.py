@@ -14,7 +14,7 @@ import torch
 from pipeline.data.dali import Inputs
 from pipeline.data.loader import BatchBuilder
 from pipeline.data.philox import Purpose, uniform
-from pipeline.data.pixels import single_threaded
+from pipeline.data.pixels import limit_torch_to_calling_thread
 from pipeline.data.placement import DenseTransform, Placement, Target, pin
 from pipeline.data.reader import ShardReader
 from pipeline.data.sampler import SampleLocation
@@ -59,7 +59,7 @@ class Annotator:
 
     def __init__(self, reader: ShardReader, transform: DenseTransform, threads: int, pinned: bool):
         self.reader, self.transform, self.pinned = reader, transform, pinned
-        self._pool = ThreadPoolExecutor(threads, initializer=single_threaded)
+        self._pool = ThreadPoolExecutor(threads, initializer=limit_torch_to_calling_thread)
 
     def apply(
         self,

@@ -45,7 +45,7 @@ class MixtureSampler:
 
     def locate(self, positions: np.ndarray) -> SampleLocation:
         """Return the samples at stream positions, int64 (n,), each at least 0; amortized O(1) for each."""
-        sources, turns = self.draw_sources(positions)
+        sources, turns = self.locate_in_sources(positions)
         locations = SampleLocation(*(np.empty_like(turns) for _ in SampleLocation._fields))
         for source in np.unique(sources):
             rows = np.flatnonzero(sources == source)
@@ -56,7 +56,7 @@ class MixtureSampler:
             locations.sample_id[rows] = drawn.sample_id + self._first_sample[source]
         return locations
 
-    def draw_sources(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate_in_sources(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return each position's source and its position in that source's own stream, int64 (n,) each."""
         blocks, offsets = np.divmod(np.asarray(positions, np.int64), self.block_size)
         sources, turns = np.empty_like(blocks), np.empty_like(blocks)

@@ -2,7 +2,7 @@
 
 torch's resize of uint8 images is Pillow's arithmetic (bicubic, antialiased, rounded to integer levels),
 vectorized. It and numpy release the GIL, so a thread pool can process the images of a batch in parallel; each
-of its threads must call `single_threaded` first.
+of its threads must call `limit_torch_to_calling_thread` first.
 """
 
 import io
@@ -46,7 +46,7 @@ def known_good_jpeg() -> np.ndarray:
     return np.frombuffer(simplejpeg.encode_jpeg(gray, colorsubsampling="420"), np.uint8)
 
 
-def single_threaded() -> None:
+def limit_torch_to_calling_thread() -> None:
     """Run torch operators in the calling thread only; torch.set_num_threads would affect all threads."""
     torch.get_num_threads()  # makes torch initialize this thread's setting now and not override it later
     threadpool_limits(limits=1, user_api="openmp")

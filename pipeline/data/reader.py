@@ -219,8 +219,8 @@ class ShardReader:
             name, size = index.names[row], len(data) - TAR_HEADER_BYTES
             if not is_header_of(data[:TAR_HEADER_BYTES], name, size):
                 raise UserError(
-                    f"{self.shard_path(shard)}: no longer holds sample {name!r} at its indexed offset: the file was "
-                    f"replaced; {self.repair_hint(shard)}"
+                    f"{self.shard_path(shard)}: no longer holds sample {name!r} at its indexed offset: it was "
+                    f"replaced or damaged; {self.repair_hint(shard)}"
                 )
             images.append(np.frombuffer(data, np.uint8, size, TAR_HEADER_BYTES))
         return images
@@ -332,7 +332,9 @@ class ShardReader:
 
     def _select_by_class(self) -> list[np.ndarray]:
         if not self.manifest.has_labels:
-            raise UserError(f"data.subset_by_class: {self.paths[0]} has no labels; build it from class folders")
+            raise UserError(
+                f"data.subset_by_class: {self.paths[0]} has no labels; build it with labels, or remove this key"
+            )
         with ThreadPoolExecutor(self.data.read_threads) as pool:
             shards = range(len(self._shards))
             keys = list(pool.map(lambda shard: self._load_index(shard).keys, shards))

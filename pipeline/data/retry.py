@@ -87,7 +87,7 @@ def _run_with_timeout(attempt: Callable[[Heartbeat], T], timeout_s: float, stop:
         if stop.is_set():
             raise Cancelled
         if time.monotonic() - last_heartbeat > timeout_s:
-            raise TimeoutError(f"no answer for {timeout_s:g} s")
+            raise TimeoutError(f"no data received for {timeout_s:g} s")
     return future.result()
 
 

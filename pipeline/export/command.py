@@ -140,7 +140,9 @@ def _remove_export(path: Path) -> None:
     """Remove a directory that an export wrote, perhaps partially; refuse to remove anything else."""
     if os.path.lexists(path):
         if path.is_symlink() or not (_is_empty(path) or (path / SUMMARY).is_file()):
-            raise UserError(f"{path}: is in the way and not from an export; move it")
+            raise UserError(
+                f"{path}: export needs this name for its temporary directory, but no export wrote it; move it"
+            )
         shutil.rmtree(path)
 
 

@@ -88,7 +88,7 @@ def largest_difference(values: Sequence[float], expected: Sequence[float]) -> fl
     return max(abs(a - b) / abs(b) for a, b in zip(values, expected, strict=True))
 
 
-def run_check(function: str, context: dict[str, Any]) -> dict[str, Any]:
+def run_check_as_json(function: str, context: dict[str, Any]) -> dict[str, Any]:
     """Run the check "module:function" on a context as JSON; return its finding as JSON."""
     return asdict(resolve(function)(Context(**context)))
 

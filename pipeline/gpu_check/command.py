@@ -112,7 +112,7 @@ def _make_context(device: Literal["cuda", "cpu"], data: str | None, gpus: int, f
 def _run(check: Check, context: Context, progress: "_Progress") -> dict[str, Any]:
     timeout_s = check.timeout_s if context.on_gpu else CPU_TIMEOUT_S
     arguments = {"function": check.function, "context": asdict(context)}
-    function = "pipeline.gpu_check.check:run_check"
+    function = "pipeline.gpu_check.check:run_check_as_json"
     return call(function, arguments, device=context.device, timeout_s=timeout_s, on_poll=progress.refresh)
 
 

@@ -242,7 +242,7 @@ def _plot_progress(
             last = entry.last_logged
             if last and entry.downtime is not None:
                 stopped = since_start(last["time"])
-                if entry.repeated_steps and times:
+                if entry.num_repeated_steps and times:
                     lost = [times[-1], stopped], [steps[-1], last["step"]]
                     axes.plot(*lost, color=color, linestyle=":", linewidth=1.6, label="lost, trained again")
                 shade = (color, 0.1) if name else "#e3e6eb"

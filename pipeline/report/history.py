@@ -31,7 +31,7 @@ class Start(NamedTuple):
     """The entry of environment.json."""
 
     @property
-    def repeated_steps(self) -> int:
+    def num_repeated_steps(self) -> int:
         """Logged steps that were lost and trained again."""
         return max(0, self.last_logged["step"] - self.step) if self.last_logged else 0
 

@@ -32,7 +32,7 @@ def _start_row(start: Start) -> list[str]:
     last, facts = start.last_logged, start.environment
     if last is None:
         event = "started"
-    elif start.repeated_steps:
+    elif start.num_repeated_steps:
         event = f"resumed; steps {start.step + 1} to {last['step']} were lost and trained again"
     else:
         event = "resumed; no steps lost"

@@ -219,13 +219,13 @@ def publish(directory: Path, step: int, state: dict, retention: TrainSection) ->
     _fsync_directory(directory)
     atomic_write(directory / LATEST, final.name)
     skips = (state.get("guard") or {}).get("consecutive_skips")
-    scheduled = scheduled_steps(directory, retention.checkpoint_every)
+    scheduled = scheduled_checkpoint_steps(directory, retention.checkpoint_every)
     for old in checkpoints_to_delete(checkpoint_steps(directory), scheduled, retention, skips[0] if skips else None):
         _remove(directory / checkpoint_name(old))
     return final
 
 
-def scheduled_steps(directory: Path, every: int) -> list[int]:
+def scheduled_checkpoint_steps(directory: Path, every: int) -> list[int]:
     """Return the steps of the checkpoints that train.checkpoint_every made, oldest first.
 
     Args:
@@ -271,7 +271,7 @@ def delete_after(directory: Path, step: int) -> None:
     atomic_write(directory / LATEST, checkpoint_name(step))
 
 
-def update_state(checkpoint: Path, state: dict) -> None:
+def update_state_file(checkpoint: Path, state: dict) -> None:
     """Replace keys of a checkpoint's state.json."""
     write_state(checkpoint, {**read_state(checkpoint), **state})
 

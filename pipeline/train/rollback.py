@@ -36,7 +36,9 @@ def rollback(
     """
     directory = run.checkpoints
     # Checkpoints that a signal made are no targets: the target must not depend on interruptions.
-    scheduled = raise_on_all_ranks(lambda: checkpoint.scheduled_steps(directory, every) if dist_info.rank == 0 else [])
+    scheduled = raise_on_all_ranks(
+        lambda: checkpoint.scheduled_checkpoint_steps(directory, every) if dist_info.rank == 0 else []
+    )
     saved = [step for step in broadcast_object(scheduled) if step < bad_span.first_step]
     target, consecutive = guard.rollback_target(bad_span, saved)
     logger.warning(
@@ -50,7 +52,9 @@ def rollback(
     raise_on_all_ranks(lambda: checkpoint.delete_after(directory, state["step"]) if dist_info.rank == 0 else None)
     all_gather_object(None)  # every rank has read the state before rank 0 changes it
     new_state = guard.state_after_rollback(bad_span, state["step"], consecutive, state["guard"], global_batch)
-    raise_on_all_ranks(lambda: checkpoint.update_state(path, {"guard": new_state}) if dist_info.rank == 0 else None)
+    raise_on_all_ranks(
+        lambda: checkpoint.update_state_file(path, {"guard": new_state}) if dist_info.rank == 0 else None
+    )
     return path
 
 

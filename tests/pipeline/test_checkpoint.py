@@ -224,7 +224,7 @@ def test_checkpoint_without_scheduled_flag_is_dated_by_its_step(tmp_path):
         state = checkpoint.read_state(path)
         del state["scheduled"]
         checkpoint.write_state(path, state)
-    assert checkpoint.scheduled_steps(tmp_path, 4) == [4, 8]
+    assert checkpoint.scheduled_checkpoint_steps(tmp_path, 4) == [4, 8]
 
 
 # ---- Checkpoints of earlier versions

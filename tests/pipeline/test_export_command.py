@@ -214,7 +214,7 @@ def test_only_leftovers_of_killed_exports_are_removed(mae, tmp_path, failing, na
     mine = tmp_path / name / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    assert f"{mine.parent}: is in the way" in failing(*arguments)
+    assert f"{mine.parent}: export needs this name" in failing(*arguments)
     assert mine.read_text() == "mine"
     (mine.parent / "export.json").touch()
     assert main(["export", *map(str, arguments)]) == 0 and not mine.parent.exists()

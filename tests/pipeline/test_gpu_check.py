@@ -176,7 +176,7 @@ def fork(function, /, **arguments):
 )
 def test_decoding_checks_run_on_the_cpu(context, name, verdict):
     (check,) = [check for check in CHECKS if check.name == name]
-    finding = fork("pipeline.gpu_check.check:run_check", function=check.function, context=context.__dict__)
+    finding = fork("pipeline.gpu_check.check:run_check_as_json", function=check.function, context=context.__dict__)
     assert finding["verdict"] == verdict
     assert "no GPU" in finding["value"] or "CPU" in finding["value"]
 

@@ -57,7 +57,7 @@ def test_shares_are_exact_to_one_draw_after_every_block(weights, blocks):
 def test_draws_of_a_block_are_without_replacement(weights):
     """Neighboring draws are as independent as drawing without replacement allows."""
     mixture = MixtureSampler([[100]] * len(weights), [Fraction(str(weight)) for weight in weights], 1, 1)
-    sources, turns = mixture.draw_sources(np.arange(20 * mixture.block_size))
+    sources, turns = mixture.locate_in_sources(np.arange(20 * mixture.block_size))
     for number, share in enumerate(map(float, mixture.shares)):
         drawn = sources == number
         assert (turns[drawn] == np.arange(drawn.sum())).all()
@@ -68,7 +68,7 @@ def test_draws_of_a_block_are_without_replacement(weights):
 
 def test_blocks_have_different_orders():
     mixture = MixtureSampler([[5], [7]], [1, 3], 0, 1)
-    sources, _ = mixture.draw_sources(np.arange(8 * mixture.block_size))
+    sources, _ = mixture.locate_in_sources(np.arange(8 * mixture.block_size))
     assert len({tuple(block) for block in sources.reshape(8, -1)}) == 8
 
 

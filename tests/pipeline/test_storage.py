@@ -222,7 +222,7 @@ def test_hanging_local_read_times_out(copied):
     path.unlink()
     os.mkfifo(path)
     message, took = epoch_error(reader)
-    assert f"{path.name}: cannot be read (tries: 3): no answer for 1 s" in message
+    assert f"{path.name}: cannot be read (tries: 3): no data received for 1 s" in message
     assert took < POLICY.max_total_s + SLACK_S
     os.close(os.open(path, os.O_RDWR))  # releases the hanging threads
 
