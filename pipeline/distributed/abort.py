@@ -24,7 +24,7 @@ EXIT_CODE = 2
 POLL_S = 1.0
 READ_TIMEOUT_S = 10.0
 """How long a rank waits until the others have read the error."""
-MESSAGE, READERS, ALL_READ = "message", "readers", "all read"
+MESSAGE, READERS, ALL_READ, LEAVERS, ALL_LEFT = "message", "readers", "all read", "leavers", "all left"
 """Keys in the store."""
 
 
@@ -79,4 +79,8 @@ class AbortChannel:
                 if self._store.add(READERS, 1) == self._dist_info.world_size:
                     self._store.set(ALL_READ, "")
                 self._store.wait([ALL_READ], timedelta(seconds=READ_TIMEOUT_S))
+                if self._dist_info.rank == 0:  # it holds the store, so it ends last
+                    self._store.wait([ALL_LEFT], timedelta(seconds=READ_TIMEOUT_S))
+                elif self._store.add(LEAVERS, 1) == self._dist_info.world_size - 1:
+                    self._store.set(ALL_LEFT, "")
             os._exit(EXIT_CODE)
