@@ -211,7 +211,7 @@ def test_another_set_in_out_is_left_alone(image_folder, tmp_path, data_prep):
 
 
 def test_missing_manifest_error_names_the_command_to_run(tmp_path, data_prep):
-    with pytest.raises(ShardSetError, match=r"no shard set.*python -m data_prep folder"):
+    with pytest.raises(ShardSetError, match=r"not a shard set.*python -m data_prep folder"):
         read_manifest(tmp_path)
     (tmp_path / ".build").mkdir()
     with pytest.raises(ShardSetError, match=r"unfinished.*python -m data_prep"):
