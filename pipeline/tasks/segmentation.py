@@ -98,8 +98,8 @@ class SegmentationTask(FinetuneTask[SegmentationRecipe]):
         if images < self.recipe.data.global_batch:
             logger.warning(
                 f"engine.micro_batch: batch normalization is over {images} images (a micro batch of all ranks), not "
-                f"over the global batch of {self.recipe.data.global_batch}, so losses depend on the number of ranks; to "
-                "avoid this, train without gradient accumulation (docs/segmentation.md)"
+                f"over the global batch of {self.recipe.data.global_batch}, so losses depend on the number of ranks; "
+                "to avoid this, train without gradient accumulation (docs/segmentation.md)"
             )
 
     def prepare_evaluation(self, dist_info: DistInfo) -> None:
