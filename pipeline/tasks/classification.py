@@ -28,8 +28,7 @@ from pipeline.train.micro_batch import MicroBatchLimits
 from pipeline.weights.encoder import ImageEncoder, load_encoder
 
 
-class ClassificationTask(FinetuneTask[ClassificationRecipe]):
-    module: Classifier  # pyright: ignore[reportIncompatibleVariableOverride]
+class ClassificationTask(FinetuneTask[ClassificationRecipe, Classifier]):
     labeled = True
 
     @property
@@ -56,7 +55,7 @@ class ClassificationTask(FinetuneTask[ClassificationRecipe]):
         self._flops = _forward_flops(classifier, self.recipe.data.image_size)  # before the engine changes the module
         return classifier
 
-    def load_trained(self, run: Path, ema: bool) -> Trained:
+    def load_trained(self, run: Path, ema: bool) -> Trained[Classifier]:
         loaded = load_classifier(run, ema)
         return Trained(loaded.classifier, loaded.step, loaded.initial)
 

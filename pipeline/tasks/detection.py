@@ -50,8 +50,7 @@ DETECTIONS = "detections.json"
 MASK_THRESHOLD = 0.5
 
 
-class DetectionTask(FinetuneTask[DetectionRecipe]):
-    module: Detector  # pyright: ignore[reportIncompatibleVariableOverride]
+class DetectionTask(FinetuneTask[DetectionRecipe, Detector]):
     saves_predictions = True
 
     @property
@@ -100,7 +99,7 @@ class DetectionTask(FinetuneTask[DetectionRecipe]):
         self._flops = training_forward_flops(copied, self.recipe)  # before the engine changes the module
         return detector
 
-    def load_trained(self, run: Path, ema: bool) -> Trained:
+    def load_trained(self, run: Path, ema: bool) -> Trained[Detector]:
         initial = load_initial_weights(RunDirectory(run))
         recipe, weights, step = read_run(run, DetectionRecipe, ema)
         width = len(weights["vit.patch_embed.proj.weight"])

@@ -10,7 +10,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -33,6 +33,7 @@ from pipeline.train.task import Task
 from pipeline.weights.encoder import ImageEncoder
 
 RecipeT = TypeVar("RecipeT", bound=FinetuneRecipe)
+ModuleT = TypeVar("ModuleT", bound=TrainableModule)
 FULL_SET = {"sources": None, "subset": 1.0, "subset_by_class": False, "holdout": 0.0}
 """Keys of `data` with which the whole validation set is read."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,15 +48,15 @@ class Results(NamedTuple):
     """Columns for metrics.jsonl."""
 
 
-class Trained(NamedTuple):
+class Trained(NamedTuple, Generic[ModuleT]):
     """A trained model, in fp32 on the CPU."""
 
-    module: TrainableModule
+    module: ModuleT
     step: int
     initial: InitialWeights
 
 
-class FinetuneTask(Task[RecipeT]):
+class FinetuneTask(Task[RecipeT], Generic[RecipeT, ModuleT]):
     """Training with annotations, from the weights of an encoder, and evaluation on a validation set.
 
     Args:
@@ -63,7 +64,7 @@ class FinetuneTask(Task[RecipeT]):
         val: Shard set to evaluate on, directory or URL; None for predictions.
     """
 
-    module: TrainableModule
+    module: ModuleT
     classes: tuple[str, ...]
     """The classes, in the order of the module's outputs."""
     class_names: tuple[str, ...]
@@ -97,11 +98,11 @@ class FinetuneTask(Task[RecipeT]):
         """Load the encoder to start from. Raises UserError if it cannot be used."""
 
     @abstractmethod
-    def make_module(self, encoder: ImageEncoder) -> TrainableModule:
+    def make_module(self, encoder: ImageEncoder) -> ModuleT:
         """Create the module from an encoder, whose parts it may take over. `classes` is set."""
 
     @abstractmethod
-    def load_trained(self, run: Path, ema: bool) -> Trained:
+    def load_trained(self, run: Path, ema: bool) -> Trained[ModuleT]:
         """Load the newest checkpoint of a run of this recipe, or the moving average of its weights.
 
         Raises:
@@ -187,7 +188,7 @@ class FinetuneTask(Task[RecipeT]):
 
     # ---- A trained model
 
-    def restore(self, run: Path, ema: bool = False) -> Trained:
+    def restore(self, run: Path, ema: bool = False) -> Trained[ModuleT]:
         """Load the trained module of a run, in the precision of the recipe, and open the validation set, if any.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipeline.weights.run import run_command
 logger = logging.getLogger(__name__)
 
 
-def make_task(recipe: FinetuneRecipe, val: str | None) -> FinetuneTask[Any]:
+def make_task(recipe: FinetuneRecipe, val: str | None) -> FinetuneTask[Any, Any]:
     """Create the recipe's task; a task's libraries are imported when it is used.
 
     Args:
@@ -31,13 +32,8 @@ def make_task(recipe: FinetuneRecipe, val: str | None) -> FinetuneTask[Any]:
     Raises:
         UserError: If a library that the task needs is not installed.
     """
-    if recipe.TASK == "detection":
-        from pipeline.tasks.detection import DetectionTask as task
-    elif recipe.TASK == "segmentation":
-        from pipeline.tasks.segmentation import SegmentationTask as task  # pyright: ignore
-    else:
-        from pipeline.tasks.classification import ClassificationTask as task
-    return task(recipe, val)  # pyright: ignore[reportArgumentType] (each task has its kind of recipe)
+    name = {"classification": "ClassificationTask", "detection": "DetectionTask", "segmentation": "SegmentationTask"}
+    return getattr(import_module(f"pipeline.tasks.{recipe.TASK}"), name[recipe.TASK])(recipe, val)
 
 
 def finetune(recipe: FinetuneRecipe, data: str, val: str, run: Path, deepspeed_config: Path | None = None) -> None:

@@ -37,9 +37,7 @@ from pipeline.weights.run import read_run
 logger = logging.getLogger(__name__)
 
 
-class SegmentationTask(FinetuneTask[SegmentationRecipe]):
-    module: Segmenter  # pyright: ignore[reportIncompatibleVariableOverride]
-
+class SegmentationTask(FinetuneTask[SegmentationRecipe, Segmenter]):
     def __init__(self, recipe: SegmentationRecipe, val: str | None) -> None:
         super().__init__(recipe, val)
         data, options = recipe.data, recipe.segmenter
@@ -73,7 +71,7 @@ class SegmentationTask(FinetuneTask[SegmentationRecipe]):
         self._flops = count_forward_flops(segmenter, self.recipe.data.image_size)  # before the engine shards weights
         return segmenter
 
-    def load_trained(self, run: Path, ema: bool) -> Trained:
+    def load_trained(self, run: Path, ema: bool) -> Trained[Segmenter]:
         initial = load_initial_weights(RunDirectory(run))
         recipe, weights, step = read_run(run, SegmentationRecipe, ema)
         state = {name.removeprefix("vit."): tensor for name, tensor in weights.items() if name.startswith("vit.")}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
+from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
