@@ -57,7 +57,8 @@ class AbortChannel:
         self._end(message)
 
     def close(self) -> None:
-        self._closed.set()
+        with self._ending:  # blocks if this process is about to end: its exit code must not be another one
+            self._closed.set()
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_S):

@@ -5,6 +5,7 @@
 
 import sys
 import time
+from contextlib import closing
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,10 @@ def main() -> None:
         dist.barrier()
         # The ranks look for an error at different times.
         time.sleep(POLL_S * dist_info.rank / dist_info.world_size)
-        channel = AbortChannel(dist_info)
-        if dist_info.rank == int(sys.argv[1]):
-            channel.announce("out of memory")
-        dist.all_reduce(torch.ones(1))
+        with closing(AbortChannel(dist_info)) as channel:
+            if dist_info.rank == int(sys.argv[1]):
+                channel.announce("out of memory")
+            dist.all_reduce(torch.ones(1))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -46,6 +47,8 @@ def uninterrupted_losses(shards, tmp_path_factory) -> list[tuple[int, float]]:
     run.PROGRAM = ("pipeline", "pretrain", "vith14_emae")
     with open(folder / "uninterrupted.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if len(run.losses()) < JOB_STEPS:
+        if not (folder / "uninterrupted.done").exists():
+            shutil.rmtree(run.directory, ignore_errors=True)
             run.train(2, **{key.replace(".", "__"): value for key, value in TINY.items()}, train__steps=JOB_STEPS)
+            (folder / "uninterrupted.done").touch()
     return run.losses()

@@ -48,7 +48,7 @@ def test_server_that_stalls_stops_the_run_with_75(run, shards):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_truncated_shard_stops_all_ranks_with_2(run, shards, tmp_path, ranks):
-    if ranks == 1:
+    if ranks == 2:
         run.launch = launch_processes  # exit codes must survive the finalization of the interpreter
     run.shards = shutil.copytree(shards, tmp_path / "set")
     process = run.start(ranks, train__steps=10**6, train__checkpoint_every=10**6, **RETRY_POLICY)
