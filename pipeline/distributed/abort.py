@@ -23,7 +23,7 @@ from pipeline.distributed.launch import DistInfo
 EXIT_CODE = 2
 POLL_S = 1.0
 READ_TIMEOUT_S = 10.0
-"""How long a rank waits until the others have read the error."""
+"""Longest wait of a rank for the others to read the error, in seconds."""
 MESSAGE, READERS, ALL_READ, LEAVERS, ALL_LEFT = "message", "readers", "all read", "leavers", "all left"
 """Keys in the store."""
 

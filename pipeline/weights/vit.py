@@ -35,7 +35,7 @@ class Vit(NamedTuple):
 
     @property
     def is_beit(self) -> bool:
-        """Whether it is timm's Beit instead of its VisionTransformer."""
+        """Return whether the model is timm's Beit instead of its VisionTransformer."""
         return BIAS_TABLE in self.weights
 
     @property
