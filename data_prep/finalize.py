@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -205,13 +204,12 @@ def finalize(out: Path) -> Manifest | None:
 @contextlib.contextmanager
 def lock_build(out: Path, exclusive: bool) -> Iterator[None]:
     """Lock an unfinished build if the file system has locks. Raises UserError if another process holds it."""
-    # fcntl and not filelock: array tasks share the lock, which filelock does not support.
-    with open(out / shard_set.BUILD_DIRECTORY / "lock", "w") as file:
-        # Workers close their copy, so that the lock is released when this process ends, even if one is left.
-        os.register_at_fork(after_in_child=file.close)
+    # fcntl and not filelock: array tasks share the lock, which filelock does not support. lockf and not flock: workers do
+    # not inherit the lock, so it is released when this process ends, even if a worker is left.
+    with open(out / shard_set.BUILD_DIRECTORY / "lock", "w+") as file:
         try:
-            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # POSIX allows both
             raise UserError(f"OUT {out}: another process is building or adopting it; wait until it ends") from error
         except OSError:
             pass  # no locks on this file system
