@@ -39,7 +39,7 @@ ReturnToService=2
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 SlurmdTimeout={slurmd_timeout}
-MessageTimeout=100
+MessageTimeout=20
 KillWait=20
 GresTypes=gpu
 NodeName=n1 NodeHostname=localhost NodeAddr={addresses[1]} Port={ports[1]} CPUs=96 Gres=gpu:8 State=UNKNOWN

@@ -66,7 +66,7 @@ def test_job_resumes_after_a_signal_a_node_failure_and_a_cut_link(shards, tmp_pa
         cluster = Cluster(tmp_path / "cluster", network, slurmd_timeout=300)  # Slurm does not end the job for the link
         try:
             settings = {"engine__timeout_minutes": 0.5, "data__timeout_s": 10, "data__retries": 0}
-            settings["train__checkpoint_every"] = 100  # while one is written the timeout is longer
+            settings["train__checkpoint_every"] = JOB_STEPS  # while one is written the timeout is longer
             job = Job(cluster, shards, tmp_path, train__steps=JOB_STEPS, **settings)
             job.submit(TEMPLATE, "--time=60")
             for number, interrupt in enumerate([signal, marked_node_failure, cut_link]):
@@ -97,14 +97,17 @@ def cut_link(job):
     processes = job.cluster.processes("n1", "pretrain") + job.cluster.processes("n2", "pretrain")
     ranks = [process for process in processes if (process / "comm").read_text() != "srun\n"]
     assert len(ranks) == 2
+    logged = len(job.log())
     job.cluster.network.set_link("n2", connected=False)
-    cut = time.monotonic()
+    cut, cut_at = time.monotonic(), time.time()
     wait_until(lambda: not any(rank.exists() for rank in ranks), 90, job)
     assert time.monotonic() - cut < 60
     for rank in (0, 1):
-        stacks = (job.run / "stacks" / f"rank-{rank}.txt").read_text()
-        assert "Thread" in stacks and "train_loop.py" in stacks
-    assert " ERROR rank " in job.log() and "no progress for " in job.log()
+        stacks = job.run / "stacks" / f"rank-{rank}.txt"
+        assert stacks.stat().st_mtime > cut_at
+        assert "Thread" in stacks.read_text() and "train_loop.py" in stacks.read_text()
+    log = job.log()[logged:]
+    assert " ERROR rank " in log and "no progress for " in log
     job.cluster.network.set_link("n2", connected=True)
 
 
