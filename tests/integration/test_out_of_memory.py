@@ -40,5 +40,5 @@ def test_no_rank_ends_before_all_know_the_error(rank):
     ]
     errors = [process.communicate()[1] for process in ranks]
     assert [process.returncode for process in ranks] == 4 * [2], errors
-    ours = [[line for line in text.splitlines() if "pipeline" in line or "Traceback" in line] for text in errors]
-    assert ours == [["pipeline: error: out of memory"], [], [], []], errors
+    lines = [[line for line in text.splitlines() if not line.startswith("[W")] for text in errors]  # c10d's warnings
+    assert lines == [["pipeline: error: out of memory"], [], [], []]
