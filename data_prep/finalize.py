@@ -204,8 +204,8 @@ def finalize(out: Path) -> Manifest | None:
 @contextlib.contextmanager
 def lock_build(out: Path, exclusive: bool) -> Iterator[None]:
     """Lock an unfinished build if the file system has locks. Raises UserError if another process holds it."""
-    # fcntl and not filelock: array tasks share the lock, which filelock does not support. lockf and not flock: workers do
-    # not inherit the lock, so it is released when this process ends, even if a worker is left.
+    # fcntl and not filelock: array tasks share the lock, which filelock does not support. lockf and not flock:
+    # workers do not inherit the lock, so it is released when this process ends, even if a worker is left.
     with open(out / shard_set.BUILD_DIRECTORY / "lock", "w+") as file:
         try:
             fcntl.lockf(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
