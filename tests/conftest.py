@@ -27,7 +27,7 @@ for name in ("pipeline", "data_prep"):
     logging.getLogger(name).propagate = True  # to caplog
 
 ROOT = Path(__file__).parents[1]
-LONG = ("test_slurm_interruptions", "test_launchers", "test_lost_ranks")
+LONG = ("test_slurm_interruptions", "test_lost_ranks")
 """Files with one or two long tests."""
 ESTIMATES = ("test_plan", "test_recipes", "test_papers", "test_micro_batch", "test_network_estimate")
 """Files that count the operations of the same recipes; in one process, because it counts each only once."""

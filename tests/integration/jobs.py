@@ -15,7 +15,7 @@ PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 TINY = {**SMALL, "model.name": "vit_tiny", "model.patch_size": 8, "model.heads": 4, "model.decoder_heads": 4}
 TINY |= {"model.decoder_depth": 1, "engine.precision": "fp32", "optim.warmup_steps": 4}
 TINY |= {"model.width": 64, "train.checkpoint_every": 25}
-JOB_STEPS = 160  # enough to be interrupted twice
+JOB_STEPS = 120  # enough to be interrupted twice
 ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none")
 
 

@@ -148,14 +148,12 @@ class LaunchedRun(Run):
         pids = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if os.getpgid(int(entry.name)) != process.pid:
-                    continue
                 variables = (entry / "environ").read_text().split("\0")
                 command = (entry / "cmdline").read_text().split("\0")
-            except (OSError, ProcessLookupError):
+            except OSError:
                 continue  # it has just ended
             env = dict(variable.split("=", 1) for variable in variables if "=" in variable)
-            if "pretrain" in command and "RANK" in env:
+            if str(self.directory) in command and "RANK" in env:
                 pids[int(env["RANK"])] = int(entry.name)
         return pids
 

@@ -11,7 +11,6 @@ from data_prep.shard_set import read_manifest, tar_path
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline"))
 from http_store import serve
-from runs import launch_processes
 
 MAX_START_S = 120  # on a busy machine
 RETRY_POLICY = {"data__timeout_s": 3, "data__retries": 2, "data__read_ahead_mb": 1}
@@ -48,8 +47,6 @@ def test_server_that_stalls_stops_the_run_with_75(run, shards):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_truncated_shard_stops_all_ranks_with_2(run, shards, tmp_path, ranks):
-    if ranks == 2:
-        run.launch = launch_processes  # exit codes must survive the finalization of the interpreter
     run.shards = shutil.copytree(shards, tmp_path / "set")
     process = run.start(ranks, train__steps=10**6, train__checkpoint_every=10**6, **RETRY_POLICY)
     wait_for_steps(run, process)

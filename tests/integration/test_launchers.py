@@ -1,13 +1,15 @@
 """The same run under torchrun, and under DeepSpeed's launcher with a hostfile, as without a launcher.
 
-test_preemption.py tests DeepSpeed's launcher without a hostfile, test_slurm_jobs.py srun.
+test_preemption.py compares interrupted runs under torchrun and DeepSpeed's launcher, test_slurm_interruptions.py under
+srun, with runs without a launcher.
 """
 
 import pytest
 from runs import HostfileRun, Run, TorchRun
 
 
-@pytest.mark.parametrize("kind", [TorchRun, pytest.param(HostfileRun, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", [TorchRun, HostfileRun])
 def test_losses_do_not_depend_on_the_launcher(shards, tmp_path, kind):
     plain, launched = (
         run.train(2, train__steps=8) for run in (Run(shards, tmp_path / "plain"), kind(shards, tmp_path / "run"))

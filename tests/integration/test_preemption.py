@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import Run, is_alive
+from runs import DeepSpeedRun, Run, TorchRun, is_alive
 
 from pipeline.train import checkpoint
 
@@ -84,19 +84,28 @@ def test_signal_during_start_up_stops_before_the_first_step(run):
     assert run.metrics() == []
 
 
-@pytest.mark.parametrize("victim", ["deepspeed", pytest.param("launch.py", marks=pytest.mark.soak)])
-def test_ranks_save_and_exit_when_their_launcher_is_killed(deepspeed_run, victim):
-    run = deepspeed_run
-    process = run.start(2, train__steps=10000, train__checkpoint_every=10000)
-    run.wait_for(process, lambda: len(run.metrics()) >= 2)
+@pytest.mark.parametrize(
+    "victim",
+    ["torchrun", pytest.param("deepspeed", marks=pytest.mark.soak), pytest.param("launch.py", marks=pytest.mark.soak)],
+)
+def test_ranks_save_if_their_launcher_is_killed_and_resume_is_exact(shards, tmp_path, uninterrupted, victim):
+    run = (TorchRun if victim == "torchrun" else DeepSpeedRun)(shards, tmp_path / "run")
+    process = run.start_paused(2, "step 4", **SETTINGS)
     pids = run.rank_pids(process)
     launcher = int(Path(f"/proc/{pids[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(process.pid if victim == "deepspeed" else launcher, signal.SIGKILL)
+    os.kill(launcher if victim == "launch.py" else process.pid, signal.SIGKILL)
     process.wait(30)
-    deadline = time.monotonic() + 60
-    while any(is_alive(pid) for pid in pids.values()):
-        assert time.monotonic() < deadline, run.output.read_text()[-4000:]
-        time.sleep(0.1)
-    saved = checkpoint.latest_valid_checkpoint(run.directory / "checkpoints")
-    assert saved and checkpoint.read_state(saved)["step"] >= 2
+    wait_until(lambda: run.output.read_text().count("launcher died") == 2, run)
+    run.unpause()
+    wait_until(lambda: not any(is_alive(pid) for pid in pids.values()), run)
     assert "stopped by the end of its launcher" in run.output.read_text()
+    assert checkpoint.checkpoint_steps(run.directory / "checkpoints") == [3]
+    Run(run.shards, run.directory).train(2, **SETTINGS)
+    assert run.losses() == uninterrupted
+
+
+def wait_until(condition, run) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, run.output.read_text()[-4000:]
+        time.sleep(0.02)
