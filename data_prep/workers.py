@@ -151,16 +151,19 @@ def _work(job: Job, connection: Connection, inherited: list[Connection]) -> None
         totals[:], last_report = [0] * 5, time.monotonic()
 
     try:
-        while (number := connection.recv()) is not None:
-            if not job.is_finished(number):
-                run_part(number, count_input)
-                report()
-            connection.send(("done", number))
-    except (EOFError, ConnectionError):  # the parent is gone or has closed the connection
+        try:
+            while (number := connection.recv()) is not None:
+                if not job.is_finished(number):
+                    run_part(number, count_input)
+                    report()
+                connection.send(("done", number))
+        except (EOFError, ConnectionError):
+            raise
+        except UserError as error:
+            connection.send(("user_error", str(error)))
+        except BaseException:
+            connection.send(("crash", traceback.format_exc()))
+    except (EOFError, ConnectionError):  # the parent is gone, or has closed the connection because of another worker
         os._exit(1)
-    except UserError as error:
-        connection.send(("user_error", str(error)))
-    except BaseException:
-        connection.send(("crash", traceback.format_exc()))
     finally:
         sys.stderr.flush()
