@@ -24,9 +24,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -157,12 +158,57 @@ def run(
 # ---- The server
 
 
+class _Program(NamedTuple):
+    """A program that runs, or whose end has not been reaped."""
+
+    pid: int
+    has_ranks: bool
+    connection: socket.socket
+    """To the test process."""
+    ended: int
+    """File descriptor that is readable after the end."""
+
+    def report_end(self) -> None:
+        status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        assert status is not None
+        code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        if self.has_ranks:  # no rank outlives the process that waits for them
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            self.connection.sendall(json.dumps({"returncode": code}).encode() + b"\n")
+
+    def kill(self) -> None:
+        """Kill the program, if it still runs, and reap it. After that its process id may be used again."""
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.close()
+
+    def close(self) -> None:
+        self.connection.close()
+        os.close(self.ended)
+
+
 def serve(listener: socket.socket) -> dict:
     """Answer requests until standard input is closed. Returns only in a program's process, with its request."""
     loaded = False
+    programs: list[_Program] = []
+    reported: list[_Program] = []
     while True:
-        if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
+        connections = [program.connection for program in programs]
+        running = [program.ended for program in programs if program not in reported]
+        ready = select.select([listener, sys.stdin, *connections, *running], [], [])[0]
+        for program in list(programs):
+            if program.ended in ready:
+                program.report_end()
+                reported.append(program)
+            elif program.connection in ready or sys.stdin in ready:  # the test process has its result, or was killed
+                program.kill()
+                programs.remove(program)
+                reported = [other for other in reported if other is not program]
+        if sys.stdin in ready:
             os._exit(0)
+        if listener not in ready:
+            continue
         connection, _ = listener.accept()
         head, fds, *_ = socket.recv_fds(connection, 4, 2)
         if len(head) < 4:  # the test process was killed
@@ -174,58 +220,38 @@ def serve(listener: socket.socket) -> dict:
                 importlib.import_module(module)
             assert threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1, "fork would lose a thread"
             gc.freeze()
+            for finalizer in weakref.finalize._registry.values():  # type: ignore[attr-defined]
+                finalizer.atexit = False  # torch's are slow, and temporary folders of the server are not the program's
             loaded = True
         sys.stdout.flush()
-        if os.fork() == 0:
-            listener.close()
-            if program := _handle(connection, request, fds):
-                return program
-        connection.close()
-        for fd in fds:
-            os.close(fd)
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-
-
-def _handle(connection: socket.socket, request: dict, fds: list[int]) -> dict | None:
-    """Fork the program and report its process ids and its end. Returns the request in the program's process."""
-    os.setsid()  # a signal to the tests' process group must not end this process, which cleans up
-    read_fd, write_fd = os.pipe()
-    program = os.fork()
-    if program == 0:
-        connection.close()
-        os.setsid()
-        ranks = []
-        for variables in request["ranks"]:
-            ranks.append(os.fork())
-            if not ranks[-1]:
-                return _become({**request, "env": request["env"] | variables}, fds, [read_fd, write_fd])
-        os.write(write_fd, json.dumps(ranks).encode() + b"\n")
-        if ranks:
-            os.close(write_fd)
-            _exit_as(ranks)
-        return _become(request, fds, [read_fd, write_fd])
-    try:
+        read_fd, write_fd = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            for inherited in (listener, connection, *programs):
+                inherited.close()
+            return _start(request, fds, [read_fd, write_fd])
         for fd in (write_fd, *fds):
             os.close(fd)
-        ranks = json.loads(os.fdopen(read_fd).readline() or "[]")
-        connection.sendall(json.dumps({"pid": program, "ranks": ranks}).encode() + b"\n")
-        ended = os.pidfd_open(program)
-        if ended in select.select([ended, connection], [], [])[0]:
-            # Reaped only after the test process was informed, so that the process id is not reused earlier.
-            status = os.waitid(os.P_PID, program, os.WEXITED | os.WNOWAIT)
-            assert status is not None
-            code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
-            if request["ranks"]:  # no rank outlives the process that waits for them
-                os.killpg(program, signal.SIGKILL)
-            connection.sendall(json.dumps({"returncode": code}).encode() + b"\n")
-            connection.recv(1)  # until it closes the connection
-        else:  # the test process has exited
-            os.killpg(program, signal.SIGKILL)
-    except OSError:
-        os.killpg(program, signal.SIGKILL)
-    os._exit(0)
+        with os.fdopen(read_fd) as file:
+            ranks = json.loads(file.readline() or "[]")
+        programs.append(_Program(pid, bool(ranks), connection, os.pidfd_open(pid)))
+        with contextlib.suppress(OSError):
+            connection.sendall(json.dumps({"pid": pid, "ranks": ranks}).encode() + b"\n")
+
+
+def _start(request: dict, fds: list[int], pipe: list[int]) -> dict:
+    """Become the program, or fork its ranks, write their process ids to the pipe, and wait for them."""
+    os.setsid()
+    ranks = []
+    for variables in request["ranks"]:
+        ranks.append(os.fork())
+        if not ranks[-1]:
+            return _become({**request, "env": request["env"] | variables}, fds, pipe)
+    os.write(pipe[1], json.dumps(ranks).encode() + b"\n")
+    if ranks:
+        os.close(pipe[1])
+        _exit_as(ranks)
+    return _become(request, fds, pipe)
 
 
 def _exit_as(ranks: list[int]) -> NoReturn:
@@ -283,7 +309,10 @@ def start_server() -> subprocess.Popen:
         listener.bind(os.environ[ADDRESS])
         listener.listen(64)
         command = [sys.executable, __file__, str(listener.fileno())]
-        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
+        options = {"start_new_session": True}  # Ctrl-C must not end it: it kills the programs
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], **options
+        )
 
 
 if __name__ == "__main__":
