@@ -30,7 +30,7 @@ Decode = Callable[[Iterable[BatchSpec], BatchBuilder], list[torch.Tensor]]
 """Decodes batches, with the builder's substitutes for images that cannot be decoded."""
 
 
-def check_device_errors(context: Context) -> Finding:
+def check_decode_errors(context: Context) -> Finding:
     """Decode a damaged JPEG, then on a full GPU; without a GPU, with a decoder that fails on every image."""
     recipe, device = small_batches(context), init_dist_env().device
     batches = training_batches(recipe, context.photographs)[:1]
