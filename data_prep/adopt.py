@@ -140,7 +140,7 @@ def _begin(directory: Path, adoption: Adoption) -> None:
         for name in (shard_set.MANIFEST, *_WRITTEN):
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
-        raise finalize.storage_error(directory, error) from error
+        raise finalize.write_error(directory, error) from error
 
 
 def is_adoption(directory: Path) -> bool:

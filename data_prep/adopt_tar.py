@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep import images
 from data_prep.atomic import atomic_write
-from data_prep.build_shard import Record, is_intact, read_record, storage_error, write_record
+from data_prep.build_shard import Record, is_intact, read_record, write_error, write_record
 from data_prep.errors import UserError
 from data_prep.labels import LabelRule
 from data_prep.pixels import ImageError
@@ -94,7 +94,7 @@ class AdoptJob:
                 idx_path(self.directory, name).unlink(missing_ok=True)
             write_record(self.directory, name, state, shard, adoption.quarantine, adoption.stats)
         except OSError as error:
-            raise storage_error(self.directory, error) from error
+            raise write_error(self.directory, error) from error
 
 
 class _TarAdoption:
