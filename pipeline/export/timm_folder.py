@@ -11,7 +11,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pipeline.export.target import Exportable, Target, check_images, relative_difference
+from pipeline.export.formats import Exportable, ExportFormat, check_images, relative_difference
 from pipeline.io.tensors import save_tensors
 from pipeline.recipe.sections import VIT_SIZES, eval_crop_pct, eval_resize_size
 from pipeline.weights.vit import Vit
@@ -146,4 +146,4 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 """
 
 
-TIMM = Target(_write, _max_difference, _usage, ("timm", "safetensors"))
+TIMM = ExportFormat(_write, _max_difference, _usage, ("timm", "safetensors"))
