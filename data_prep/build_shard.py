@@ -160,7 +160,7 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
 def write_error(directory: Path, error: OSError | None = None) -> UserError:
     """Return the UserError for a failed write; without `error`, for a disk that is known to be full."""
     if error is None or error.errno in _DISK_FULL:
-        return UserError(f"{directory}: the disk or quota is full; make room and run the same command again")
+        return UserError(f"{directory}: the disk or quota is full; free some space and run the same command again")
     return UserError(f"{directory}: cannot be written: {error.strerror}")
 
 
