@@ -70,7 +70,7 @@ class AdoptJob:
         try:
             stat = path.stat()
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+            raise UserError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
         return hashlib.sha256(f"{self.sha256} {path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
 
     def _adopt(self, number: int, count_input: CountInput) -> None:
@@ -81,7 +81,7 @@ class AdoptJob:
                 adoption = _TarAdoption(self, path.name, reader, size, count_input)
                 num_bytes = reader.finish()
         except UnreadableSource as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
+            raise UserError(f"{path}: cannot be read: {error}; restore it or move it away") from error
         index = "\n".join([f"v1.2 {len(adoption.lines)}", *adoption.lines, ""]).encode("ascii")
         shard = None
         if adoption.lines:
