@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pipeline.data.dali import PipelineDef, training_pipeline_def
-from pipeline.data.decoder import Decoder
+from pipeline.data.decoder import ImageDecoder
 from pipeline.data.loader import BatchBuilder, BatchSpec
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
@@ -93,7 +93,9 @@ def decode_with(graph: PipelineDef, device: torch.device, batch_size: int) -> De
     def decode(batches: Iterable[BatchSpec], builder: BatchBuilder) -> list[torch.Tensor]:
         thread = PrefetchThread(iter(batches), 1)
         confirm = builder.undecodable.confirm
-        decoder = Decoder(graph, thread, builder.replace, batch_size, device, threads=2, prefetch=2, confirm=confirm)
+        decoder = ImageDecoder(
+            graph, thread, builder.replace, batch_size, device, threads=2, prefetch=2, confirm=confirm
+        )
         images = []
         try:
             while True:
