@@ -43,14 +43,14 @@ class AdoptJob:
         directory: Folder of the tars.
         names: The tars' names without ".tar".
         policy: How to check images.
-        rule: Where the labels are.
+        label_rule: Where the labels are.
         sha256: Identifies tars and options.
     """
 
     directory: Path
     names: tuple[str, ...]
     policy: images.Policy
-    rule: LabelRule
+    label_rule: LabelRule
     sha256: str
 
     def read_record(self, number: int) -> Record | None:
@@ -111,7 +111,7 @@ class _TarAdoption:
         for key, extension, member in contents:
             if extension in IMAGE_EXTENSIONS:
                 self._check_image(key, contents.samples[key])
-            elif extension == job.rule.extension:
+            elif extension == job.label_rule.extension:
                 self._labels[key] = self._read_label(key, {extension: member})
         for location, rejection_reason in contents.rejected:
             self._reject(location, *rejection_reason.split(": ", 1))
@@ -135,12 +135,12 @@ class _TarAdoption:
 
     def _read_label(self, key: str, members: Members) -> str | RejectedMember:
         try:
-            return read_label(self._job.rule, key, members, lambda m: self._reader.read_at(m.offset, m.size))
+            return read_label(self._job.label_rule, key, members, lambda m: self._reader.read_at(m.offset, m.size))
         except RejectedMember as error:
             return error
 
     def _add_sample(self, key: str, members: Members) -> None:
-        extension, rule = find_image(members), self._job.rule
+        extension, rule = find_image(members), self._job.label_rule
         if extension is None:
             first = next(iter(members.values()))
             self._reject(Location(self._where, first.name), *describe_missing_image(members).split(": ", 1))
