@@ -28,7 +28,7 @@ class _Graph(torch.nn.Module):
         self.model.load_state_dict(vit.weights)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return timm_folder.run_model(self.vit, self.model, images)
+        return timm_folder.compute_outputs(self.vit, self.model, images)
 
 
 def _file_name(vit: Vit) -> str:
