@@ -58,7 +58,7 @@ class Adoption:
     tars: tuple[tuple[str, int], ...]
 
     @property
-    def rule(self) -> LabelRule:
+    def label_rule(self) -> LabelRule:
         return LabelRule(self.labels, self.label_key)
 
     @property
@@ -68,13 +68,13 @@ class Adoption:
     @property
     def identity(self) -> dict[str, Any]:
         """The manifest's fields that distinguish one adoption from another."""
-        options = {"check": self.check, "max_pixels": self.max_pixels, **self.rule.to_options()}
+        options = {"check": self.check, "max_pixels": self.max_pixels, **self.label_rule.to_options()}
         identity = {"source": shard_set.ADOPTED, "split": self.split, "seed": 0, "options": options}
         return identity | {"plan_sha256": self.sha256}
 
     def job(self, directory: Path) -> AdoptJob:
         policy = Policy(self.check, "ignore", max_pixels=self.max_pixels)
-        return AdoptJob(directory, tuple(name for name, _ in self.tars), policy, self.rule, self.sha256)
+        return AdoptJob(directory, tuple(name for name, _ in self.tars), policy, self.label_rule, self.sha256)
 
 
 def adopt(
@@ -140,7 +140,7 @@ def _begin(directory: Path, adoption: Adoption) -> None:
         for name in (shard_set.MANIFEST, *_WRITTEN):
             (directory / name).unlink(missing_ok=True)
     except OSError as error:
-        raise finalize.storage_error(directory, error) from error
+        raise finalize.write_error(directory, error) from error
 
 
 def is_adoption(directory: Path) -> bool:

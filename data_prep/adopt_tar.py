@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep import images
 from data_prep.atomic import atomic_write
-from data_prep.build_shard import Record, is_intact, read_record, storage_error, write_record
+from data_prep.build_shard import Record, is_intact, read_record, write_error, write_record
 from data_prep.errors import UserError
 from data_prep.labels import LabelRule
 from data_prep.pixels import ImageError
@@ -43,14 +43,14 @@ class AdoptJob:
         directory: Folder of the tars.
         names: The tars' names without ".tar".
         policy: How to check images.
-        rule: Where the labels are.
+        label_rule: Where the labels are.
         sha256: Identifies tars and options.
     """
 
     directory: Path
     names: tuple[str, ...]
     policy: images.Policy
-    rule: LabelRule
+    label_rule: LabelRule
     sha256: str
 
     def read_record(self, number: int) -> Record | None:
@@ -70,7 +70,7 @@ class AdoptJob:
         try:
             stat = path.stat()
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+            raise UserError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
         return hashlib.sha256(f"{self.sha256} {path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
 
     def _adopt(self, number: int, count_input: CountInput) -> None:
@@ -81,7 +81,7 @@ class AdoptJob:
                 adoption = _TarAdoption(self, path.name, reader, size, count_input)
                 num_bytes = reader.finish()
         except UnreadableSource as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
+            raise UserError(f"{path}: cannot be read: {error}; restore it or move it away") from error
         index = "\n".join([f"v1.2 {len(adoption.lines)}", *adoption.lines, ""]).encode("ascii")
         shard = None
         if adoption.lines:
@@ -94,7 +94,7 @@ class AdoptJob:
                 idx_path(self.directory, name).unlink(missing_ok=True)
             write_record(self.directory, name, state, shard, adoption.quarantine, adoption.stats)
         except OSError as error:
-            raise storage_error(self.directory, error) from error
+            raise write_error(self.directory, error) from error
 
 
 class _TarAdoption:
@@ -111,7 +111,7 @@ class _TarAdoption:
         for key, extension, member in contents:
             if extension in IMAGE_EXTENSIONS:
                 self._check_image(key, contents.samples[key])
-            elif extension == job.rule.extension:
+            elif extension == job.label_rule.extension:
                 self._labels[key] = self._read_label(key, {extension: member})
         for location, rejection_reason in contents.rejected:
             self._reject(location, *rejection_reason.split(": ", 1))
@@ -135,12 +135,12 @@ class _TarAdoption:
 
     def _read_label(self, key: str, members: Members) -> str | RejectedMember:
         try:
-            return read_label(self._job.rule, key, members, lambda m: self._reader.read_at(m.offset, m.size))
+            return read_label(self._job.label_rule, key, members, lambda m: self._reader.read_at(m.offset, m.size))
         except RejectedMember as error:
             return error
 
     def _add_sample(self, key: str, members: Members) -> None:
-        extension, rule = find_image(members), self._job.rule
+        extension, rule = find_image(members), self._job.label_rule
         if extension is None:
             first = next(iter(members.values()))
             self._reject(Location(self._where, first.name), *describe_missing_image(members).split(": ", 1))

@@ -106,7 +106,7 @@ def staging_directory(directory: Path) -> Path:
 def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: CountInput) -> None:
     """Build the shard `number`. Raises UserError if the source cannot be read or OUT cannot be written."""
     if shutil.disk_usage(job.directory).free < job.estimate_bytes(number) + _DISK_RESERVE:
-        raise storage_error(job.directory)
+        raise write_error(job.directory)
     name, stats, quarantine = job.shard_name(number), Stats(), []
     temporary = job.directory / BUILD_DIRECTORY / temporary_name(name)
     try:
@@ -152,15 +152,15 @@ def build_shard(job: BuildJob, number: int, reader: SourceReader, count_input: C
             atomic_write(idx_path(job.directory, name), index, fsync=False)
         write_record(job.directory, name, job.plan.sha256, shard, quarantine, stats)
     except OSError as error:
-        raise storage_error(job.directory, error) from error
+        raise write_error(job.directory, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def storage_error(directory: Path, error: OSError | None = None) -> UserError:
+def write_error(directory: Path, error: OSError | None = None) -> UserError:
     """Return the UserError for a failed write; without `error`, for a disk that is known to be full."""
     if error is None or error.errno in _DISK_FULL:
-        return UserError(f"{directory}: the disk or quota is full; make room and run the same command again")
+        return UserError(f"{directory}: the disk or quota is full; free some space and run the same command again")
     return UserError(f"{directory}: cannot be written: {error.strerror}")
 
 

@@ -137,7 +137,7 @@ def _build_missing_shards(job: BuildJob, numbers: range, workers: int) -> None:
     if free < needed:
         raise UserError(
             f"{job.directory}: the build needs about {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free; "
-            "make room and run the same command again"
+            "free some space and run the same command again"
         )
     if staging is not None and to_stage:
         logger.info(f"copying the images of {len(to_stage):,} parquet files, to read them at random")

@@ -21,7 +21,7 @@ from typing import Any
 
 from data_prep import shard_set
 from data_prep.atomic import atomic_write, fsync_path
-from data_prep.build_shard import BuildJob, read_record, storage_error
+from data_prep.build_shard import BuildJob, read_record, write_error
 from data_prep.dataset_card import write_card
 from data_prep.errors import UserError
 from data_prep.shard_set import Annotation, Manifest
@@ -168,7 +168,7 @@ def write_set(out: Path, manifest: Manifest, quarantine: list[dict[str, str]], s
             fsync.result()
         shard_set.write_manifest(out, manifest)
     except OSError as error:
-        raise storage_error(out, error) from error
+        raise write_error(out, error) from error
     remove_build_directory(out)
 
 

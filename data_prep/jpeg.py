@@ -182,7 +182,7 @@ def exif_orientation(tiff: bytes) -> int:
             if tag == 0x0112:
                 (value,) = struct.unpack_from(order + ("I" if kind == 4 else "H"), tiff, entry + 8)
                 if kind not in (3, 4) or number != 1 or not 1 <= value <= 8:
-                    raise ValueError(f"orientation {value}")
+                    raise ValueError(f"invalid orientation tag: value {value}, type {kind}, count {number}")
                 return value
     except struct.error as error:
         raise ValueError(str(error)) from error

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.atomic import temporary_name
-from data_prep.build_shard import staging_directory, storage_error
+from data_prep.build_shard import staging_directory, write_error
 from data_prep.errors import UserError
 from data_prep.workers import CountInput
 
@@ -85,7 +85,7 @@ class StageJob:
         try:
             images.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(images.parent).free < self.estimate_bytes(number):
-                raise storage_error(self.directory)
+                raise write_error(self.directory)
             with open(temporary, "wb") as file:
                 row = end = 0
                 for image in self._read_images(number):
@@ -106,7 +106,7 @@ class StageJob:
                 np.save(file, ends)
             os.replace(temporary, ends_path)
         except OSError as error:
-            raise storage_error(self.directory, error) from error
+            raise write_error(self.directory, error) from error
         finally:
             temporary.unlink(missing_ok=True)
 

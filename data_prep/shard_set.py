@@ -249,7 +249,7 @@ def _damaged(where: str | os.PathLike, problem: str) -> ShardSetError:
 
 
 def _unreadable(path: Path, error: OSError) -> ShardSetError:
-    return ShardSetError(f"{path}: cannot be read: {error.strerror}")
+    return ShardSetError(f"{path}: cannot be read: {error.strerror}; check its permissions")
 
 
 def read_index(directory: str | os.PathLike, shard: Shard, extension: str = "jpg") -> ShardIndex:

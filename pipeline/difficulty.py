@@ -15,17 +15,17 @@ from torch.nn import functional as F
 Metric = Literal["p2dist", "neighbors_3x3", "inverse_distance_5x5", "nearest_patch"]
 
 
-def difficulty(visible: torch.Tensor, patch_size: int, metric: Metric, exact: bool, k: int) -> torch.Tensor:
+def difficulty(visible: torch.Tensor, patch_size: int, metric: Metric, exact: bool, num_nearest: int) -> torch.Tensor:
     """Compute the difficulty of every patch by a metric: bool (B, H, W) -> float32 (B, H, W).
 
     The metrics are the paper's own and, in this order, rows (a), (b) and (c) of Table 5. Rows (a) and (b)
-    measure ease; their inverse is used. For the other arguments see `patch_distance`.
+    measure ease; their inverse is used. For the other arguments see `patch_distance`, whose k is num_nearest.
 
     Raises:
         ValueError: If `metric` is unknown.
     """
     if metric == "p2dist":
-        return patch_distance(visible, patch_size, exact, k)
+        return patch_distance(visible, patch_size, exact, num_nearest)
     if metric == "neighbors_3x3":
         return 1 / _sum_visible_neighbors(visible, radius=1, power=0)
     if metric == "inverse_distance_5x5":
@@ -42,7 +42,7 @@ def patch_distance(visible: torch.Tensor, patch_size: int, exact: bool = False, 
         visible: bool (B, H, W), a mask over the grid of patches.
         patch_size: P, in pixels.
         exact: Use Eq. 1 instead of Algorithm 1.
-        k: Nearest boundary points of Algorithm 1.
+        k: Number of nearest boundary points in Algorithm 1.
 
     Returns:
         float32 (B, H, W), in pixels; 0 for visible patches, infinite if no patch of the image is visible.
@@ -105,12 +105,13 @@ def _pixel_to_patch_offset(num_patches: int, patch_size: int, device: torch.devi
     return torch.clamp(torch.maximum(first - pixel, pixel - (first + patch_size - 1)), min=0).float()
 
 
-def _boundary_distance(visible: torch.Tensor, patch_size: int, k: int) -> torch.Tensor:
+def _boundary_distance(visible: torch.Tensor, patch_size: int, num_nearest: int) -> torch.Tensor:
     """Algorithm 1: a visible patch is represented by 9 points, its corners, edge centers and center.
 
     The points lie on a lattice of half patches. Neighboring patches share points; as S is a set, a shared
     point counts once. The order of the lattice points by distance from a patch depends only on the grid, so
-    the k nearest visible points have the k smallest ranks among the visible ones. Ties rank in raster order.
+    the k = num_nearest visible points nearest to it have the k smallest ranks among the visible ones. Ties rank in
+    raster order.
 
     Pixels have the integer coordinates 0 to P - 1 and a patch's center is at P / 2, which the paper's numbers of
     patches imply. So pixels are not symmetric about the center, and flipping a mask changes distances slightly.
@@ -127,7 +128,8 @@ def _boundary_distance(visible: torch.Tensor, patch_size: int, k: int) -> torch.
     order = (down.square() + across.square()).argsort(dim=1, stable=True)
     rank = order.argsort(dim=1).float()
     visible_rank = torch.where(is_visible[:, None, :], rank, torch.inf)  # (B, L, points)
-    smallest, points = visible_rank.topk(min(k, visible_rank.shape[2]), dim=2, largest=False)  # S: (B, L, k)
+    count = min(num_nearest, visible_rank.shape[2])
+    smallest, points = visible_rank.topk(count, dim=2, largest=False)  # S: (B, L, k)
 
     cell = torch.arange(rows * columns, device=visible.device)[:, None]
     half = patch_size / 2

@@ -98,7 +98,7 @@ def open_container(path: str) -> tuple[BinaryIO, Storage]:
     try:
         return open(path, "rb"), Storage.STORED
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 @functools.cache
@@ -240,7 +240,7 @@ def _starts_with(path: str, magic: bytes) -> bool:
         with open(path, "rb") as file:
             return file.read(len(magic)) == magic
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 class _Part(io.RawIOBase):

@@ -48,7 +48,7 @@ class CsvRows:
             self._column = self.columns.index(column)
             self._build_index(len(header))
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+            raise UserError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
         if self.skipped.total() > len(self._hashes):
             raise UserError(f"{path}: most rows cannot be read ({self.describe_skipped()}); download it again")
 
@@ -114,7 +114,7 @@ def read_csv(path: Path) -> Iterator[list[str]]:
             for _, row, problem in _read_rows(file, 0):
                 yield from () if problem else _parse(row, separator)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 def hash_value(value: bytes) -> int:

@@ -87,7 +87,7 @@ def _scan(folder: str | os.PathLike) -> list[os.DirEntry]:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name.encode("utf-8", "surrogateescape"))
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{folder}: cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 def _is_shard_set(folder: Path) -> bool:
@@ -106,4 +106,4 @@ def _is_image_file(path: str) -> bool:
         with open(path, "rb") as file:
             return is_image(file.read(64))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error

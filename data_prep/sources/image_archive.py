@@ -78,7 +78,7 @@ def _is_archive(path: Path) -> bool:
         with open(path, "rb") as file:
             head = file.read(262)
     except OSError as error:
-        raise UserError(f"SRC {path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"SRC {path}: cannot be read: {error.strerror}; check the path and its permissions") from error
     return head.startswith((b"PK\3\4", b"PK\5\6", b"\x1f\x8b")) or head[257:] == b"ustar"
 
 

@@ -38,7 +38,10 @@ class RemoteFiles:
         try:
             self._file_system, self._path = fsspec.core.url_to_fs(root.rstrip("/"))
         except Exception as error:  # some file systems connect here, each with its own exceptions
-            raise UserError(f"SRC {self.root}: cannot be opened: {_describe(error)}") from error
+            raise UserError(
+                f"SRC {self.root}: cannot be opened: {_describe(error)}; check the URL, the credentials, and that "
+                "fsspec's package for it is installed"
+            ) from error
 
     def list_names(self) -> list[str]:
         """Return the names of the files and folders directly below the root."""

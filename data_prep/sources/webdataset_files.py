@@ -39,7 +39,7 @@ def list_tars(folder: Path) -> list[Path]:
     except NotADirectoryError as error:
         raise UserError(f"{folder}: is a file; name the folder of the tars, {folder.parent}") from error
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{folder}: cannot be read: {error.strerror}; check the path and its permissions") from error
     if not names:
         raise UserError(f"{folder}: no tar files; {suggest_command(folder)}")
     if below := sorted({path.parent.name for path in folder.glob("*/*.tar")}):
@@ -151,7 +151,7 @@ def open_tar(root: str, name: str) -> Iterator[tuple[SequentialReader, int | Non
 
         yield SequentialReader(inflate, _STREAM_BYTES), None, Storage.GZIPPED
     except UnreadableSource as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+        raise UserError(f"{path}: cannot be read: {error}; check the path and its permissions") from error
 
 
 def _open_remote(files: RemoteFiles, name: str, path: str) -> tuple[SequentialReader, int | None, Storage]:

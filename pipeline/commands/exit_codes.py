@@ -16,7 +16,7 @@ from pipeline.errors import AllRanksError, Diverged, StoppedEarly, UserError, mi
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 REMEDIES = {
-    **dict.fromkeys(DISK_FULL, "make room, and run the same command again"),
+    **dict.fromkeys(DISK_FULL, "free some space, and run the same command again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "fix the permissions, or choose a writable location"),
 }
 CACHES = ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "MPLCONFIGDIR")

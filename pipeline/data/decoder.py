@@ -4,13 +4,13 @@
       -> DALI pipeline       decodes in its own threads; on a GPU it also resizes, flips and normalizes
       -> decoding thread     runs the pipeline; on the CPU it resizes and normalizes with a pool of threads, on a GPU it
                              works on a CUDA stream of its own
-      -> Decoder.next()      on a GPU makes the current stream wait for the batch, but not the host
+      -> ImageDecoder.next() on a GPU makes the current stream wait for the batch, but not the host
 
 Invariant: batches come in the order of the source, and an undecodable image changes no other image of its batch.
 
-DALI fails on a whole batch if one of its images cannot be decoded, and a failed pipeline is unusable. `Decoder` then
-decodes each image of the batches in flight alone, lets `replace` substitute those that fail, and runs the same batches
-through a new pipeline.
+DALI fails on a whole batch if one of its images cannot be decoded, and a failed pipeline is unusable. `ImageDecoder`
+then decodes each image of the batches in flight alone, lets `replace` substitute those that fail, and runs the same
+batches through a new pipeline.
 
 A failure of the device is never attributed to images. Whenever an image fails, a known-good one is decoded too. If that
 fails as well, or memory runs out, or more than MAX_ONLY_PILLOW_DECODES images of a batch fail that Pillow decodes, an
@@ -56,7 +56,7 @@ class PipelineInput(Protocol):
 BatchT = TypeVar("BatchT", bound=PipelineInput)
 
 
-class Decoder(Generic[BatchT]):
+class ImageDecoder(Generic[BatchT]):
     """Decodes the batches of a source in order, `prefetch` batches ahead.
 
     Args:

@@ -50,8 +50,8 @@ class DenseBatchSpec(NamedTuple):
         return self.encoded[rows], *(np.array(value, np.int32) for value in values)
 
 
-class Annotator:
-    """Applies a transform to the annotations of samples, in threads.
+class TargetBuilder:
+    """Builds the placements and targets of samples from their annotations, by a transform, in threads.
 
     Args:
         pinned: Whether targets are in page-locked memory.
@@ -61,7 +61,7 @@ class Annotator:
         self.reader, self.transform, self.pinned = reader, transform, pinned
         self._pool = ThreadPoolExecutor(threads, initializer=limit_torch_to_calling_thread)
 
-    def apply(
+    def build(
         self,
         locations: SampleLocation,
         indexes: np.ndarray,
@@ -80,7 +80,7 @@ class Annotator:
             UserError: If an annotation is damaged or does not belong to its image.
         """
 
-        def apply(row: int) -> tuple[Placement, Target]:
+        def build_one(row: int) -> tuple[Placement, Target]:
             keys = int(locations.epoch[row]), int(locations.sample_id[row])
             try:
                 placement, target = self.transform(annotations[row], sizes[row], *keys)
@@ -88,7 +88,7 @@ class Annotator:
                 self._raise(int(locations.shard[row]), int(indexes[row]), error)
             return placement, pin(target) if self.pinned else target
 
-        pairs = list(self._pool.map(apply, range(len(indexes))))
+        pairs = list(self._pool.map(build_one, range(len(indexes))))
         return [placement for placement, _ in pairs], [target for _, target in pairs]
 
     def read(self, shard: int, index: int) -> np.ndarray:
@@ -114,11 +114,11 @@ class DenseBatchBuilder(BatchBuilder):
         recipe: TrainingRecipe,
         noise_size: int,
         undecodable: UndecodableSamples,
-        annotator: Annotator,
+        target_builder: TargetBuilder,
         pin: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ):
         super().__init__(reader, recipe, noise_size, undecodable, pin=pin)
-        self.annotator = annotator
+        self.target_builder = target_builder
 
     def build(
         self, locations: SampleLocation, encoded: list[np.ndarray], annotations: Sequence[np.ndarray] = ()
@@ -127,9 +127,9 @@ class DenseBatchBuilder(BatchBuilder):
         indexes, encoded, sizes = self._substitute_unreadable(locations, encoded)
         annotations = list(annotations)
         for row in np.flatnonzero(indexes != locations.index_in_shard).tolist():
-            annotations[row] = self.annotator.read(int(locations.shard[row]), int(indexes[row]))
+            annotations[row] = self.target_builder.read(int(locations.shard[row]), int(indexes[row]))
         noise = uniform(self.recipe.seed, Purpose.MASK, locations.epoch, locations.sample_id, self.noise_size)
-        placed = self.annotator.apply(locations, indexes, annotations, [(int(w), int(h)) for w, h in sizes])
+        placed = self.target_builder.build(locations, indexes, annotations, [(int(w), int(h)) for w, h in sizes])
         return DenseBatchSpec(locations, indexes, encoded, *placed, self._pin(torch.from_numpy(noise)))
 
     def replace(self, spec: Any, row: int, reason: str) -> Any:
@@ -139,7 +139,9 @@ class DenseBatchBuilder(BatchBuilder):
         index = self.undecodable.substitute(shard, index)
         index, image, size = self._first_readable(shard, index, self.reader.read(shard, index))
         location = SampleLocation(*(field[row : row + 1] for field in spec.locations))
-        placed = self.annotator.apply(location, np.array([index]), [self.annotator.read(shard, index)], [size])
+        placed = self.target_builder.build(
+            location, np.array([index]), [self.target_builder.read(shard, index)], [size]
+        )
         indexes = spec.indexes.copy()
         indexes[row] = index
         encoded, placements, targets = list(spec.encoded), list(spec.placements), list(spec.targets)

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.data.dali import PipelineDef, placed_pipeline_def
 from pipeline.data.decode_options import decode_options
-from pipeline.data.dense_batch import Annotator, DenseBatchBuilder, DenseBatchSpec
+from pipeline.data.dense_batch import DenseBatchBuilder, DenseBatchSpec, TargetBuilder
 from pipeline.data.eval_loader import EvalLoader
 from pipeline.data.loader import Batch, BatchBuilder, Loader
 from pipeline.data.placement import DenseTransform, Placement, Target, to_device
@@ -32,13 +32,13 @@ class DenseLoader(Loader):
 
     def close(self) -> None:
         super().close()
-        self._annotator.close()
+        self._target_builder.close()
 
     def _make_builder(self, noise_size: int, undecodable: UndecodableSamples, labeled: bool) -> BatchBuilder:
         threads, pinned = self.recipe.data.read_threads, self.device.type == "cuda"
-        self._annotator = Annotator(self.reader, self._transform, threads, pinned)
+        self._target_builder = TargetBuilder(self.reader, self._transform, threads, pinned)
         pin = partial(pin_for, device=self.device)
-        return DenseBatchBuilder(self.reader, self.recipe, noise_size, undecodable, self._annotator, pin)
+        return DenseBatchBuilder(self.reader, self.recipe, noise_size, undecodable, self._target_builder, pin)
 
     def _pipeline_def(self, deterministic: bool) -> PipelineDef:
         return placed_pipeline_def(self.recipe.data, decode_options(self.recipe.data, self.device, deterministic))
@@ -69,15 +69,15 @@ class DenseEvalLoader(EvalLoader):
 
     def __init__(self, reader: ShardReader, transform: DenseTransform, data: DataSection, *arguments: Any):
         super().__init__(reader, data, *arguments, resize=data.image_size)
-        self._annotator = Annotator(reader, transform, self.threads, pinned=False)
+        self._target_builder = TargetBuilder(reader, transform, self.threads, pinned=False)
 
     def _pipeline_def(self) -> PipelineDef:
         return placed_pipeline_def(self.data, decode_options(self.data, self.device, self.deterministic))
 
     def _make_spec(self, locations: SampleLocation, encoded: list[np.ndarray], sizes: np.ndarray) -> DenseBatchSpec:
-        annotations = self._read_all(locations, self._annotator.transform.extension)
+        annotations = self._read_all(locations, self._target_builder.transform.extension)
         indexes = locations.index_in_shard
-        placed = self._annotator.apply(locations, indexes, annotations, [(int(w), int(h)) for w, h in sizes])
+        placed = self._target_builder.build(locations, indexes, annotations, [(int(w), int(h)) for w, h in sizes])
         return DenseBatchSpec(locations, indexes, encoded, *placed, torch.empty(len(encoded), 0))
 
     def _make_batch(self, spec: DenseBatchSpec, images: torch.Tensor) -> DenseEvalBatch:

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.data.dali import Inputs, PipelineDef, eval_pipeline_def
 from pipeline.data.decode_options import decode_options, prefetch_depth
-from pipeline.data.decoder import Decoder
+from pipeline.data.decoder import ImageDecoder
 from pipeline.data.pixels import jpeg_size
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
@@ -102,7 +102,7 @@ class EvalLoader:
         """
         depth = prefetch_depth(self.data, self.device)
         specs = PrefetchThread(self._build_batches(), depth)
-        decoder = Decoder(self._pipeline_def(), specs, self._replace, self.batch, self.device, self.threads, depth)
+        decoder = ImageDecoder(self._pipeline_def(), specs, self._replace, self.batch, self.device, self.threads, depth)
         try:
             for _ in range(self.first, self.end, self.batch):
                 yield self._make_batch(*decoder.next())

@@ -4,7 +4,7 @@ Invariant: a micro batch is a function of (recipe, data, step, rank, world size)
 and pixels do not depend on how often the run was interrupted. Stream position n is crop `n mod k` of sample
 `n div k`, with k = data.crops_per_image: the k crops of an image are consecutive and share one decode.
 
-`ReadAhead` reads in the background, a `PrefetchThread` builds batches, and `Decoder` decodes them; `Loader.next`
+`ReadAhead` reads in the background, a `PrefetchThread` builds batches, and `ImageDecoder` decodes them; `Loader.next`
 waits only if one of them is late. On a GPU it never waits for the device: noise and labels are in page-locked memory.
 """
 
@@ -21,7 +21,7 @@ import torch
 from pipeline.data.augment import color_jitter
 from pipeline.data.dali import Inputs, PipelineDef, training_pipeline_def
 from pipeline.data.decode_options import decode_options, prefetch_depth
-from pipeline.data.decoder import Decoder
+from pipeline.data.decoder import ImageDecoder
 from pipeline.data.fixed_size_crop import center_boxes, draw_fixed_size_boxes
 from pipeline.data.philox import Purpose, uniform
 from pipeline.data.pixels import jpeg_size
@@ -231,7 +231,7 @@ class Loader:
         )
         depth = prefetch_depth(data, device)
         self._build_thread = PrefetchThread((builder.build(*read) for read in self._read_ahead), depth)
-        self._decoder = Decoder(
+        self._decoder = ImageDecoder(
             self._pipeline_def(deterministic),
             self._build_thread,
             builder.replace,

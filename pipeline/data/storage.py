@@ -113,8 +113,11 @@ class UrlStorage:
                 raise ValueError("no server in the URL")
             self._file_system, self._root = fsspec.core.url_to_fs(url.rstrip("/"))
         except Exception as error:  # some file systems connect here, each with its own exceptions
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.path}: cannot be opened: {reason or type(error).__name__}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{self.path}: cannot be opened: {reason}; check the URL, the credentials, and that fsspec's package "
+                "for it is installed"
+            ) from error
 
     def read(self, name: str, spans: Sequence[Span], heartbeat: Heartbeat) -> list[bytes]:
         parts = []

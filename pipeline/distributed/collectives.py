@@ -156,7 +156,7 @@ def raise_on_all_ranks(function: Callable[[], T]) -> T:
     except (UserError, StoppedEarly) as error:
         failure, cause = (str(error), isinstance(error, StoppedEarly)), error
     except OSError as error:
-        failure, cause = (str(storage_error(error)), False), error
+        failure, cause = (str(os_error_to_user_error(error)), False), error
     failures = list(dict.fromkeys(filter(None, all_gather_object(failure))))
     if errors := [text for text, stopped in failures if not stopped]:
         raise AllRanksError("; ".join(errors)) from cause
@@ -181,7 +181,7 @@ def iterate_in_lockstep(batches: Iterable[T]) -> Iterator[T | None]:
         yield batch
 
 
-def storage_error(error: OSError) -> UserError:
+def os_error_to_user_error(error: OSError) -> UserError:
     """Turn an OSError of a read or write into a UserError with the fix."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return UserError(f"{error}; {'free some space' if full else 'repair the storage'} and run the same command again")

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.data.dali import training_pipeline_def
 from pipeline.data.decode_options import DecodeOptions, decode_options, prefetch_depth
-from pipeline.data.decoder import Decoder
+from pipeline.data.decoder import ImageDecoder
 from pipeline.data.gpu_decoder import nvjpeg_version
 from pipeline.data.loader import BatchBuilder, BatchSpec, Loader
 from pipeline.data.prefetch_thread import PrefetchThread
@@ -162,12 +162,12 @@ def _decoder(
     threads: int,
     options: DecodeOptions,
     last: LastStage,
-) -> Decoder:
+) -> ImageDecoder:
     data = builder.recipe.data
     with warnings.catch_warnings():
         # A pipeline that ends early does not use all of its inputs.
         warnings.filterwarnings("ignore", "The external source node")
-        return Decoder(
+        return ImageDecoder(
             training_pipeline_def(data, options, last),
             PrefetchThread(itertools.cycle(specs), 1),
             builder.replace,

@@ -14,10 +14,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from pipeline.errors import UserError
+from pipeline.export.formats import Exportable, ExportFormat
 from pipeline.export.model_card import card_fields, render_card
 from pipeline.export.official_file import OFFICIAL, OFFICIAL_VIT
 from pipeline.export.onnx_file import ONNX
-from pipeline.export.target import Exportable, Target
 from pipeline.export.timm_folder import TIMM
 from pipeline.export.transformers_folder import HF, HF_BEIT, HF_MAE
 from pipeline.recipe.tasks import recipe_kind
@@ -26,8 +26,14 @@ from pipeline.train.checkpoint import fsync_and_hash
 from pipeline.train.run_directory import RunDirectory
 from pipeline.weights.run import LoadedRun, load_run, run_command
 
-TARGETS: dict[str, Target[LoadedRun]] = {"timm": TIMM, "hf": HF, "hf-mae": HF_MAE, "official": OFFICIAL, "onnx": ONNX}
-CLASSIFIER_TARGETS: dict[str, Target[LoadedClassifier]] = {"timm": TIMM, "official": OFFICIAL_VIT, "onnx": ONNX}
+FORMATS: dict[str, ExportFormat[LoadedRun]] = {
+    "timm": TIMM,
+    "hf": HF,
+    "hf-mae": HF_MAE,
+    "official": OFFICIAL,
+    "onnx": ONNX,
+}
+CLASSIFIER_FORMATS: dict[str, ExportFormat[LoadedClassifier]] = {"timm": TIMM, "official": OFFICIAL_VIT, "onnx": ONNX}
 TOLERANCE = 1e-5
 """Largest relative difference of an export's tokens or logits from ours, in fp32."""
 SUMMARY = "export.json"
@@ -37,7 +43,7 @@ SUMMARY = "export.json"
 def export(
     run: Path,
     out: Path,
-    target: str,
+    format_name: str,
     *,
     encoder_only: bool = False,
     ema: bool = False,
@@ -49,7 +55,7 @@ def export(
     Args:
         run: Run directory of a pre-training or fine-tuning.
         out: Folder to create.
-        target: A key of TARGETS.
+        format_name: A key of FORMATS.
         encoder_only: Leave the decoder out; only for `official`.
         ema: Export the moving average of the weights.
         overwrite: Replace `out` if an export wrote it.
@@ -62,18 +68,18 @@ def export(
         UserError: If the format cannot represent the model, `out` exists or cannot be written, or the
             verification fails.
     """
-    if encoder_only and target == "hf-mae":
+    if encoder_only and format_name == "hf-mae":
         raise UserError("--encoder-only: hf-mae includes the decoder; use --format hf for the encoder alone")
     if out.is_symlink():
         out = out.resolve()
     _check_out(out, overwrite)
-    chosen, loaded = _load(run, target, encoder_only, ema)
+    export_format, loaded = _load(run, format_name, encoder_only, ema)
     try:
         vit = loaded.vit
     except UserError as error:
-        raise UserError(f"--format {target}: {error}; use the run's own weights.safetensors") from error
-    fields = card_fields(run, loaded, chosen, ema, results)
-    if vit.is_beit and target == "official":
+        raise UserError(f"--format {format_name}: {error}; use the run's own weights.safetensors") from error
+    fields = card_fields(run, loaded, export_format, ema, results)
+    if vit.is_beit and format_name == "official":
         raise UserError("--format official: the official MAE code has no relative positions as BEiT's; use timm")
     partial, old = (out.with_name(out.name + suffix) for suffix in (".partial", ".old.partial"))
     for leftover in (partial, old):  # of an export that was killed
@@ -81,9 +87,9 @@ def export(
     try:
         partial.mkdir(parents=True)
         (partial / SUMMARY).touch()
-        difference = _write_and_verify(loaded, chosen, target, partial)
+        difference = _write_and_verify(loaded, export_format, format_name, partial)
         (partial / "README.md").write_text(render_card(fields, difference))
-        summary = {"format": target, "method": vit.origin, "step": loaded.step, "ema": ema}
+        summary = {"format": format_name, "method": vit.origin, "step": loaded.step, "ema": ema}
         _finalize(partial, summary | {"difference": difference})
         if out.exists():
             out.rename(old)
@@ -96,29 +102,29 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return (
-        f"{out}: {vit.origin} after step {loaded.step}, exported for {target}; outputs of the reloaded model "
+        f"{out}: {vit.origin} after step {loaded.step}, exported for {format_name}; outputs of the reloaded model "
         f"within {difference:.1e} of ours; complete the model card, README.md"
     )
 
 
-def _load(run: Path, target: str, encoder_only: bool, ema: bool) -> tuple[Target[Any], Exportable]:
+def _load(run: Path, format_name: str, encoder_only: bool, ema: bool) -> tuple[ExportFormat[Any], Exportable]:
     if run_command(run) != "finetune":
-        chosen, loaded = TARGETS[target], load_run(run, ema)
-        if encoder_only and target == "official":
-            chosen = OFFICIAL_VIT
-        if target == "hf" and loaded.recipe.method.name == "beit":
-            chosen = HF_BEIT
-        return chosen, loaded
+        export_format, loaded = FORMATS[format_name], load_run(run, ema)
+        if encoder_only and format_name == "official":
+            export_format = OFFICIAL_VIT
+        if format_name == "hf" and loaded.recipe.method.name == "beit":
+            export_format = HF_BEIT
+        return export_format, loaded
     if (task := recipe_kind(RunDirectory(run).recipe_file).TASK) != "classification":
         raise UserError(f"{run}: is a run of {task}, which has no export; use weights.safetensors of its checkpoint")
     if encoder_only:
         raise UserError("--encoder-only: a fine-tuned classifier has no decoder; omit the option")
-    if target not in CLASSIFIER_TARGETS:
+    if format_name not in CLASSIFIER_FORMATS:
         raise UserError(
-            f"--format {target}: transformers' ViTForImageClassification has no mean pooling; use one of "
-            f"{', '.join(CLASSIFIER_TARGETS)}"
+            f"--format {format_name}: transformers' ViTForImageClassification has no mean pooling; use one of "
+            f"{', '.join(CLASSIFIER_FORMATS)}"
         )
-    return CLASSIFIER_TARGETS[target], load_classifier(run, ema)
+    return CLASSIFIER_FORMATS[format_name], load_classifier(run, ema)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
@@ -146,14 +152,14 @@ def _remove_export(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write_and_verify(loaded: Exportable, chosen: Target[Any], name: str, folder: Path) -> float:
+def _write_and_verify(loaded: Exportable, export_format: ExportFormat[Any], name: str, folder: Path) -> float:
     """Write the format's files and return the largest relative difference of the reloaded model."""
     try:
-        chosen.write(loaded, folder)
+        export_format.write(loaded, folder)
     except RuntimeError as error:  # torch raises it for storage errors, too
         raise UserError(f"--format {name}: cannot be written: {_first_line(error)}") from error
     try:
-        difference = chosen.max_difference(loaded, folder)
+        difference = export_format.max_difference(loaded, folder)
     except Exception as error:  # libraries raise any type for a file that they cannot load
         raise UserError(f"--format {name}: the export cannot be reloaded: {_first_line(error)}") from error
     if not difference <= TOLERANCE:

@@ -14,7 +14,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.evals.accuracy import Accuracy
-from pipeline.export.target import Exportable, Target
+from pipeline.export.formats import Exportable, ExportFormat
 from pipeline.io.atomic import read_json
 from pipeline.report.history import read_metrics_log
 from pipeline.tasks.loaded_classifier import LoadedClassifier
@@ -108,14 +108,14 @@ class Description(NamedTuple):
 
 
 def card_fields(
-    run: Path, loaded: Exportable, target: Target[Any], ema: bool, results: Sequence[Path] = ()
+    run: Path, loaded: Exportable, export_format: ExportFormat[Any], ema: bool, results: Sequence[Path] = ()
 ) -> dict[str, str]:
     """Return the fields of the card that are known before the export is verified.
 
     Args:
         run: Run directory.
         loaded: The run's model.
-        target: Export format.
+        export_format: The format of the export.
         ema: Whether the weights are their moving average.
         results: JSON files to quote.
 
@@ -131,10 +131,10 @@ def card_fields(
     else:
         title, summary, tags, options = _describe_encoder(loaded)
     return dict(
-        tags=", ".join([*target.tags, "vit", *tags]),
+        tags=", ".join([*export_format.tags, "vit", *tags]),
         title=title,
         summary=summary,
-        usage=target.usage(loaded).strip(),
+        usage=export_format.usage(loaded).strip(),
         mean=str(list(data.mean)),
         std=str(list(data.std)),
         size=str(data.image_size),

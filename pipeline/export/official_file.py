@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from pipeline.export import timm_folder, transformers_folder
-from pipeline.export.target import Exportable, Target, mask_ratio
+from pipeline.export.formats import Exportable, ExportFormat, mask_ratio
 from pipeline.weights.run import LoadedRun
 from pipeline.weights.state_dicts import official_state_dict
 
@@ -79,5 +79,5 @@ loss, prediction, mask = model(images, mask_ratio={mask_ratio(recipe)})
 """
 
 
-OFFICIAL = Target(_write_mae, _mae_difference, _mae_usage, ("pytorch",))
-OFFICIAL_VIT = Target(_write_vit, _vit_difference, _vit_usage, ("pytorch",))
+OFFICIAL = ExportFormat(_write_mae, _mae_difference, _mae_usage, ("pytorch",))
+OFFICIAL_VIT = ExportFormat(_write_vit, _vit_difference, _vit_usage, ("pytorch",))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline.export import timm_folder
-from pipeline.export.target import Exportable, Target, check_images, import_library, relative_difference
+from pipeline.export.formats import Exportable, ExportFormat, check_images, import_library, relative_difference
 from pipeline.weights.vit import Vit
 
 OPSET = 18
@@ -28,7 +28,7 @@ class _Graph(torch.nn.Module):
         self.model.load_state_dict(vit.weights)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return timm_folder.run_model(self.vit, self.model, images)
+        return timm_folder.compute_outputs(self.vit, self.model, images)
 
 
 def _file_name(vit: Vit) -> str:
@@ -84,4 +84,4 @@ session = onnxruntime.InferenceSession("OUT/{_file_name(vit)}", providers=["CPUE
 """
 
 
-ONNX = Target(_write, _max_difference, _usage, ("onnx",))
+ONNX = ExportFormat(_write, _max_difference, _usage, ("onnx",))

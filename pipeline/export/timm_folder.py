@@ -11,7 +11,7 @@ from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from pipeline.export.target import Exportable, Target, check_images, relative_difference
+from pipeline.export.formats import Exportable, ExportFormat, check_images, relative_difference
 from pipeline.io.tensors import save_tensors
 from pipeline.recipe.sections import VIT_SIZES, eval_crop_pct, eval_resize_size
 from pipeline.weights.vit import Vit
@@ -55,7 +55,7 @@ def build_model(vit: Vit, weights: Path | None = None) -> nn.Module:
     return timm.create_model(_architecture(vit), checkpoint_path=weights, **_model_args(vit)).eval()
 
 
-def run_model(vit: Vit, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def compute_outputs(vit: Vit, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Return timm's outputs for images (B, 3, S, S), comparable with those of `vit.forward`."""
     assert isinstance(model, VisionTransformer | Beit)
     return model(images) if vit.classes else model.forward_features(images)
@@ -126,7 +126,7 @@ def _max_difference(run: Exportable, folder: Path) -> float:
 def _model_difference(vit: Vit, model: nn.Module) -> float:
     images = check_images(vit.data)
     with torch.inference_mode():
-        return relative_difference(run_model(vit, model, images), vit.forward(images))
+        return relative_difference(compute_outputs(vit, model, images), vit.forward(images))
 
 
 def _usage(run: Exportable) -> str:
@@ -146,4 +146,4 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 """
 
 
-TIMM = Target(_write, _max_difference, _usage, ("timm", "safetensors"))
+TIMM = ExportFormat(_write, _max_difference, _usage, ("timm", "safetensors"))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from pipeline.errors import UserError
-from pipeline.export.target import (
-    Target,
+from pipeline.export.formats import (
+    ExportFormat,
     check_images,
     import_library,
     mask_ratio,
@@ -219,6 +219,6 @@ logits = model(pixels, bool_masked_pos=masked).logits  # (1, {patches}, {run.met
 
 
 TAGS = ("transformers", "safetensors")
-HF = Target(partial(_write, decoder=False), _encoder_difference, _encoder_usage, TAGS)
-HF_MAE = Target(partial(_write, decoder=True), mae_difference, _mae_usage, TAGS)
-HF_BEIT = Target(_write_beit, _beit_difference, _beit_usage, TAGS)
+HF = ExportFormat(partial(_write, decoder=False), _encoder_difference, _encoder_usage, TAGS)
+HF_MAE = ExportFormat(partial(_write, decoder=True), mae_difference, _mae_usage, TAGS)
+HF_BEIT = ExportFormat(_write_beit, _beit_difference, _beit_usage, TAGS)

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.data.dali import PipelineDef, eval_pipeline_def, training_pipeline_def
 from pipeline.data.decode_options import DecodeOptions
-from pipeline.data.decoder import Decoder, PipelineInput
+from pipeline.data.decoder import ImageDecoder, PipelineInput
 from pipeline.data.eval_loader import EvalBatchSpec, resize_and_crop_geometry
 from pipeline.data.gpu_decoder import nvjpeg_version
 from pipeline.data.loader import BatchBuilder, BatchSpec, Loader
@@ -201,7 +201,7 @@ def pixel_source(graph: PipelineDef, device: torch.device) -> PixelSource:
     def decode(batches: Sequence[PipelineInput]) -> Iterator[torch.Tensor]:
         thread = PrefetchThread(iter(batches), 1)
         batch_size = max(len(batch.inputs()[0]) for batch in batches)
-        decoder = Decoder(graph, thread, _refuse, batch_size, device, threads=2, prefetch=2)
+        decoder = ImageDecoder(graph, thread, _refuse, batch_size, device, threads=2, prefetch=2)
         try:
             for _ in batches:
                 yield decoder.next()[1]

@@ -18,7 +18,7 @@ CHECKS = (
     Check("roi-decode", f"{PACKAGE}.pixels:check_roi_decode"),
     Check("pixels", f"{PACKAGE}.pixels:check_pixels"),
     Check("stream-order", f"{PACKAGE}.pixels:check_stream_order"),
-    Check("device-errors", f"{PACKAGE}.device_errors:check_device_errors"),
+    Check("decode-errors", f"{PACKAGE}.decode_errors:check_decode_errors"),
     Check("methods", f"{PACKAGE}.methods:check_methods"),
     Check("zero-stages", f"{PACKAGE}.stages:check_stages", 1800),
     Check("skipped-step", f"{PACKAGE}.stages:check_skipped_step", 1800),

@@ -40,7 +40,7 @@ class DifficultyFlatten:
     beta: float | None  # threshold of decoder masking in pixels; None for no threshold
     metric: Metric
     exact: bool  # P2Dist by Eq. 1 instead of Algorithm 1
-    k: int  # nearest boundary points of Algorithm 1
+    num_nearest: int  # k of Algorithm 1: number of nearest boundary points
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Self:
@@ -51,13 +51,13 @@ class DifficultyFlatten:
             beta=options.beta,
             metric=options.metric,
             exact=options.exact_distance,
-            k=options.k,
+            num_nearest=options.num_nearest,
         )
 
     def compute_difficulty(self, visible_ids: torch.Tensor, grid: int) -> torch.Tensor:
         """Compute the difficulty of every patch of a grid x grid image: (N, V) -> float32 (N, L)."""
         visible = as_mask(visible_ids, grid * grid).view(-1, grid, grid)
-        return difficulty(visible, self.patch_size, self.metric, self.exact, self.k).flatten(1)
+        return difficulty(visible, self.patch_size, self.metric, self.exact, self.num_nearest).flatten(1)
 
     def keep_mask(self, distance: torch.Tensor, beta: float | torch.Tensor | None) -> torch.Tensor | None:
         """Return which patches the threshold keeps, or None if all are always kept (faster attention)."""
@@ -163,7 +163,9 @@ def compute_interval_weights(grid: int, num_visible: int, difficulty_flatten: Di
     """
     settings, counts = difficulty_flatten, []
     for visible in (max(1, int(grid * grid * (1 - REFERENCE_MASK_RATIO))), num_visible):
-        distance = sample_difficulties(grid, visible, settings.patch_size, settings.metric, settings.exact, settings.k)
+        distance = sample_difficulties(
+            grid, visible, settings.patch_size, settings.metric, settings.exact, settings.num_nearest
+        )
         index = interval_index(distance, settings.patch_size).flatten()
         counts.append(torch.bincount(index, minlength=NUM_INTERVALS).float())
     reference, actual = counts

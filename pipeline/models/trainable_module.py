@@ -5,10 +5,22 @@ randomness enters through the noise. The loss is the mean over images of a per-i
 a batch is split (with batch normalization, see `distributed.sync_batch_norm`).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+
+class LossOutput(NamedTuple):
+    """Output of a trainable module's forward pass; methods return more (`methods.method.MethodOutput`).
+
+    A named tuple, because ZeRO-3 traverses and rebuilds a module's outputs.
+    """
+
+    loss: torch.Tensor
+    """float32 scalar, with the gradient."""
+    metrics: dict[str, torch.Tensor]
+    """Parts of the loss and other values to log; 0-d, detached."""
 
 
 class TrainableModule(nn.Module):
@@ -16,7 +28,7 @@ class TrainableModule(nn.Module):
 
     Its forward takes images, float32 (B, 3, H, W); noise, float32 (B, noise_size) in [0, 1); and, for a
     labeled task, labels, int64 (B,), or, for a task with a `transform`, the targets, a list of B dictionaries. It
-    returns a named tuple with `loss`, a float32 scalar, and `metrics`, a dictionary of detached 0-d tensors.
+    returns a `LossOutput`, or a named tuple that has its fields and more.
     """
 
     noise_size: int

@@ -6,6 +6,7 @@ once. A command is returned only if its recipe is valid.
 
 import hashlib
 import json
+import logging
 import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,12 +16,15 @@ from pipeline.papers.experiment import Experiment, Row, Step
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe.classification import ClassificationRecipe
 from pipeline.recipe.linear_probe import SET_BY_WEIGHTS, ProbeRecipe, load_probe_recipe
-from pipeline.recipe.loading import MUTUALLY_EXCLUSIVE, RecipeFile, flatten, mutable_keys, recipe_keys
+from pipeline.recipe.loading import DEPRECATED_KEYS, MUTUALLY_EXCLUSIVE, RecipeFile, flatten, mutable_keys, recipe_keys
 from pipeline.recipe.tasks import load_finetune_recipe
 
+logger = logging.getLogger(__name__)
 KINDS: dict[Step, type[RecipeFile]] = {"pretrain": Recipe, "finetune": ClassificationRecipe, "linprobe": ProbeRecipe}
 SET_BY_COMMAND = {"weights"}
 """Keys that a command sets by an option."""
+DIGEST_KEYS = {"method.efficient_mae.num_nearest": "method.efficient_mae.k"}
+"""Former names of keys. The digests keep them, so that runs of earlier versions are found."""
 DATA, VAL, DIR = "DATA", "VAL", "DIR"
 """Placeholders for paths in commands that are only printed."""
 
@@ -109,7 +113,7 @@ def _command(step: Step, recipe: RecipeFile, name: str, options: list[str], weig
     """Make a command; a digest of the keys that decide the result names its run directory."""
     execution_only = mutable_keys(type(recipe)) - {"train.steps", "train.epochs"}
     keys = flatten(recipe.model_dump(mode="json"))
-    deciding = {key: value for key, value in keys.items() if key not in execution_only}
+    deciding = {DIGEST_KEYS.get(key, key): value for key, value in keys.items() if key not in execution_only}
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
     return Command(step, f"{step}-{digest[:8]}", name, tuple(options), weights)
 
@@ -138,6 +142,9 @@ def _overrides_by_step(experiment: Experiment, overrides: Sequence[str]) -> dict
         is_named = prefix in KINDS
         setting = rest if is_named else override
         key = setting.partition("=")[0]
+        if new := DEPRECATED_KEYS.get(key):
+            logger.warning(f"--set {key} is deprecated; use {new}")
+            setting, key = new + setting.removeprefix(key), new
         names: set[str] = {prefix} if is_named else set(KINDS)
         if not is_named and key in SET_BY_WEIGHTS:  # the probe takes these keys from the weights
             names.remove("linprobe")

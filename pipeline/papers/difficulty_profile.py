@@ -85,26 +85,28 @@ def compute_profile(
 
     patches = {}
     for ratio in mask_ratios:
-        distance = sample_difficulties(grid, int(grid**2 * (1 - ratio)), patch, "p2dist", k=options.k)
+        distance = sample_difficulties(
+            grid, int(grid**2 * (1 - ratio)), patch, "p2dist", num_nearest=options.num_nearest
+        )
         patches[ratio] = (histogram(distance) / len(distance)).tolist()
-    distance = sample_difficulties(grid, recipe.num_visible, patch, "p2dist", k=options.k)
+    distance = sample_difficulties(grid, recipe.num_visible, patch, "p2dist", num_nearest=options.num_nearest)
     error = torch.ones_like(distance)
     if run:
         assert data is not None
-        distance, error = _errors_of_run(run, data, options.k)
+        distance, error = _errors_of_run(run, data, options.num_nearest)
     shares = [histogram(distance, error * distance**-gamma) for gamma in (0.0, options.gamma)]
     plain, flattened = ((100 * share / share.sum()).tolist() for share in shares)
     low = [number * width for number in range(count)]
     return Profile(low, patches, plain, flattened, run is not None)
 
 
-def _errors_of_run(run: Path, data: str, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _errors_of_run(run: Path, data: str, num_nearest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return P2Dist and error of the masked patches of the first images of a shard set: two (n,)."""
     recipe, method, _ = load_run(run)
     images = load_first_images(ShardReader(data, recipe.data), NUM_IMAGES, recipe.data)
     _, result = reconstruct_tiles(method, images, recipe.seed)
     visible = result.visible.view(-1, recipe.grid, recipe.grid)
-    distance = patch_distance(visible, recipe.model.patch_size, k=k).flatten()
+    distance = patch_distance(visible, recipe.model.patch_size, k=num_nearest).flatten()
     error = masked_errors(result, images, recipe).flatten()
     is_masked = ~visible.flatten()
     return distance[is_masked], error[is_masked]

@@ -27,6 +27,7 @@ DEPRECATED_KEYS = {
     "data.window_shards": "data.shuffle_window_shards",
     "guard.returns": "guard.max_rollbacks",
     "guard.skips_in_a_row": "guard.max_consecutive_skips",
+    "method.efficient_mae.k": "method.efficient_mae.num_nearest",
 }
 """Deprecated keys, still accepted, and their new names."""
 MUTUALLY_EXCLUSIVE = (("train.steps", "train.epochs"), ("optim.warmup_steps", "optim.warmup_epochs"))
@@ -97,9 +98,12 @@ def validate(kind: type[AnySection], tree: dict, where: str, overrides: Sequence
         UserError: If a key is unknown or missing, or a value is invalid.
     """
     for old, new in DEPRECATED_KEYS.items():
-        section, _, name = old.partition(".")
-        if isinstance(tree.get(section), dict):
-            _rename_key(tree[section], name, new.partition(".")[2], f"{where}: {section}.")
+        section, _, name = old.rpartition(".")
+        keys: Any = tree
+        for part in section.split("."):
+            keys = keys.get(part) if isinstance(keys, dict) else None
+        if isinstance(keys, dict):
+            _rename_key(keys, name, new.rpartition(".")[2], f"{where}: {section}.")
     if overrides:
         _override(tree, overrides)
         where += " with --set " + " ".join(overrides)

@@ -17,14 +17,14 @@ MAX_PAIRS = 2_500_000
 
 @lru_cache
 def sample_difficulties(
-    grid: int, num_visible: int, patch_size: int, metric: Metric, exact: bool = False, k: int = 8
+    grid: int, num_visible: int, patch_size: int, metric: Metric, exact: bool = False, num_nearest: int = 8
 ) -> torch.Tensor:
     """Compute the difficulty of the masked patches of NUM_MASKS random masks.
 
     Args:
         grid: Patches along one side of the image; L = grid^2.
         num_visible: V, visible patches of a mask.
-        patch_size, metric, exact, k: As for `pipeline.difficulty.difficulty`.
+        patch_size, metric, exact, num_nearest: As for `pipeline.difficulty.difficulty`.
 
     Returns:
         float32 (NUM_MASKS, L - V), on the CPU.
@@ -36,7 +36,7 @@ def sample_difficulties(
         for part in noise.split(max(1, MAX_PAIRS // num_patches**2)):
             visible_ids, masked_ids = random_split(part, num_visible)
             visible = as_mask(visible_ids, num_patches).view(-1, grid, grid)
-            parts.append(difficulty(visible, patch_size, metric, exact, k).flatten(1).gather(1, masked_ids))
+            parts.append(difficulty(visible, patch_size, metric, exact, num_nearest).flatten(1).gather(1, masked_ids))
     return torch.cat(parts)
 
 

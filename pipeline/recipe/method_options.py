@@ -45,7 +45,7 @@ class EmaeOptions(Section):
     """Share of each part's positions that the other parts decode; all of them decode the same positions."""
     difficulty_flatten: bool = False
     """Not in the paper: apply Efficient MAE's loss and decoder masking to every part, with the options gamma,
-    beta, prediction_ratio, k, exact_distance and metric of method.efficient_mae."""
+    beta, prediction_ratio, num_nearest, exact_distance and metric of method.efficient_mae."""
 
 
 class EfficientMaeOptions(Section):
@@ -62,8 +62,8 @@ class EfficientMaeOptions(Section):
     """Decoder slots, for the easiest masked patches. auto: the mean number of patches that beta keeps, over random
     masks with a fixed seed, rounded down (Table 8); a number: this share of all patches; null: one slot per masked
     patch."""
-    k: int = Field(default=8, ge=1)
-    """Nearest boundary points in Algorithm 1."""
+    num_nearest: int = Field(default=8, ge=1)
+    """P2Dist: number of nearest boundary points, k in Algorithm 1."""
     exact_distance: bool = False
     """Compute P2Dist by Eq. 1 instead of Algorithm 1."""
     metric: Literal["p2dist", "neighbors_3x3", "inverse_distance_5x5", "nearest_patch"] = "p2dist"
@@ -88,8 +88,8 @@ class LomarOptions(Section):
     """Figure 4: encode only the visible patches of a window, with absolute positions, and predict the others with
     MAE's decoder."""
     difficulty_flatten: bool = False
-    """Not in the paper: apply Efficient MAE's loss inside the windows, with the options gamma, k,
-    exact_distance and metric of method.efficient_mae."""
+    """Not in the paper: apply Efficient MAE's loss inside the windows, with the options gamma,
+    num_nearest, exact_distance and metric of method.efficient_mae."""
 
 
 class BeitOptions(Section):

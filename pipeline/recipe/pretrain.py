@@ -150,7 +150,12 @@ class Recipe(TrainingRecipe):
 
         options = self.method.efficient_mae
         difficulties = mask_statistics.sample_difficulties(
-            self.grid, self.num_visible, self.model.patch_size, options.metric, options.exact_distance, options.k
+            self.grid,
+            self.num_visible,
+            self.model.patch_size,
+            options.metric,
+            options.exact_distance,
+            options.num_nearest,
         )
         return mask_statistics.mean_kept_patches(difficulties, options.beta)
 

@@ -121,7 +121,7 @@ def read_metrics_log(run: RunDirectory) -> list[dict]:
     try:
         lines, damaged = read_metrics(run.metrics)
     except OSError as error:
-        raise UserError(f"{run.metrics}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{run.metrics}: cannot be read: {error.strerror}; check its permissions") from error
     if damaged:
         logger.warning(f"{run.metrics}: ignored {damaged} damaged lines")
     return lines

@@ -7,7 +7,6 @@ Invariant: loss and stochastic depth depend on the images, labels and noise of a
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -18,16 +17,10 @@ from torch.nn import functional as F
 from pipeline.data.augment import mixup, rand_augment, random_erasing
 from pipeline.models.block import LAYER_NORM_EPS
 from pipeline.models.drop_path import DropPath
-from pipeline.models.trainable_module import TrainableModule
+from pipeline.models.trainable_module import LossOutput, TrainableModule
 from pipeline.recipe.classification import ClassificationRecipe
 
 HEAD_STD = 2e-5
-
-
-class ClassifierOutput(NamedTuple):
-    loss: torch.Tensor
-    """float32 scalar: mean cross entropy with mixed, smoothed targets."""
-    metrics: dict[str, torch.Tensor]
 
 
 class Classifier(TrainableModule):
@@ -61,7 +54,8 @@ class Classifier(TrainableModule):
         # Not a buffer: the engine would round it to 16 bits.
         self._mean_std = torch.tensor([recipe.data.mean, recipe.data.std])[:, :, None, None]
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor) -> ClassifierOutput:
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor) -> LossOutput:
+        """Return the mean cross entropy with mixed, smoothed targets; labels are int64 (B,)."""
         augment_noise, erasing_noise, mixup_noise, drop_noise = noise.split(self._noise_sizes, dim=1)
         with torch.no_grad():
             images = self._augment(images.float(), augment_noise, erasing_noise)
@@ -73,7 +67,7 @@ class Classifier(TrainableModule):
         for drop_path, uniform in zip(self.drop_paths, drop_noise.unbind(1), strict=True):
             drop_path.draw(uniform)
         loss = -(targets * self.compute_logits(images).log_softmax(dim=1)).sum(dim=1).mean()
-        return ClassifierOutput(loss, {})
+        return LossOutput(loss, {})
 
     def compute_logits(self, images: torch.Tensor) -> torch.Tensor:
         """Classify augmented images (B, 3, H, W); returns float32 logits (B, C)."""

@@ -4,7 +4,7 @@ Invariant: the loss depends on the images, targets and noise alone; no random ge
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.models.vision_transformer_sam import VisionTransformerSAM
@@ -13,19 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.drop_path import DropPath
 from pipeline.models.mask_rcnn import BOX_SIZE, MASK_SIZE, NUM_KEYS, MaskRCNN
-from pipeline.models.trainable_module import TrainableModule
+from pipeline.models.trainable_module import LossOutput, TrainableModule
 from pipeline.models.vitdet import SimpleFeaturePyramid, build_vitdet, vitdet_state_dict
 from pipeline.recipe.detection import DetectionRecipe
 from pipeline.weights.encoder import ImageEncoder
 
 POSITIONS = ("pos_embed", "rel_pos_h", "rel_pos_w")
-
-
-class DetectorOutput(NamedTuple):
-    loss: torch.Tensor
-    """float32 scalar: the sum of the losses."""
-    metrics: dict[str, torch.Tensor]
-    """The losses by name."""
 
 
 class Detector(TrainableModule):
@@ -53,13 +46,13 @@ class Detector(TrainableModule):
         self._drop_paths = [module for module in vit.modules() if isinstance(module, DropPath)]
         self.noise_size = NUM_KEYS + len(self._drop_paths)
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor, targets: list[dict[str, Any]]) -> DetectorOutput:
-        """Return the loss; the targets are those of `MaskRCNN.compute_losses`."""
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, targets: list[dict[str, Any]]) -> LossOutput:
+        """Return the sum of the losses, and each by name; the targets are those of `MaskRCNN.compute_losses`."""
         for drop_path, uniform in zip(self._drop_paths, noise[:, NUM_KEYS:].unbind(1), strict=True):
             drop_path.draw(uniform)
         losses = self.heads.compute_losses(self.compute_features(images), images, targets, noise[:, :NUM_KEYS])
         loss = torch.stack(list(losses.values())).sum()
-        return DetectorOutput(loss, {name: value.detach() for name, value in losses.items()})
+        return LossOutput(loss, {name: value.detach() for name, value in losses.items()})
 
     @torch.no_grad()
     def detect(self, images: torch.Tensor, sizes: list[tuple[int, int]]) -> list[dict[str, torch.Tensor]]:

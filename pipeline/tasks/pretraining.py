@@ -103,7 +103,7 @@ class Pretraining(Task[Recipe]):
         elif self._is_writer:
             write_json(path, {"digest": digest})
 
-    def log_images(self, step: int) -> None:
+    def save_images(self, step: int) -> None:
         # All ranks run the forward pass: ZeRO-3 shards the weights.
         picture = plot_reconstruction(self._method, self.recipe, self._images, self.recipe.seed)
         if self._is_writer:

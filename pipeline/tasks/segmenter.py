@@ -6,7 +6,6 @@ loss, except that batch normalization combines the images of a micro batch (`dis
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,7 +20,7 @@ from pipeline.data.placement import Target
 from pipeline.distributed.sync_batch_norm import SyncBatchNorm2d
 from pipeline.models.drop_path import DropPath
 from pipeline.models.relative_bias import add_relative_bias
-from pipeline.models.trainable_module import TrainableModule
+from pipeline.models.trainable_module import LossOutput, TrainableModule
 from pipeline.models.upernet import FCNHead, FeaturePyramid, UperNetHead
 from pipeline.recipe.segmentation import SegmentationRecipe
 from pipeline.tasks.finetune_task import meta_copy
@@ -29,12 +28,6 @@ from pipeline.tasks.finetune_task import meta_copy
 NUM_MAPS = 4
 """Feature maps, from a third, half, two thirds and all of the blocks."""
 AUXILIARY_MAP = 2
-
-
-class SegmenterOutput(NamedTuple):
-    loss: torch.Tensor
-    """float32 scalar: cross entropy of the head, plus the weighted one of the auxiliary head."""
-    metrics: dict[str, torch.Tensor]
 
 
 def feature_blocks(depth: int) -> list[int]:
@@ -74,8 +67,14 @@ class Segmenter(TrainableModule):
         # Not a buffer: the engine would round it to 16 bits.
         self._mean_std = torch.tensor([recipe.data.mean, recipe.data.std])[:, :, None, None]
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor, targets: list[Target]) -> SegmenterOutput:
-        """Compute the loss of images (B, 3, S, S) with the targets of `data.label_maps.RandomScaleCrop`."""
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, targets: list[Target]) -> LossOutput:
+        """Return the cross entropy of the head plus the weighted one of the auxiliary head.
+
+        Args:
+            images: (B, 3, S, S).
+            noise: (B, noise_size).
+            targets: Those of `data.label_maps.RandomScaleCrop`.
+        """
         distortion, drop_path, *dropout = noise.split(self._noise_sizes, dim=1)
         labels = torch.stack([target["labels"] for target in targets]).long()
         if self.options.photometric:
@@ -87,7 +86,7 @@ class Segmenter(TrainableModule):
         scales = [(uniform >= rate) / (1 - rate) for uniform in dropout]
         loss, auxiliary = (_pixel_loss(logits, labels) for logits in self.all_logits(images, *scales))
         metrics = {"head_loss": loss.detach(), "auxiliary_loss": auxiliary.detach()}
-        return SegmenterOutput(loss + self.options.auxiliary_weight * auxiliary, metrics)
+        return LossOutput(loss + self.options.auxiliary_weight * auxiliary, metrics)
 
     def all_logits(
         self, images: torch.Tensor, scale: torch.Tensor | None = None, auxiliary_scale: torch.Tensor | None = None

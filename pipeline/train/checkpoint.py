@@ -28,7 +28,12 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from pipeline.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks, storage_error
+from pipeline.distributed.collectives import (
+    all_gather_object,
+    broadcast_object,
+    os_error_to_user_error,
+    raise_on_all_ranks,
+)
 from pipeline.distributed.launch import DistInfo
 from pipeline.errors import AllRanksError, UserError
 from pipeline.io.atomic import atomic_write
@@ -134,7 +139,7 @@ def latest_checkpoint_with(directory: Path, file: str) -> Path | None:
     except AllRanksError as error:  # raised by this rank only
         raise UserError(str(error)) from error
     except OSError as error:
-        raise storage_error(error) from error
+        raise os_error_to_user_error(error) from error
 
 
 def _list_checkpoints(directory: Path) -> tuple[list[int], bool]:

@@ -142,7 +142,9 @@ def _read(path: Path) -> dict[str, object]:
     try:
         tree = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"--deepspeed_config {path}: cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"--deepspeed_config {path}: cannot be read: {error.strerror}; check the path and its permissions"
+        ) from error
     except ValueError as error:
         raise UserError(f"--deepspeed_config {path}: not JSON: {error}") from error
     if not isinstance(tree, dict):

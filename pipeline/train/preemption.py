@@ -24,7 +24,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed.collectives import all_gather_object, storage_error
+from pipeline.distributed.collectives import all_gather_object, os_error_to_user_error
 from pipeline.distributed.logging import ALL_RANKS
 from pipeline.errors import AllRanksError, StoppedEarly, StorageTimeout, UserError
 from pipeline.train.watchdog import EXTENDED_FACTOR
@@ -135,7 +135,7 @@ class PreemptionHandler:
             yield
         except OSError as error:
             if self._requested != WRITE_ERROR:
-                self._failure = storage_error(error)
+                self._failure = os_error_to_user_error(error)
             self._requested = WRITE_ERROR
 
     def sync_write_errors(self) -> bool:
@@ -168,7 +168,7 @@ class PreemptionHandler:
         except torch.OutOfMemoryError:  # all ranks end at once
             raise
         except Exception as error:  # all ranks stop for it; `raise_stop_reason` raises it
-            failure = storage_error(error) if isinstance(error, OSError) else error
+            failure = os_error_to_user_error(error) if isinstance(error, OSError) else error
         request = torch.tensor(max(self._requested, DATA_ERROR if failure else 0))
         agreement = dist.all_reduce(request, dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert agreement is not None

@@ -26,8 +26,8 @@ from pipeline.distributed.collectives import (
     all_gather_object,
     broadcast_object,
     destroy_process_group_on_exit,
+    os_error_to_user_error,
     raise_on_all_ranks,
-    storage_error,
 )
 from pipeline.distributed.hardware import device_name, total_memory_gib
 from pipeline.distributed.launch import DistInfo, init_dist_env, node_name, wait_for_rank_0
@@ -145,7 +145,7 @@ def _collect_errors(errors: list[UserError]) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        user_error = storage_error(error) if isinstance(error, OSError) else error
+        user_error = os_error_to_user_error(error) if isinstance(error, OSError) else error
         if str(user_error) not in map(str, errors):
             errors.append(user_error)
 

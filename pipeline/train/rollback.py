@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.data.loader import Loader
 from pipeline.distributed.collectives import all_gather_object, broadcast_object, raise_on_all_ranks
 from pipeline.distributed.launch import DistInfo
+from pipeline.errors import AllRanksError
 from pipeline.train import checkpoint
 from pipeline.train.guard import BadSpan, Guard
 from pipeline.train.run_directory import RunDirectory
@@ -33,6 +34,7 @@ def rollback(
 
     Raises:
         Diverged: If there is no checkpoint to roll back to, or there were too many rollbacks.
+        AllRanksError: If the checkpoint was deleted meanwhile.
     """
     directory = run.checkpoints
     # Checkpoints that a signal made are no targets: the target must not depend on interruptions.
@@ -47,7 +49,9 @@ def rollback(
     )
     path = checkpoint.latest_valid_checkpoint(directory, dist_info.rank, dist_info.world_size, at_most=target)
     if path is None:
-        raise RuntimeError(f"{directory}: the checkpoint of step {target} was deleted during the rollback")
+        raise AllRanksError(
+            f"{directory}: the checkpoint of step {target} was deleted during the rollback; run the same command again"
+        )
     state = checkpoint.read_state(path)
     raise_on_all_ranks(lambda: checkpoint.delete_after(directory, state["step"]) if dist_info.rank == 0 else None)
     all_gather_object(None)  # every rank has read the state before rank 0 changes it

@@ -77,7 +77,7 @@ class Task(ABC, Generic[RecipeT]):
     def setup(self, run: RunDirectory, reader: ShardReader, module: TrainableModule, dist_info: DistInfo) -> None:
         """Prepare evaluation and images, when the run directory is locked and the module on its device."""
 
-    def log_images(self, step: int) -> None:
+    def save_images(self, step: int) -> None:
         """Write images of the present weights. Called before a checkpoint is written."""
 
     def should_evaluate(self, step: int, total_steps: int, num_samples: int) -> bool:

@@ -201,7 +201,7 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
         """Continue from an earlier checkpoint with later data. Collective."""
         raise NotImplementedError
 
-    def log_images(self) -> None:
+    def save_images(self) -> None:
         """Write images of the present weights. Collective."""
 
     def on_train_start(self) -> None:
@@ -278,7 +278,7 @@ class TrainLoop(ABC, Generic[RecipeT, LoaderT]):
         with self.throughput.paused(), self.session.watchdog.extended_timeout():
             self.session.on_rank_0(self._flush_metrics)
             with self.session.preemption.catch_write_errors():
-                self.log_images()
+                self.save_images()
             checkpoint.save(
                 self.write_part,
                 self.write_shared,

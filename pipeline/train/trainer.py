@@ -307,9 +307,9 @@ class Trainer(TrainLoop[TrainingRecipe, Loader]):
             "guard": self.guard.state_dict(),
         }
 
-    def log_images(self) -> None:
+    def save_images(self) -> None:
         with engine.without_compilation(self.recipe):
-            self.task.log_images(self.state.step)
+            self.task.save_images(self.state.step)
 
     def write_part(self, directory: Path) -> None:
         engine.save(self.engine, self.model_ema, directory)

@@ -106,7 +106,10 @@ def load_encoder(weights: str | Path, image_size: int | None = None) -> ImageEnc
         source.state[BIAS_TABLE] = resize_bias_table(table, size // patch)
     vit = build_vit(source.state, source.heads, size, source.norm_eps)
     if mismatch := describe_mismatch(vit.state_dict(), source.state):
-        raise UserError(f"--weights {weights}: do not fit a vision transformer: {mismatch}")
+        raise UserError(
+            f"--weights {weights}: do not fit a vision transformer: {mismatch}; give weights of timm's "
+            "VisionTransformer or Beit, of the official MAE code, of transformers or of a run"
+        )
     vit.load_state_dict(source.state)
     return ImageEncoder(vit, source, size).eval()
 
@@ -231,7 +234,9 @@ def _from_checkpoint(path: Path) -> EncoderWeights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"--weights {path}: cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"--weights {path}: cannot be read: {error.strerror}; check the path and its permissions"
+        ) from error
     except Exception as error:  # for arbitrary bytes torch raises almost any type
         if "Unsupported global" in str(error):
             raise UserError(

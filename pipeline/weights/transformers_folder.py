@@ -11,7 +11,7 @@ VisionTransformer, or our use of its Beit, lacks is an error.
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from pipeline.errors import UserError, join_names
 from pipeline.models.timm_beit import BIAS_TABLE
 
+Number = TypeVar("Number", int, float)
 Rgb = tuple[float, float, float]
 CONFIG = "config.json"
 MODEL_TYPES = ("vit", "vit_mae", "beit")
@@ -95,10 +96,8 @@ def read_transformers_folder(folder: Path) -> TransformersEncoder:
         value = config.get(key, key not in _SUPPORTED_BEIT and supported)
         if value != supported:
             raise UserError(f"--weights {folder}: {CONFIG} has {key} {value!r}; only {supported!r} is supported")
-    try:
-        heads, norm_eps = int(config.get("num_attention_heads", 12)), float(config.get("layer_norm_eps", 1e-12))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG}: {error}; download it again") from error
+    heads = _read_number(config, "num_attention_heads", 12, folder)
+    norm_eps = _read_number(config, "layer_norm_eps", 1e-12, folder)
     tensors = {
         key.removeprefix("vit.").removeprefix("beit."): tensor.float()
         for key, tensor in _read_tensors(folder).items()
@@ -107,6 +106,15 @@ def read_transformers_folder(folder: Path) -> TransformersEncoder:
     left_out = sorted({key.partition(".")[0] for key in tensors if key.startswith(HEADS)} - {"embeddings"})
     state = _rename({key: tensor for key, tensor in tensors.items() if not key.startswith(HEADS)}, folder)
     return TransformersEncoder(state, heads, norm_eps, _read_mean_std(folder), left_out)
+
+
+def _read_number(config: dict[str, Any], key: str, default: Number, folder: Path) -> Number:
+    """Return a number of config.json, of the type of the default."""
+    value = config.get(key, default)
+    try:
+        return type(default)(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG}: {key} is {value!r}, not a number; download it again") from error
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from pipeline.data.decode_options import (
     decoder_memory,
     prefetch_depth,
 )
-from pipeline.data.decoder import Decoder
+from pipeline.data.decoder import ImageDecoder
 from pipeline.data.eval_loader import resize_and_crop_geometry
 from pipeline.data.loader import BatchBuilder
 from pipeline.data.pixels import can_decode, jpeg_size, known_good_jpeg
@@ -47,7 +47,7 @@ class FixedInputs(NamedTuple):
 def decode(pipeline_def, batches, batch_size, threads=2):
     """Return the pixels of each batch."""
     source = PrefetchThread(iter(batches), 1)
-    decoder = Decoder(pipeline_def, source, pytest.fail, batch_size, CPU, threads, 2)
+    decoder = ImageDecoder(pipeline_def, source, pytest.fail, batch_size, CPU, threads, 2)
     try:
         return [decoder.next()[1].clone() for _ in batches]
     finally:

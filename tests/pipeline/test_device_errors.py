@@ -14,7 +14,7 @@ from nvidia.dali.pipeline import Pipeline
 
 from pipeline.data.dali import training_pipeline_def
 from pipeline.data.decode_options import DecodeOptions
-from pipeline.data.decoder import MAX_ONLY_PILLOW_DECODES, OUT_OF_MEMORY, Decoder
+from pipeline.data.decoder import MAX_ONLY_PILLOW_DECODES, OUT_OF_MEMORY, ImageDecoder
 from pipeline.data.loader import BatchBuilder
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
@@ -46,7 +46,7 @@ class Decoding:
                 yield builder.build(locations, [self.reader.read(*place) for place in places])
 
         source = PrefetchThread(specs(), 1)
-        self.decoder = Decoder(pipeline_def, source, builder.replace, BATCH, CPU, 1, 2, self.undecodable.confirm)
+        self.decoder = ImageDecoder(pipeline_def, source, builder.replace, BATCH, CPU, 1, 2, self.undecodable.confirm)
 
     def __enter__(self):
         return self

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.export import load_official_state_dict, official_state_dict, timm_state_dict
-from pipeline.export.target import mask_ratio_for
+from pipeline.export.formats import mask_ratio_for
 from pipeline.losses import patchify
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe

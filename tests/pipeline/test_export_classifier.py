@@ -44,8 +44,8 @@ def copied(tuned, tmp_path):
 def failing(tmp_path, capsys):
     """A function that runs an export that must fail; returns its one-line message."""
 
-    def fail(run: Path, target: str = "timm", *options: str) -> str:
-        assert main(["export", str(run), str(tmp_path / "out"), "--format", target, *options]) == 2
+    def fail(run: Path, format_name: str = "timm", *options: str) -> str:
+        assert main(["export", str(run), str(tmp_path / "out"), "--format", format_name, *options]) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and not (tmp_path / "out").exists()
         return message
@@ -94,7 +94,7 @@ def test_timm_resizes_as_in_our_evaluation(copied, tmp_path, resize):
 
 def test_documentation_shows_the_code_of_the_model_card(tuned):
     page = (Path(__file__).parents[2] / "docs" / "export.md").read_text()
-    assert f"```python\n{command.CLASSIFIER_TARGETS['timm'].usage(load_classifier(tuned))}```" in page
+    assert f"```python\n{command.CLASSIFIER_FORMATS['timm'].usage(load_classifier(tuned))}```" in page
 
 
 def test_readable_class_names_are_timms_descriptions(copied, tmp_path):
@@ -138,12 +138,12 @@ def test_ema_exports_the_moving_average(tuned, tmp_path):
     assert "not of their moving average" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("target", FORMATS)
-def test_verification_notices_other_weights(tuned, tmp_path, target):
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_verification_notices_other_weights(tuned, tmp_path, format_name):
     other = load_classifier(tuned)
     with torch.no_grad():
         other.classifier.vit.fc_norm.bias[3] += 1e-3
-    chosen = command.CLASSIFIER_TARGETS[target]
+    chosen = command.CLASSIFIER_FORMATS[format_name]
     chosen.write(other, tmp_path)
     assert chosen.max_difference(other, tmp_path) <= command.TOLERANCE
     assert chosen.max_difference(load_classifier(tuned), tmp_path) > command.TOLERANCE
@@ -177,20 +177,20 @@ def test_damaged_accuracy_file_is_a_one_line_error(copied, failing, content):
     assert f"{copied / 'results.json'}: " in failing(copied)
 
 
-@pytest.mark.parametrize("target", ["hf", "hf-mae"])
-def test_transformers_formats_are_rejected(tuned, failing, target):
-    message = failing(tuned, target)
-    assert f"--format {target}: " in message and "timm, official, onnx" in message
+@pytest.mark.parametrize("format_name", ["hf", "hf-mae"])
+def test_transformers_formats_are_rejected(tuned, failing, format_name):
+    message = failing(tuned, format_name)
+    assert f"--format {format_name}: " in message and "timm, official, onnx" in message
 
 
 def test_encoder_only_is_rejected(tuned, failing):
     assert "--encoder-only: " in failing(tuned, "official", "--encoder-only")
 
 
-@pytest.mark.parametrize("target", FORMATS)
-def test_relative_positions_cannot_be_exported(labelled_sets, tmp_path, failing, target):
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_relative_positions_cannot_be_exported(labelled_sets, tmp_path, failing, format_name):
     run = small_classifier(tmp_path / "lomar", labelled_sets, recipe="vitb16_lomar")
-    assert f"--format {target}: LoMaR's encoder has relative positions" in failing(run, target)
+    assert f"--format {format_name}: LoMaR's encoder has relative positions" in failing(run, format_name)
 
 
 def test_a_fine_tuned_beit_has_its_logits_in_timm(labelled_sets, tmp_path, failing):

@@ -17,8 +17,8 @@ from timm.models.beit import Beit
 from pipeline.__main__ import main
 from pipeline.errors import UserError
 from pipeline.export import command, load_official_state_dict
+from pipeline.export.formats import predict_patches
 from pipeline.export.model_card import training_compute
-from pipeline.export.target import predict_patches
 from pipeline.masking import random_split
 from pipeline.methods import build_method
 from pipeline.recipe import load_recipe
@@ -120,9 +120,9 @@ def test_onnxruntime_runs_the_encoder_on_any_batch_size(run, tmp_path):
     assert session.get_modelmeta().custom_metadata_map["mean"] == "(0.485, 0.456, 0.406)"
 
 
-@pytest.mark.parametrize("target", FORMATS)
-def test_export_with_other_outputs_is_removed(mae, tmp_path, target, monkeypatch):
-    original = command.TARGETS[target]
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_export_with_other_outputs_is_removed(mae, tmp_path, format_name, monkeypatch):
+    original = command.FORMATS[format_name]
 
     def write(loaded, folder):
         method = build_method(loaded.recipe)
@@ -131,17 +131,17 @@ def test_export_with_other_outputs_is_removed(mae, tmp_path, target, monkeypatch
             method.encoder.blocks[1].mlp.fc2.bias[3] += 1e-3
         original.write(loaded._replace(method=method.eval()), folder)
 
-    monkeypatch.setitem(command.TARGETS, target, original._replace(write=write))
-    with pytest.raises(UserError, match=f"--format {target}: outputs of the reloaded model differ by"):
-        command.export(mae, tmp_path / "out", target)
+    monkeypatch.setitem(command.FORMATS, format_name, original._replace(write=write))
+    with pytest.raises(UserError, match=f"--format {format_name}: outputs of the reloaded model differ by"):
+        command.export(mae, tmp_path / "out", format_name)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("target", FORMATS)
-def test_relative_positions_cannot_be_exported(tmp_path, target, failing):
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_relative_positions_cannot_be_exported(tmp_path, format_name, failing):
     run = small_run(tmp_path / "run", "vitb16_lomar", "method.lomar.window_size=3")
-    message = failing(run, tmp_path / "out", "--format", target)
-    assert f"--format {target}: LoMaR's encoder has relative positions" in message
+    message = failing(run, tmp_path / "out", "--format", format_name)
+    assert f"--format {format_name}: LoMaR's encoder has relative positions" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -230,11 +230,11 @@ def test_out_may_be_a_link_to_a_directory(mae, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
 
 
-@pytest.mark.parametrize("target", ["timm", "hf-mae"])
-def test_files_have_the_permissions_of_the_umask(mae, tmp_path, target):
+@pytest.mark.parametrize("format_name", ["timm", "hf-mae"])
+def test_files_have_the_permissions_of_the_umask(mae, tmp_path, format_name):
     before = os.umask(0o027)
     try:
-        assert main(["export", str(mae), str(tmp_path / "out"), "--format", target]) == 0
+        assert main(["export", str(mae), str(tmp_path / "out"), "--format", format_name]) == 0
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
@@ -257,12 +257,12 @@ def test_wrong_arguments_are_one_line_errors(mae, tmp_path, failing, arguments, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("target", ["timm", "hf-mae", "official"])
-def test_full_disk_leaves_nothing(mae, tmp_path, failing, target):
+@pytest.mark.parametrize("format_name", ["timm", "hf-mae", "official"])
+def test_full_disk_leaves_nothing(mae, tmp_path, failing, format_name):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     try:
-        assert "cannot be written: " in failing(mae, tmp_path / "out", "--format", target)
+        assert "cannot be written: " in failing(mae, tmp_path / "out", "--format", format_name)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.iterdir())
@@ -283,8 +283,8 @@ def test_weights_that_are_not_finite_are_rejected(tmp_path, photographs, capsys,
 
 @pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\x07"])  # the last: only a version
 def test_file_that_cannot_be_reloaded_is_removed(mae, tmp_path, failing, monkeypatch, content):
-    broken = command.TARGETS["onnx"]._replace(write=lambda _, out: (out / "encoder.onnx").write_bytes(content))
-    monkeypatch.setitem(command.TARGETS, "onnx", broken)
+    broken = command.FORMATS["onnx"]._replace(write=lambda _, out: (out / "encoder.onnx").write_bytes(content))
+    monkeypatch.setitem(command.FORMATS, "onnx", broken)
     assert "--format onnx: the export cannot be reloaded" in failing(mae, tmp_path / "out", "--format", "onnx")
     assert not list(tmp_path.iterdir())
 
@@ -296,8 +296,8 @@ def test_out_needs_a_name(mae, tmp_path, failing, monkeypatch):
 
 
 def test_results_are_read_before_anything_is_written(mae, tmp_path, monkeypatch):
-    never = command.TARGETS["timm"]._replace(write=lambda *_: pytest.fail("written"))
-    monkeypatch.setitem(command.TARGETS, "timm", never)
+    never = command.FORMATS["timm"]._replace(write=lambda *_: pytest.fail("written"))
+    monkeypatch.setitem(command.FORMATS, "timm", never)
     (tmp_path / "knn.json").write_text('{"knn": ')
     with pytest.raises(UserError, match=r"knn\.json"):
         command.export(mae, tmp_path / "out", "timm", results=[tmp_path / "knn.json"])
@@ -335,5 +335,5 @@ def test_documentation_shows_the_code_of_the_model_cards():
     recipe = load_recipe("vitb16_mae")
     with torch.device("meta"):
         loaded = LoadedRun(recipe, build_method(recipe), 0)
-    for target in [*command.TARGETS.values(), command.OFFICIAL_VIT]:
-        assert f"```python\n{target.usage(loaded)}```" in page
+    for export_format in [*command.FORMATS.values(), command.OFFICIAL_VIT]:
+        assert f"```python\n{export_format.usage(loaded)}```" in page

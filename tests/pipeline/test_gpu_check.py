@@ -21,7 +21,7 @@ from pipeline.gpu_check import methods, stages
 from pipeline.gpu_check.check import Context
 from pipeline.gpu_check.child import ChildError, call, run
 from pipeline.gpu_check.command import gpu_check
-from pipeline.gpu_check.device_errors import decode_with, fail_on_every_image, judge_damaged, judge_failure
+from pipeline.gpu_check.decode_errors import decode_with, fail_on_every_image, judge_damaged, judge_failure
 from pipeline.gpu_check.pixels import (
     cpu_source,
     digest,
@@ -176,7 +176,7 @@ def fork(function, /, **arguments):
 
 
 @pytest.mark.parametrize(
-    ("name", "verdict"), [("pixels", "passed"), ("device-errors", "passed"), ("loader-speed", "measured")]
+    ("name", "verdict"), [("pixels", "passed"), ("decode-errors", "passed"), ("loader-speed", "measured")]
 )
 def test_decoding_checks_run_on_the_cpu(context, name, verdict):
     (check,) = [check for check in CHECKS if check.name == name]

@@ -34,7 +34,7 @@ def plain_loss(method, batch, beta=None, num_predicted=None, weight_of=flatten_w
         order = row.argsort(stable=True)
         visible_ids, masked_ids = order[None, :VISIBLE], order[VISIBLE:]
         visible = as_mask(visible_ids, PATCHES).view(1, GRID, GRID)
-        d = difficulty(visible, 4, **{"metric": "p2dist", "exact": False, "k": 8} | distance)
+        d = difficulty(visible, 4, **{"metric": "p2dist", "exact": False, "num_nearest": 8} | distance)
         d = d.flatten()[masked_ids]
         kept = [i for i in range(len(d)) if d[i].isfinite() and (beta is None or d[i] <= beta)]
         if num_predicted is not None:

@@ -1,5 +1,6 @@
 """`paper`: every command is valid, computed columns match the papers, overrides, results and errors."""
 
+import hashlib
 import json
 import shlex
 import sys
@@ -19,8 +20,9 @@ from pipeline.papers.measures import compute
 from pipeline.papers.registry import EXPERIMENTS, find_experiment
 from pipeline.papers.report import Measured, format_table
 from pipeline.papers.runner import run_experiment
-from pipeline.recipe import load_recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.recipe.linear_probe import load_probe_recipe
+from pipeline.recipe.loading import flatten, mutable_keys
 from pipeline.recipe.tasks import load_finetune_recipe
 
 NAMES = sorted(EXPERIMENTS)
@@ -87,6 +89,18 @@ def test_equal_commands_of_several_tables_share_a_run():
     plans = plan_experiment(find_experiment("efficient_mae.table4"), ["engine.micro_batch=256"])
     cost, loss = [[command.run for command in plan.commands] for plan in plans], runs("efficient_mae.table2")
     assert cost[0] == loss[0]  # although the micro batches differ
+
+
+def test_a_renamed_key_keeps_the_run_directories():
+    table, key = find_experiment("efficient_mae.table7"), "method.efficient_mae.num_nearest"
+    recipe = plan_experiment(table)[0].recipe
+    keys = flatten(recipe.model_dump(mode="json"))
+    keys["method.efficient_mae.k"] = keys.pop(key)
+    for name in mutable_keys(Recipe) - {"train.steps", "train.epochs"}:
+        del keys[name]
+    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()
+    assert plan_experiment(table)[0].commands[0].run == f"pretrain-{digest[:8]}"
+    assert plan_experiment(table, ["method.efficient_mae.k=4"]) == plan_experiment(table, [f"{key}=4"])
 
 
 def test_gmacs_of_table_4_are_within_0_3_of_the_paper():

@@ -1,5 +1,6 @@
 """Recipes are strict: errors name the key, overrides and deprecated keys work, and YAML round-trips."""
 
+import functools
 import logging
 
 import pytest
@@ -132,11 +133,12 @@ def test_mutable_keys_are_those_that_affect_only_execution():
 @pytest.mark.parametrize(("old", "new"), DEPRECATED_KEYS.items())
 def test_a_deprecated_key_is_accepted_with_one_message(tmp_path, caplog, monkeypatch, old, new):
     monkeypatch.setattr(logging.getLogger("pipeline"), "propagate", True)  # as before setup_logging()
-    section, old_name = old.split(".")
+    (*sections, old_name), new_name = old.split("."), new.split(".")[-1]
     expected = load_recipe("demo_emae", [f"{new}=7"])
     tree = yaml.safe_load(load_recipe("demo_emae").to_yaml())
-    del tree[section][new.split(".")[1]]
-    tree[section][old_name] = 7
+    section = functools.reduce(dict.__getitem__, sections, tree)
+    del section[new_name]
+    section[old_name] = 7
     path = tmp_path / "old.yaml"
     path.write_text(yaml.safe_dump(tree))
     for name, overrides in ((path, []), ("demo_emae", [f"{old}=7"])):
@@ -146,7 +148,7 @@ def test_a_deprecated_key_is_accepted_with_one_message(tmp_path, caplog, monkeyp
         caplog.clear()
     assert load_recipe(path, [f"{new}=8"]) == load_recipe("demo_emae", [f"{new}=8"])
     assert old in error_of(f"{old}=7", f"{new}=7")
-    tree[section][new.split(".")[1]] = 7
+    section[new_name] = 7
     path.write_text(yaml.safe_dump(tree))
     assert f"{path}: {old}" in error_of(name=path)
 

@@ -140,7 +140,7 @@ KEY = "encoder.layer.1.attention.attention.key.weight"
 FAULTS = {
     "model type": (lambda f: change_config(f / "config.json", model_type="swin"), "swin"),
     "activation": (lambda f: change_config(f / "config.json", hidden_act="relu"), "hidden_act"),
-    "heads": (lambda f: change_config(f / "config.json", num_attention_heads="many"), "config.json"),
+    "heads": (lambda f: change_config(f / "config.json", num_attention_heads="many"), "num_attention_heads is 'many'"),
     "no weights": (remove_weights, "model.safetensors"),
     "cut weights": (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "model.safetensors"),
     "no key": (lambda f: edit_weights(f, lambda state: state.pop(KEY)), "blocks.1.attn.k.weight"),

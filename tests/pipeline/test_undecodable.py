@@ -12,7 +12,7 @@ from corrupt_jpegs import damage_samples, find_frame, no_tables
 from data_prep.shard_set import read_manifest, tar_path
 from pipeline.data.dali import training_pipeline_def
 from pipeline.data.decode_options import DecodeOptions
-from pipeline.data.decoder import Decoder
+from pipeline.data.decoder import ImageDecoder
 from pipeline.data.loader import BatchBuilder, Loader
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
@@ -132,7 +132,7 @@ def test_substitute_is_cropped_as_the_original_sample(shards, damaged):
     neighbor = reader.read(shard, (i + 1) % int(reader.shard_sizes[shard]))
     spec = BatchBuilder(reader, recipe, 16, UndecodableSamples(reader, 0)).build(locations, [neighbor])
     source = PrefetchThread(iter([spec]), 1)
-    decoder = Decoder(training_pipeline_def(recipe.data, DecodeOptions()), source, None, 1, CPU, 1, 1)
+    decoder = ImageDecoder(training_pipeline_def(recipe.data, DecodeOptions()), source, None, 1, CPU, 1, 1)
     expected = decoder.next()[1][0]
     decoder.close()
     assert torch.equal(ours, expected)

@@ -2,23 +2,17 @@
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
 from pipeline.data.reader import ShardReader
-from pipeline.models.trainable_module import TrainableModule
+from pipeline.models.trainable_module import LossOutput, TrainableModule
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.train.run_directory import RunDirectory
 from pipeline.train.task import Task
 from pipeline.train.trainer import Trainer
-
-
-class Output(NamedTuple):
-    loss: torch.Tensor  # 0-d
-    metrics: dict[str, torch.Tensor]
 
 
 class RotationModel(TrainableModule):
@@ -31,12 +25,12 @@ class RotationModel(TrainableModule):
         image, patch, (width, depth, heads) = recipe.data.image_size, recipe.model.patch_size, recipe.model.size
         self.vit = VisionTransformer(image, patch, num_classes=4, embed_dim=width, depth=depth, num_heads=heads)
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> Output:
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> LossOutput:
         turns = (4 * noise[:, 0]).long()  # (B,)
         rotated = torch.stack([images.rot90(k, (2, 3)) for k in range(4)])  # (4, B, 3, H, W)
         logits = self.vit(rotated[turns, torch.arange(len(images), device=images.device)]).float()  # (B, 4)
         accuracy = (logits.argmax(dim=1) == turns).float().mean()
-        return Output(F.cross_entropy(logits, turns), {"rotation_top1": accuracy.detach()})
+        return LossOutput(F.cross_entropy(logits, turns), {"rotation_top1": accuracy.detach()})
 
 
 class RotationTask(Task[Recipe]):

@@ -25,7 +25,7 @@ Exportable = LoadedRun | LoadedClassifier
 Run = TypeVar("Run", bound=Exportable, contravariant=True)
 
 
-class Target(NamedTuple, Generic[Run]):
+class ExportFormat(NamedTuple, Generic[Run]):
     """One format."""
 
     write: Callable[[Run, Path], None]

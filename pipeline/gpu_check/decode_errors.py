@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pipeline.data.dali import PipelineDef, training_pipeline_def
-from pipeline.data.decoder import Decoder
+from pipeline.data.decoder import ImageDecoder
 from pipeline.data.loader import BatchBuilder, BatchSpec
 from pipeline.data.prefetch_thread import PrefetchThread
 from pipeline.data.reader import ShardReader
@@ -30,7 +30,7 @@ Decode = Callable[[Iterable[BatchSpec], BatchBuilder], list[torch.Tensor]]
 """Decodes batches, with the builder's substitutes for images that cannot be decoded."""
 
 
-def check_device_errors(context: Context) -> Finding:
+def check_decode_errors(context: Context) -> Finding:
     """Decode a damaged JPEG, then on a full GPU; without a GPU, with a decoder that fails on every image."""
     recipe, device = small_batches(context), init_dist_env().device
     batches = training_batches(recipe, context.photographs)[:1]
@@ -93,7 +93,9 @@ def decode_with(graph: PipelineDef, device: torch.device, batch_size: int) -> De
     def decode(batches: Iterable[BatchSpec], builder: BatchBuilder) -> list[torch.Tensor]:
         thread = PrefetchThread(iter(batches), 1)
         confirm = builder.undecodable.confirm
-        decoder = Decoder(graph, thread, builder.replace, batch_size, device, threads=2, prefetch=2, confirm=confirm)
+        decoder = ImageDecoder(
+            graph, thread, builder.replace, batch_size, device, threads=2, prefetch=2, confirm=confirm
+        )
         images = []
         try:
             while True:
