@@ -30,8 +30,9 @@ RECIPE = {  # with everything that is random
 }
 BY_HEART = {  # no augmentation
     "data.global_batch": 12,
+    "data.flip": "false",
     "engine.micro_batch": 6,
-    "train.steps": 400,
+    "train.steps": 300,
     "segmenter.scale": "[1.0,1.0]",
     "segmenter.cat_max_ratio": 1.1,
     "segmenter.photometric": "false",
@@ -154,4 +155,4 @@ def test_segment_tiny_learns_twelve_images_by_heart(tmp_path, capsys):
     minutes = (time.monotonic() - started) / 60
     with capsys.disabled():
         print(f"mIoU {run.results()['miou']:.3f} after {minutes:.1f} minutes")
-    assert run.results()["miou"] > 0.6
+    assert run.results()["miou"] > 0.6, "over the classes present: others count as 0 if predicted"
