@@ -59,7 +59,16 @@ def train_interrupted(cluster, shards, folder, steps, interruptions, rng) -> Job
     return job
 
 
-def test_job_resumes_after_a_signal_and_a_cut_link(shards, tmp_path, uninterrupted_losses):
+def test_signaled_job_is_requeued_and_resumes(cluster, shards, tmp_path, uninterrupted_losses):
+    job = train_interrupted(cluster, shards, tmp_path, JOB_STEPS, [signal], random.Random(0))
+    assert job.losses() == uninterrupted_losses
+    assert "preflight: ranks     2 on n1, n2; cpu" in job.log() and job.log().rstrip().endswith("done")
+    assert "exit code 75 at checkpoint step-" in job.log()
+
+
+@pytest.mark.soak
+def test_job_resumes_after_a_node_failure_and_a_cut_link(shards, tmp_path, uninterrupted_losses):
+    """test_lost_ranks.py has a hanging rank without Slurm."""
     require_slurm()
     network = Network()
     try:
@@ -69,19 +78,25 @@ def test_job_resumes_after_a_signal_and_a_cut_link(shards, tmp_path, uninterrupt
             settings["train__checkpoint_every"] = JOB_STEPS  # while one is written the timeout is longer
             job = Job(cluster, shards, tmp_path, train__steps=JOB_STEPS, **settings)
             job.submit(TEMPLATE, "--time=60")
-            for number, interrupt in enumerate([signal, cut_link]):
+            for number, interrupt in enumerate([signal, marked_node_failure, cut_link]):
                 wait_for_steps(job, 10)
                 interrupt(job)
                 wait_until(lambda before=number: int(cluster.job(job.id)["Restarts"]) > before, 90, job)
             ended = job.wait()
-            assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == 2, job.log()
+            assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) == 3, job.log()
             assert job.losses() == uninterrupted_losses
-            assert "preflight: ranks     2 on n1, n2; cpu" in job.log() and job.log().rstrip().endswith("done")
-            assert "exit code 75 at checkpoint step-" in job.log()
         finally:
             cluster.close()
     finally:
         network.close()
+
+
+def marked_node_failure(job):
+    """Lose a node, and mark it as Slurm does when the node's timeout has passed."""
+    job.cluster.kill_node("n2")
+    job.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+    wait_until(lambda: has_stopped(job), 90, job)
+    job.cluster.start_node("n2")
 
 
 def cut_link(job):
