@@ -37,8 +37,8 @@ demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" demo/run.sh "$(OUT)" "$(DATA)"
 
 PYTEST := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
-# Four files at a time, because training runs spend half of their time waiting (for each other, for Slurm, for signals).
-IN_PARALLEL := --time -n 4 --dist loadgroup --no-loadscope-reorder
+# Three files at a time, because some runs wait (for each other, for Slurm, for signals).
+IN_PARALLEL := --time -n 3 --dist loadgroup --no-loadscope-reorder
 
 test: setup
 	$(AS_ROOT) $(PYTEST) $(IN_PARALLEL) tests
