@@ -1,333 +1,428 @@
-"""Run a miniature study on CIFAR-10: four methods and two combinations, equal wall time, several seeds.
+"""Test the papers' claims in miniature, with intervals over seeds: the experiments of benchmarks/study_claims.py.
 
-    CIFAR10_DIR=... python benchmarks/study.py OUT                   about an hour and a half on two CPU cores
-    CIFAR10_DIR=... python benchmarks/study.py OUT --seconds 600 --seeds 5 --methods mae emae
+    CIFAR10_DIR=... IMAGENET_SAMPLE_DIR=... python benchmarks/study.py OUT                 hours on two CPU cores
+    CIFAR10_DIR=... python benchmarks/study.py OUT --only E1 E2 [--seeds 5]
+    python benchmarks/study.py OUT --row "MAE 0.9" --seed 1                                one row and seed
 
-Everything is done by the commands that a user would run: shards, `pretrain`, `knn`, `linprobe`, `finetune`.
-Each result in OUT is kept and not computed again, so after an interruption the same command continues. First
-the speed of each method is measured alone, to find how many steps fit into the time; nothing else should run
-in those minutes. After that a run is a fixed number of steps, whatever else runs on the machine. Without a
-GPU, as many runs as cores are started at a time, one per core. Writes OUT/study.json, OUT/study.md and
-OUT/study.png.
+Every row runs as `python -m pipeline paper` runs its rows: the commands pretrain, linprobe, knn and finetune, each with
+a record OUT/runs/COMMAND-DIGEST.done.json. If interrupted or killed, repeat the command: it runs what has no record.
+The records are all that is needed: copied to another OUT, they continue the study there. Run directories are
+deleted when a row has all its records.
 
-CIFAR10_DIR contains train.tar and test.tar with <split>/<class>/<number>.jpg. Pre-training uses all 50,000
-training images; k-NN and probe use the labels of a fifth of them, fine-tuning those of a hundredth.
-Accuracies are top-1 on all 10,000 test images; k-NN and probe use the mean of the patch tokens. Disagreement
-and error are in pixel levels of 255, on 64 test images with five masks each; they are comparable only between
-methods with the same mask ratio, and losses only between methods with the same loss. The seed is that of
-pre-training, of the heads and of fine-tuning; the labeled images are always the same. The table has the mean
-over the seeds and half of its 95 % interval (Student's t).
+First, every method's learning rate is chosen by a linear probe of trials on held-out training images. Then the rows
+run one seed after another, one on each core, so that an interruption leaves complete seeds. OUT/study.md and a plot
+for each experiment are written after each row. With a GPU, the same command trains ten times as long (`--size`).
+
+CIFAR10_DIR contains train.tar and test.tar with <split>/<class>/<number>.jpg, IMAGENET_SAMPLE_DIR photographs.
 """
 
 import argparse
-import json
-import math
+import logging
 import os
 import re
-import shlex
-import statistics
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import matplotlib
 import torch
-from scipy.stats import t
+from study_claims import (
+    BASE_LRS,
+    FINETUNE_LABELS,
+    FINETUNING,
+    IMAGE_SIZE,
+    LABELS,
+    METHODS,
+    MODEL,
+    ROWS,
+    STUDIES,
+    TRIAL_SEED,
+    UNIT,
+    UNIT_STEPS,
+    Weights,
+)
+from study_report import Results, format_study, plot_study
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from pipeline.errors import StoppedEarly, UserError
+from pipeline.io.atomic import atomic_write, read_json, write_json
+from pipeline.methods.flops import forward_flops, training_flops
+from pipeline.papers.commands import Command, plan_experiment
+from pipeline.papers.experiment import Experiment, Features, Row
+from pipeline.papers.runner import run_experiment
+from pipeline.recipe import Recipe, load_recipe
 
-SMALL = {
-    "data.image_size": 32,
-    "data.global_batch": 32,
-    "engine.micro_batch": 32,
-    "engine.precision": "fp32",
-    "model.name": "vit_tiny",
-    "model.patch_size": 4,
-    "model.width": 96,
-    "model.depth": 4,
-    "model.heads": 3,
-    "model.decoder_width": 64,
-    "model.decoder_depth": 2,
-    "model.decoder_heads": 4,
-    "method.lomar.window_size": 4,  # of 8 x 8 patches, as 7 is of 14 x 14
-    "method.efficient_mae.beta": 6.5,  # 26 px at patch 16, in patches of 4
-    "optim.base_lr": 8e-3,
-    "optim.warmup_steps": 200,
-    "train.log_every": 20,
-    "train.checkpoint_every": 10**6,
-}
-METHODS = {
-    "mae": {"method.name": "mae"},
-    "emae": {"method.name": "emae"},
-    "efficient_mae": {"method.name": "efficient_mae"},
-    "lomar": {"method.name": "lomar"},
-    "emae + difficulty": {"method.name": "emae", "method.emae.difficulty_flatten": "true"},
-    "lomar + difficulty": {"method.name": "lomar", "method.lomar.difficulty_flatten": "true"},
-}
-SPEED_STEPS = 100  # steps to measure a method's speed; the first fifth is not counted
-FEATURES = ("--resize", "32")
-EVAL_LABELS, FINETUNE_LABELS = 0.2, 0.01  # shares of the labels: for k-NN and the probe, and for fine-tuning
-NUM_PICTURES = 64
-ONE_CORE = {} if torch.cuda.is_available() else {"data.decode_threads": 1}
-NUM_PARALLEL = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-COLUMNS = {
-    "knn": "k-NN, %",
-    "probe": "linear probe, %",
-    "tuned": f"fine-tuned on {FINETUNE_LABELS:.0%} of labels, %",
-    "loss": "loss",
-    "disagreement": "disagreement",
-    "error": "error",
-    "images_per_s": "images/s",
-    "steps": "steps",
-}
+BATCH = 32
+TRAIN, VALID, TEST, PHOTOS = (f"../shards/{name}" for name in ("train", "valid", "test", "photos"))
+NUM_PICTURES, NUM_MASKS = 64, 5
+HAS_GPU = torch.cuda.is_available()
+ONE_CORE = () if HAS_GPU else ("data.decode_threads=1",)
+NUM_PARALLEL = 1 if HAS_GPU else len(os.sched_getaffinity(0))
+EVALUATION_COST = 1.2
+"""Duration of a row's evaluations in units of UNIT's pre-training, for the progress bar."""
+
+
+class Planner:
+    """The experiments of `pipeline paper` that make and evaluate weights.
+
+    A row needs two: one trains on the row's images, one evaluates the trained weights on CIFAR-10.
+    """
+
+    def __init__(self, size: float, runs: Path) -> None:
+        self.size, self.runs = size, runs
+
+    def settings(self, row: Weights, base_lr: str | None = None) -> tuple[str, ...]:
+        """Return the overrides of a row's pre-training recipe; `base_lr` instead of the chosen one for a trial."""
+        steps = max(1, round(UNIT_STEPS * self.size * self.units(row)))
+        settings = (*MODEL, *ONE_CORE, f"data.image_size={IMAGE_SIZE[row.size]}", *row.settings)
+        settings += (f"train.steps={steps}", f"optim.warmup_steps={steps // 20}")
+        if row.tuned_as:
+            settings += (f"optim.base_lr={base_lr or self.choose_lr(row.tuned_as)}",)
+        return settings
+
+    def units(self, row: Weights) -> float:
+        """Return the images of a row's pre-training in units of UNIT_STEPS batches."""
+        if not row.compute_of:
+            return row.images
+        reference = ROWS[row.compute_of]
+        return self.units(reference) * self.flops(reference) / self.flops(row)
+
+    def flops(self, row: Weights) -> float:
+        """Return the operations of a forward pass, per image."""
+        return forward_flops(self._recipe(row), BATCH)
+
+    def _recipe(self, row: Weights) -> Recipe:
+        size = f"data.image_size={IMAGE_SIZE[row.size]}"
+        return load_recipe("vitb16_mae", (*MODEL, size, *row.settings, "train.steps=1", "optim.warmup_epochs=null"))
+
+    def pretraining(self, row: Weights, seed: int, base_lr: str | None = None) -> Experiment:
+        settings = (*self.settings(row, base_lr), f"seed={seed}")
+        name = _file_name(f"pretrain {row.name} {base_lr or ''} {seed}")
+        return Experiment(name, row.name, "", ("loss",), (Row(row.name, {}, settings),), "vitb16_mae")
+
+    def evaluation(self, row: Weights, seed: int, base_lr: str | None = None) -> Experiment:
+        """Return the evaluation of a row, or of a trial, which is a linear probe alone."""
+        columns = ("linprobe",) if base_lr else ("linprobe", "knn") if row.weights else ("linprobe", "knn", "finetune")
+        weights = row.weights or _pretrain_command(self.pretraining(row, seed, base_lr)).run
+        size, (labels, epochs) = IMAGE_SIZE[row.size], FINETUNE_LABELS[row.size]
+        tuning = (*FINETUNING, *ONE_CORE, f"data.image_size={size}", f"evaluation.resize={size}", f"seed={seed}")
+        tuning += (f"data.subset={labels}", f"train.epochs={epochs}")
+        features = Features("class_token" if row.weights else "mean", LABELS, None, 32 if row.weights else size)
+        return Experiment(
+            name=_file_name(f"evaluate {row.name} {base_lr or ''} {seed}"),
+            title=row.name,
+            source="",
+            columns=columns,
+            rows=(Row(row.name, {}, ("train.steps=1",), finetune_settings=tuning, weights=weights),),
+            recipe="vitb16_mae",
+            finetune_recipe="finetune_tiny",
+            probe_epochs=60,
+            probe_lrs=(1.0, 3.0, 10.0, 30.0),
+            center_crops=True,
+            features=features,
+        )
+
+    def choose_lr(self, method: str) -> str:
+        """Return the learning rate of the best trial. Raises UserError if not all have been run."""
+        row = trial_row(method)
+        scores = {lr: self.read(row, TRIAL_SEED, lr).get("linprobe") for lr in BASE_LRS}
+        if None in scores.values():
+            raise UserError(f"{method}: its trials have not been run; run the study without --row")
+        return max(scores, key=lambda lr: scores[lr])
+
+    def records(self, row: Weights, seed: int, base_lr: str | None = None) -> list[Path]:
+        """Return the files with the results of a row and seed, or of a trial."""
+        commands = list(plan_experiment(self.evaluation(row, seed, base_lr), _probe_settings(seed))[0].commands)
+        if not row.weights:
+            commands.insert(0, _pretrain_command(self.pretraining(row, seed, base_lr)))
+        files = [self.runs / f"{command.run}.done.json" for command in commands]
+        if row.has_disagreement and not base_lr:
+            files.append(self.runs / f"agreement-{commands[0].run}.done.json")
+        return files
+
+    def read(self, row: Weights, seed: int, base_lr: str | None = None) -> dict[str, float]:
+        """Return the results of a row and seed, or of a trial, as far as there are any."""
+        results = [read_json(path)["result"] for path in self.records(row, seed, base_lr) if path.exists()]
+        return {measure: values[0] for result in results for measure, values in result.items()}
+
+    def is_done(self, row: Weights, seed: int, base_lr: str | None = None) -> bool:
+        return all(path.exists() for path in self.records(row, seed, base_lr))
+
+
+def trial_row(method: str) -> Weights:
+    """Return the row of a method's trials; all methods' trials have the same compute."""
+    return ROWS[METHODS[method]]._replace(compute_of=UNIT)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--seconds", type=float, default=300, help="duration of each pre-training (default: 300)")
+    parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="experiments (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--size", type=float, default=10 if HAS_GPU else 1, help="factor of the images to train on")
+    parser.add_argument("--row", choices=ROWS, help="run only this row, in the foreground")
+    parser.add_argument("--seed", type=int, default=0, help="of --row")
+    parser.add_argument("--trial", metavar="LR", help="run a trial of --row with this base learning rate")
+    parser.add_argument("--report", action="store_true", help="only write the tables and plots")
     options = parser.parse_args()
-    if "CIFAR10_DIR" not in os.environ:
-        sys.exit("CIFAR10_DIR is not set; set it to the folder with CIFAR-10's train.tar and test.tar")
-    out, seeds = options.out, range(options.seeds)
-    for split in ("train", "test"):
-        archive = Path(os.environ["CIFAR10_DIR"]) / f"{split}.tar"
-        _command("data_prep", "folder", archive, out / split, "--shard-size", "2500")
-    _extract_pictures(out)
-    speeds = {name: _measure_speed(out, name) for name in tqdm(options.methods, "speeds", disable=None)}
-    tasks = {("raw pixels", 0): lambda: _evaluate(out, out / "pixels", "pixels:32", tune=False)}
-    for seed in seeds:
-        tasks["random weights", seed] = partial(_run_random, out, seed)
-    for seed in seeds:
-        for name in options.methods:
-            steps = max(1, round(options.seconds * speeds[name] / SMALL["data.global_batch"]))
-            tasks[name, seed] = partial(_run_method, out, name, seed, steps)
-    results = _run_all(tasks)
-    rows = {name: [results[name, seed] for seed in seeds if (name, seed) in results] for name, _ in tasks}
-    for name, speed in speeds.items():
-        rows[name] = [result | {"images_per_s": speed} for result in rows[name]]
-    (out / "study.json").write_text(json.dumps({"seconds": options.seconds, "rows": rows}, indent=1) + "\n")
-    (out / "study.md").write_text(_table(rows))
-    _plot(rows, out / "study.png")
-    print(_table(rows))
+    try:
+        _run(options)
+    except StoppedEarly as error:
+        print(error, file=sys.stderr)
+        sys.exit(75)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
-def _run_all(tasks: dict[tuple[str, int], Callable[[], dict]]) -> dict[tuple[str, int], dict]:
-    """Run the tasks, NUM_PARALLEL at a time, and return their results."""
-    results = {}
-    with ThreadPoolExecutor(NUM_PARALLEL) as pool:
-        running = {pool.submit(task): key for key, task in tasks.items()}
-        try:
-            for future in tqdm(as_completed(running), "study", len(running), unit="run"):
-                results[running[future]] = future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
+def _run(options: argparse.Namespace) -> None:
+    runs = options.out.absolute() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    planner = Planner(options.size, runs)
+    if options.report:
+        _write_report(options.out, options.only, planner, options.seeds)
+        return
+    wanted = [ROWS[name] for name in dict.fromkeys(row for study in options.only for row in STUDIES[study].rows)]
+    if options.row:
+        wanted = [ROWS[options.row]]
+    _build_shards(options.out, any(row.size == "photos" for row in wanted))
+    if options.row:
+        row, seed = (trial_row(wanted[0].tuned_as), TRIAL_SEED) if options.trial else (wanted[0], options.seed)
+        _run_row(planner, row, seed, options.trial)
+        return
+    trials = [
+        (trial_row(method), TRIAL_SEED, lr)
+        for lr in BASE_LRS
+        for method in METHODS
+        if any(row.tuned_as == method for row in wanted)
+    ]
+    _run_all(planner, trials, options.out, lambda: None)
+    tasks = [(row, seed, None) for seed in range(options.seeds) for row in wanted]
+    report = lambda: _write_report(options.out, options.only, planner, options.seeds)  # noqa: E731
+    _run_all(planner, tasks, options.out, report)
+    report()
+    print((options.out / "study.md").read_text())
 
 
-def _measure_speed(out: Path, name: str) -> float:
-    """Return images per second of a short run."""
-    run = out / "speed" / _file_name(name)
+def _run_all(
+    planner: Planner, tasks: Sequence[tuple[Weights, int, str | None]], out: Path, report: Callable[[], None]
+) -> None:
+    """Run the tasks without records, NUM_PARALLEL at a time, each in a process of its own, in their order."""
+    costs = {task: planner.units(task[0]) * planner.flops(task[0]) for task in tasks if not task[0].weights}
+    unit = planner.flops(ROWS[UNIT])
+    costs = {task: costs.get(task, 0) / unit + EVALUATION_COST for task in tasks}
+    missing = [task for task in tasks if not planner.is_done(*task)]
+    done = sum(costs[task] for task in tasks if task not in missing)
+    bar = tqdm(total=round(sum(costs.values()), 1), initial=round(done, 1), desc="study", unit="unit")
+    lock, processes, is_stopping = threading.Lock(), set(), threading.Event()
 
-    def measure() -> dict:
-        _pretrain(out, run, name, 0, SPEED_STEPS)
-        return {"images_per_s": statistics.median(line["images_per_s"] for line in _metrics(run)[1:])}
+    def run(task: tuple[Weights, int, str | None]) -> None:
+        row, seed, lr = task
+        words = [
+            sys.executable,
+            __file__,
+            str(out),
+            "--size",
+            str(planner.size),
+            "--row",
+            row.name,
+            "--seed",
+            str(seed),
+        ]
+        with lock:
+            if is_stopping.is_set():
+                return
+            bar.write(f"{time.strftime('%H:%M:%S')} {row.name}, {f'trial {lr}' if lr else f'seed {seed}'}")
+            process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+            processes.add(process)
+        _, log = process.communicate()
+        with lock:
+            processes.discard(process)
+            if process.returncode and not is_stopping.is_set():
+                raise UserError(f"{row.name}, seed {seed}: failed with exit code {process.returncode}\n{log[-3000:]}")
+            bar.update(costs[task])
+            if not is_stopping.is_set():
+                report()
 
-    return _cached(run.with_suffix(".json"), measure)["images_per_s"]
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGTERM, stop)
+    try:
+        with ThreadPoolExecutor(NUM_PARALLEL) as pool, bar:
+            try:
+                finished, _ = wait([pool.submit(run, task) for task in missing], return_when=FIRST_EXCEPTION)
+                for future in finished:
+                    future.result()
+            except BaseException:
+                is_stopping.set()
+                for process in list(processes):
+                    process.terminate()
+                raise
+    except KeyboardInterrupt:
+        raise StoppedEarly("stopped; run the same command again to continue") from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
-def _run_method(out: Path, name: str, seed: int, steps: int) -> dict:
-    run = out / "runs" / f"{_file_name(name)}-{seed}-{steps}"
-    folder = run.with_name(run.name + ".evaluated")
-    loss = _cached(folder / "loss.json", lambda: _pretrain(out, run, name, seed, steps))["loss"]
-    agreement = _cached(folder / "agreement.json", lambda: _agreement(out, run, folder / "agreement.png"))
-    run_results = {"loss": loss, **agreement, "steps": steps}
-    return {**_evaluate(out, folder, str(run), seed), **run_results}
+def _run_row(planner: Planner, row: Weights, seed: int, trial: str | None) -> None:
+    """Run what has no record of a row and seed, or of a trial, and delete its run directories."""
+    _stop_with_parent()
+    if planner.is_done(row, seed, trial):
+        return
+    root = str(Path(__file__).parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    if ONE_CORE:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    os.chdir(planner.runs)  # the records have relative paths
+    here, evaluation = Path("."), planner.evaluation(row, seed, trial)
+    experiments = [evaluation]
+    run = None
+    if not row.weights:
+        pretraining = planner.pretraining(row, seed, trial)
+        experiments.insert(0, pretraining)
+        run = here / _pretrain_command(pretraining).run
+        if not run.exists():  # the records come from another machine
+            run.with_name(f"{run.name}.done.json").unlink(missing_ok=True)
+        run_experiment(pretraining, here, PHOTOS if row.size == "photos" else TRAIN, None, (), "python -m")
+        if row.has_disagreement and not trial:
+            _measure_agreement(run)
+    val = VALID if trial else TEST
+    run_experiment(evaluation, here, TRAIN, val, _probe_settings(seed), "python -m")
+    for experiment in experiments:  # its table has only this row
+        for suffix in ("json", "md"):
+            (here / f"{experiment.name}.{suffix}").unlink()
+    for command in plan_experiment(evaluation, _probe_settings(seed))[0].commands:
+        shutil.rmtree(here / command.run, ignore_errors=True)
+    if run:
+        shutil.rmtree(run)
 
 
-def _extract_pictures(out: Path) -> None:
-    """Extract the first test images of every class."""
-    images = out / "pictures"
-    if not images.exists():
-        new = images.with_name("pictures.new")
-        new.mkdir(exist_ok=True)
-        with tarfile.open(Path(os.environ["CIFAR10_DIR"]) / "test.tar") as archive:
+def _measure_agreement(run: Path) -> None:
+    """Record the disagreement of a run's predictions behind several masks."""
+    record = run.with_name(f"agreement-{run.name}.done.json")
+    if record.exists():
+        return
+    arguments = ["reconstruct", str(run), "--images", "../pictures", "--out", str(run / "agreement.png")]
+    arguments += ["--kind", "agreement", "--count", str(NUM_PICTURES), "--seeds", str(NUM_MASKS)]
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = re.search(r"disagreement ([\d.]+), error ([\d.]+) levels of 255", output)
+    assert found, output
+    result = {"disagreement": [float(found[1])], "error": [float(found[2])]}
+    write_json(record, {"command": arguments, "result": result})
+
+
+def _probe_settings(seed: int) -> list[str]:
+    threads = ["linprobe.data.decode_threads=1"] if ONE_CORE else []
+    return [f"linprobe.seed={seed}", "linprobe.data.global_batch=1024", "linprobe.data.holdout=0.04", *threads]
+
+
+def _pretrain_command(experiment: Experiment) -> Command:
+    return plan_experiment(experiment)[0].commands[0]
+
+
+def _stop_with_parent() -> None:
+    """Send this process SIGTERM if its parent is killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _build_shards(out: Path, with_photos: bool) -> None:
+    """Build the shard sets train (nine tenths of the training images), valid and test, photos, and the pictures."""
+    shards, pictures = out / "shards", out / "pictures"
+    if not pictures.exists():
+        cifar = _data_folder("CIFAR10_DIR", "train.tar and test.tar of CIFAR-10")
+        _build(cifar / "test.tar", shards / "test")
+        with tarfile.open(cifar / "train.tar") as archive:
+            members = [member for member in archive if member.isfile()]
+            held_out = [member for member in members if int(Path(member.name).stem) % 10 == 9]
+            _build_part(archive, held_out, shards / "valid")
+            _build_part(archive, sorted(set(members) - set(held_out), key=lambda m: m.name), shards / "train")
+        with tarfile.open(cifar / "test.tar") as archive:
             members = sorted((m for m in archive if m.isfile()), key=lambda member: Path(member.name).stem)
+            new = pictures.with_name("pictures.new")
+            new.mkdir(exist_ok=True)
             for member in members[:NUM_PICTURES]:
                 (new / member.name.replace("/", "-")).write_bytes(archive.extractfile(member).read())
-        new.rename(images)
+        new.rename(pictures)
+    if with_photos:
+        _build(_data_folder("IMAGENET_SAMPLE_DIR", "photographs"), shards / "photos", "--resize", "128")
 
 
-def _agreement(out: Path, run: Path, picture: Path) -> dict:
-    """Parse disagreement and error from the output of `reconstruct`."""
-    options = ("--kind", "agreement", "--count", NUM_PICTURES, "--seeds", 5)
-    output = _command("pipeline", "reconstruct", run, "--images", out / "pictures", "--out", picture, *options)
-    disagreement, error = re.search(r"disagreement ([\d.]+), error ([\d.]+) levels of 255", output).groups()
-    return {"disagreement": float(disagreement), "error": float(error)}
+def _build_part(archive: tarfile.TarFile, members: list[tarfile.TarInfo], out: Path) -> None:
+    part = out.with_suffix(".tar")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(part, "w") as output:
+        for member in members:
+            output.addfile(member, archive.extractfile(member))
+    _build(part, out)
+    part.unlink()
 
 
-def _evaluate(out: Path, folder: Path, weights: str, seed: int = 0, tune: bool = True) -> dict:
-    """Evaluate weights: k-NN (k = 20), a linear probe on center crops, fine-tuning on few labels."""
-    sets = ("--data", out / "train", "--val", out / "test")
-    pool = () if weights.startswith("pixels") else ("--pool", "mean")
-    options = ("--labels", EVAL_LABELS, *FEATURES, *pool, "--cache", folder / "features")
-
-    def knn() -> dict:
-        return json.loads(_command("pipeline", "knn", "--weights", weights, *sets, *options, "--k", "20", "--json"))
-
-    def probe() -> dict:
-        settings = _overrides({"data.global_batch": 1024, "train.epochs": 60, "seed": seed})
-        arguments = ("--weights", weights, *sets, *options, "--run", folder / "probe", *settings)
-        return json.loads(_command("pipeline", "linprobe", *arguments, "--center-crops", "--json"))
-
-    def finetune() -> dict:
-        settings = {
-            "data.image_size": 32,
-            "data.subset": FINETUNE_LABELS,
-            "data.subset_by_class": "true",
-            "evaluation.resize": 32,
-            "evaluation.every_epochs": "null",
-            "train.epochs": 30,
-            "engine.micro_batch": 64,
-            "train.checkpoint_every": 10**6,
-            "seed": seed,
-            **ONE_CORE,
-        }
-        arguments = ("finetune_tiny", "--weights", weights, *sets, "--run", folder / "tuned")
-        _command("pipeline", "finetune", *arguments, *_overrides(settings))
-        return json.loads((folder / "tuned" / "results.json").read_text())
-
-    results = {
-        "knn": _cached(folder / "knn.json", knn)["knn"][0]["top1"]["accuracy"],
-        "probe": _cached(folder / "probe.json", probe)["top1"]["accuracy"],
-    }
-    if tune:
-        results["tuned"] = _cached(folder / "tuned.json", finetune)["top1"]["accuracy"]
-    return results
+def _build(source: Path, out: Path, *options: str) -> None:
+    if not (out / "manifest.json").exists():
+        words = [sys.executable, "-m", "data_prep", "folder", str(source), str(out), "--shard-size", "2500", *options]
+        result = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        if result.returncode:
+            raise UserError(f"{out}: cannot be built: {result.stderr[-1000:]}; fix it, and run the same command again")
 
 
-def _run_random(out: Path, seed: int) -> dict:
-    return _evaluate(out, out / f"random-{seed}", _random_weights(out, seed), seed)
+def _data_folder(variable: str, content: str) -> Path:
+    folder = Path(os.environ.get(variable, ""))
+    if not os.environ.get(variable) or not folder.is_dir():
+        raise UserError(f"{variable}: names no folder; set it to the folder with {content}")
+    return folder
 
 
-def _random_weights(out: Path, seed: int) -> str:
-    """Write a recipe and return the name of its random weights, the initial weights of the runs of this seed."""
-    path = out / f"random-{seed}.yaml"
-    recipe = _command(
-        sys.executable,
-        "-c",
-        "import sys; from pipeline.recipe import load_recipe; print(load_recipe('vitb16_mae', sys.argv[1:]).to_yaml())",
-        *(f"{key}={value}" for key, value in {**_settings("mae", seed), "train.steps": 1}.items()),
-    )
-    path.write_text(recipe)
-    return f"random:{path}"
+def _write_report(out: Path, studies: Sequence[str], planner: Planner, num_seeds: int) -> None:
+    parts = []
+    for name in studies:
+        study = STUDIES[name]
+        results, compute, images = _collect(planner, study.rows, num_seeds)
+        plot_study(study, results, out / f"{name}.png")
+        parts.append(format_study(name, study, results, compute, images))
+    atomic_write(out / "study.md", "\n".join([*parts, _format_trials(planner)]))
 
 
-def _pretrain(out: Path, run: Path, name: str, seed: int, steps: int) -> dict:
-    settings = {**_settings(name, seed), "train.steps": steps}
-    _command("pipeline", "pretrain", "vitb16_mae", "--data", out / "train", "--run", run, *_overrides(settings))
-    return {"loss": _metrics(run)[-1]["loss"]}
+def _collect(planner: Planner, rows: Sequence[str], num_seeds: int) -> tuple[Results, dict[str, float], dict[str, int]]:
+    """Return the results of the rows, and the operations (10^15) and images of their pre-training."""
+    results: Results = {}
+    compute, images = {}, {}
+    for name in rows:
+        row = ROWS[name]
+        units = 0 if row.weights else planner.units(row)
+        images[name] = round(units * UNIT_STEPS * planner.size) * BATCH
+        compute[name] = training_flops(planner.flops(row)) * images[name] / 1e15 if units else 0.0
+        values = {seed: planner.read(row, seed) for seed in range(num_seeds)}
+        results[name] = {seed: value for seed, value in values.items() if value}
+    return results, compute, images
 
 
-def _settings(name: str, seed: int) -> dict:
-    return {**SMALL, **ONE_CORE, **METHODS[name], "seed": seed}
-
-
-def _overrides(settings: dict) -> list[str]:
-    return [f"--set={key}={value}" for key, value in settings.items()]
-
-
-def _cached(path: Path, compute: Callable[[], dict]) -> dict:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result = compute()
-        new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps(result))
-        new.replace(path)
-    return json.loads(path.read_text())
-
-
-def _command(program: str, *arguments: object) -> str:
-    """Run a command and return its stdout."""
-    words = [str(word) for word in arguments]
-    command = [program, *words] if program == sys.executable else [sys.executable, "-m", program, *words]
-    threads = {"OMP_NUM_THREADS": "1"} if ONE_CORE else {}
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
-    if result.returncode:
-        last = result.stderr[-2000:]
-        sys.exit(
-            f"{last}\n{shlex.join(command)}\nfailed with exit code {result.returncode}; "
-            "fix the problem and run the study again to continue"
-        )
-    return result.stdout
-
-
-def _metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "event" not in line]
-
-
-def _file_name(name: str) -> str:
-    return name.replace(" + ", "-")
-
-
-def _table(rows: dict[str, list[dict]]) -> str:
-    lines = [f"| weights | {' | '.join(COLUMNS.values())} |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    for name, seeds in rows.items():
-        cells = []
-        for column in COLUMNS:
-            values = [seed[column] for seed in seeds if column in seed]
-            cells.append(_format_cell(values, column))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def _format_trials(planner: Planner) -> str:
+    lines = ["### Learning rates", "", f"| method | {' | '.join(BASE_LRS)} |", "| --- " * (1 + len(BASE_LRS)) + "|"]
+    for method in METHODS:
+        scores = [planner.read(trial_row(method), TRIAL_SEED, lr).get("linprobe") for lr in BASE_LRS]
+        cells = ["" if score is None else f"{score:.1f}" for score in scores]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _format_cell(values: list[float], column: str) -> str:
-    if not values:
-        return ""
-    if column in ("steps", "images_per_s"):
-        return f"{statistics.mean(values):,.0f}"
-    if column == "loss":
-        return f"{statistics.mean(values):.3f}"
-    if column in ("disagreement", "error"):
-        return f"{statistics.mean(values):.1f}"
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * _confidence_half_width(values):.1f}"
-
-
-def _confidence_half_width(values: list[float]) -> float:
-    """Return half of Student's 95 % interval of the mean over seeds."""
-    return t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _plot(rows: dict[str, list[dict]], path: Path) -> None:
-    """Plot a dot per seed and a line at the mean."""
-    titles = {"knn": "k-NN", "probe": "linear probe", "tuned": f"fine-tuned, {FINETUNE_LABELS:.0%} of the labels"}
-    figure, panels = plt.subplots(1, 3, figsize=(12, 0.5 * len(rows) + 1.4), sharey=True)
-    for panel, (key, title) in zip(panels, titles.items(), strict=True):
-        for row, seeds in enumerate(rows.values()):
-            values = [100 * seed[key] for seed in seeds if key in seed]
-            panel.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.6)
-            if values:
-                panel.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color="black")
-        panel.set_title(title)
-        panel.set_xlabel("top-1, %")
-        panel.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(rows)), list(rows))
-    panels[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name)
 
 
 if __name__ == "__main__":
+    logging.getLogger("pipeline").setLevel(logging.WARNING)
     main()
