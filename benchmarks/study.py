@@ -17,6 +17,7 @@ CIFAR10_DIR contains train.tar and test.tar with <split>/<class>/<number>.jpg, I
 """
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -41,13 +42,14 @@ from study_claims import (
     METHODS,
     MODEL,
     ROWS,
+    STEP_SIZES,
     STUDIES,
     TRIAL_SEED,
     UNIT,
     UNIT_STEPS,
     Weights,
 )
-from study_report import Results, format_study, plot_study
+from study_report import Results, format_speed, format_study, plot_study
 from tqdm import tqdm
 
 from pipeline.errors import StoppedEarly, UserError
@@ -195,6 +197,8 @@ def _run(options: argparse.Namespace) -> None:
         row, seed = (trial_row(wanted[0].tuned_as), TRIAL_SEED) if options.trial else (wanted[0], options.seed)
         _run_row(planner, row, seed, options.trial)
         return
+    for size in STEP_SIZES if "E3" in options.only else ():
+        _time_step(runs, size)
     trials = [
         (trial_row(method), TRIAL_SEED, lr)
         for lr in BASE_LRS
@@ -223,17 +227,8 @@ def _run_all(
 
     def run(task: tuple[Weights, int, str | None]) -> None:
         row, seed, lr = task
-        words = [
-            sys.executable,
-            __file__,
-            str(out),
-            "--size",
-            str(planner.size),
-            "--row",
-            row.name,
-            "--seed",
-            str(seed),
-        ]
+        words = [sys.executable, __file__, str(out), "--size", str(planner.size), "--row", row.name]
+        words += ["--trial", lr] if lr else ["--seed", str(seed)]
         with lock:
             if is_stopping.is_set():
                 return
@@ -318,6 +313,21 @@ def _measure_agreement(run: Path) -> None:
     write_json(record, {"command": arguments, "result": result})
 
 
+def _time_step(runs: Path, image_size: int) -> None:
+    """Record the time of a training step of MAE and LoMaR."""
+    record = _step_record(runs, image_size)
+    if not record.exists():
+        batch = 64 if HAS_GPU else 1
+        script = Path(__file__).with_name("step_448.py")
+        words = [sys.executable, str(script), "--image-size", str(image_size), "--batch", str(batch), "--rounds", "8"]
+        result = subprocess.run([*words, "--json"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        write_json(record, json.loads(result))
+
+
+def _step_record(runs: Path, image_size: int) -> Path:
+    return runs / f"step-{image_size}.done.json"
+
+
 def _probe_settings(seed: int) -> list[str]:
     threads = ["linprobe.data.decode_threads=1"] if ONE_CORE else []
     return [f"linprobe.seed={seed}", "linprobe.data.global_batch=1024", "linprobe.data.holdout=0.04", *threads]
@@ -393,6 +403,9 @@ def _write_report(out: Path, studies: Sequence[str], planner: Planner, num_seeds
         results, compute, images = _collect(planner, study.rows, num_seeds)
         plot_study(study, results, out / f"{name}.png")
         parts.append(format_study(name, study, results, compute, images))
+        if name == "E3":
+            records = {size: _step_record(planner.runs, size) for size in STEP_SIZES}
+            parts.append(format_speed({size: read_json(path) for size, path in records.items() if path.exists()}))
     atomic_write(out / "study.md", "\n".join([*parts, _format_trials(planner)]))
 
 

@@ -161,6 +161,8 @@ def _beats(row: str, *others: str, what: str = "") -> tuple[Claim, ...]:
     )
 
 
+STEP_SIZES = (224, 448)
+"""Image sizes at which E3 compares the time of a step of MAE and LoMaR."""
 HAN, LI, CHEN = "Efficient MAE", "EMAE", "LoMaR"
 STUDIES = {
     "E0": Study(

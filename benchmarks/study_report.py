@@ -101,6 +101,19 @@ def format_study(name: str, study: Study, results: Results, compute: dict[str, f
     return "\n".join(lines) + "\n"
 
 
+def format_speed(measured: dict[int, dict]) -> str:
+    """Return the table of a step's time with MAE and LoMaR, by image size, as benchmarks/step_448.py measures it."""
+    head = ("image size, ViT-B", "MAE, s/step", "LoMaR, s/step", "ratio [95 % interval]", "ratio of operations")
+    lines = [_row(*head, "LoMaR is faster"), _row(*["---"] * 6)]
+    for size, result in measured.items():
+        seconds, gmacs, ratio = result["seconds"], result["gmacs"], result["ratio"]
+        interval = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        verdict = SUPPORTED if ratio["low"] > 1 else NOT_SUPPORTED if ratio["high"] < 1 else UNDECIDED
+        cells = [f"{seconds['mae']:.2f}", f"{seconds['lomar']:.2f}", interval]
+        lines.append(_row(f"{size} px", *cells, f"{gmacs['mae'] / gmacs['lomar']:.2f}", verdict))
+    return "\n".join(lines) + "\n"
+
+
 def plot_study(study: Study, results: Results, path: Path) -> None:
     """Draw a panel for each claim: the effect on every measure with its interval, and a dot for each seed."""
     columns = 3
