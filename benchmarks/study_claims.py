@@ -6,12 +6,14 @@ chosen by trials on held-out training images.
 
 from typing import Literal, NamedTuple
 
-Measure = Literal["finetune", "linprobe", "knn", "disagreement"]
+Measure = Literal["finetune", "linprobe", "knn", "disagreement", "miou", "box_ap50"]
 MEASURES: dict[Measure, str] = {
     "finetune": "fine-tuned, %",
     "linprobe": "linear probe, %",
     "knn": "k-NN, %",
     "disagreement": "disagreement, levels",
+    "miou": "mIoU, %",
+    "box_ap50": "box AP50, %",
 }
 
 
@@ -29,8 +31,29 @@ class Weights(NamedTuple):
     size: Literal["cifar", "photos"] = "cifar"
     """Pre-trained on CIFAR-10 at 32 px, or on photographs at 64 px."""
     weights: str = ""
-    """Evaluate these instead of pre-training."""
+    """Evaluate these instead of pre-training. For a task: "random"."""
     has_disagreement: bool = False
+    task: str = ""
+    """Fine-tuning recipe of a dense task, from the weights of demo_emae."""
+
+
+class Task(NamedTuple):
+    """A dense task of E4."""
+
+    variable: str
+    """Environment variable that names the data set."""
+    builder: str
+    """Command of data_prep."""
+    splits: tuple[str, str]
+    """To train on, and to evaluate on."""
+    photographs: str
+    """Folder of the images to train on, in the data set."""
+    steps: int
+    """Of fine-tuning."""
+    pretrain_steps: int
+    measure: Measure
+    cost: float
+    """Duration in units of UNIT's pre-training."""
 
 
 class Claim(NamedTuple):
@@ -56,14 +79,19 @@ class Study(NamedTuple):
         return [name for name in ROWS if name in used]
 
 
+TASKS = {
+    "segment_tiny": Task("ADE_DIR", "ade20k", ("training", "validation"), "images/training", 400, 1200, "miou", 10),
+    "detect_tiny": Task("COCO_DIR", "coco", ("train", "val"), "train2017", 200, 1200, "box_ap50", 4),
+}
+BATCH = 32
 UNIT_STEPS = 2000
-"""Steps of 32 images: about 110 s on a CPU core with MAE at mask ratio 0.75. With a GPU, ten times as many."""
+"""Steps: about 110 s on a CPU core with MAE at mask ratio 0.75. With a GPU, ten times as many."""
 BASE_LRS = ("4e-3", "8e-3", "1.6e-2")
 """Trials of each method."""
 TRIAL_SEED = 100
 MODEL = (
-    "data.global_batch=32",
-    "engine.micro_batch=32",
+    f"data.global_batch={BATCH}",
+    f"engine.micro_batch={BATCH}",
     "engine.precision=fp32",
     "model.name=vit_tiny",
     "model.patch_size=4",
@@ -147,6 +175,11 @@ ROWS = {
         Weights("random weights of LoMaR, 64 px", settings=(*_lomar(7, 4), *UNTRAINED), images=0, size="photos"),
         Weights("MAE, 64 px", "mae", _mae(0.75), images=0.5, size="photos"),
         Weights("LoMaR, 64 px, windows of 7", "lomar", _lomar(7, 4), compute_of="MAE, 64 px", size="photos"),
+        *(
+            Weights(f"{task}, {name}", task=task, weights=weights)
+            for task in TASKS
+            for name, weights in (("random", "random"), ("pre-trained", ""))
+        ),
         Weights("LoMaR, 64 px, windows of 4", "lomar", _lomar(4, 12), compute_of="MAE, 64 px", size="photos"),
     )
 }  # fmt: skip
@@ -234,6 +267,16 @@ STUDIES = {
                   {"LoMaR, 64 px, windows of 7": 1, "MAE, 64 px": -1}),
             Claim("windows of 7 exceed windows of 4 at 64 px", f"{CHEN}, Figure 4",
                   {"LoMaR, 64 px, windows of 7": 1, "LoMaR, 64 px, windows of 4": -1}),
+        ),
+    ),
+    "E4": Study(
+        "Transfer to segmentation and detection",
+        "Weights of demo_emae, before and after pre-training on the task's photographs, are fine-tuned with "
+        "segment_tiny and detect_tiny and evaluated on other photographs.",
+        tuple(
+            Claim(f"pre-training improves {task}", f"{LI}, abstract",
+                  {f"{task}, pre-trained": 1, f"{task}, random": -1}, (TASKS[task].measure,))
+            for task in TASKS
         ),
     ),
 }  # fmt: skip

@@ -93,9 +93,12 @@ def format_study(name: str, study: Study, results: Results, compute: dict[str, f
             lines.append(_row(*head, MEASURES[measure], *cells, cost if not number else ""))
     rows = [row for row in study.rows if results.get(row)]
     lines += ["", f"![Effects of the claims of {name}]({name}.png)", ""]
-    lines += [_row("weights", *MEASURES.values(), "seeds", "images", "PFLOP"), _row(*["---"] * (len(MEASURES) + 4))]
+    seeds = [values for row in rows for values in results[row].values()]
+    measures = [measure for measure in MEASURES if any(measure in values for values in seeds)]
+    lines += [_row("weights", *(MEASURES[measure] for measure in measures), "seeds", "images", "PFLOP")]
+    lines += [_row(*["---"] * (len(measures) + 4))]
     for row in rows:
-        values = [[seed[measure] for seed in results[row].values() if measure in seed] for measure in MEASURES]
+        values = [[seed[measure] for seed in results[row].values() if measure in seed] for measure in measures]
         cells = [_format_mean(column) for column in values]
         lines.append(_row(row, *cells, str(len(results[row])), f"{images[row]:,}", f"{compute[row]:.2g}"))
     return "\n".join(lines) + "\n"
