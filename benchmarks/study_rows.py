@@ -73,6 +73,7 @@ class Planner:
 
     def __init__(self, size: float, runs: Path) -> None:
         self.size, self.runs = size, runs
+        self._base_lrs: dict[str, str] = {}  # that have been chosen, by method
 
     def units(self, row: Weights) -> float:
         """Return the images of a row's pre-training in units of UNIT_STEPS batches."""
@@ -135,10 +136,13 @@ class Planner:
 
     def choose_lr(self, method: str) -> str:
         """Return the learning rate of the best trial. Raises UserError if not all have been run."""
-        trials = {lr: trial_job(method, lr) for lr in BASE_LRS}
-        if not all(self.is_done(job) for job in trials.values()):
-            raise UserError(f"{method}: its trials have not been run; run the study without --row")
-        return max(trials, key=lambda lr: self.read(trials[lr]).get("linprobe", 0.0))  # a diverged one has no result
+        if method not in self._base_lrs:
+            trials = {lr: trial_job(method, lr) for lr in BASE_LRS}
+            if not all(self.is_done(job) for job in trials.values()):
+                raise UserError(f"{method}: its trials have not been run; run the study without --row")
+            scores = {lr: self.read(job).get("linprobe", 0.0) for lr, job in trials.items()}  # 0: it diverged
+            self._base_lrs[method] = max(scores, key=lambda lr: scores[lr])
+        return self._base_lrs[method]
 
     def records(self, job: Job) -> list[Path]:
         """Return the files with the results of a job."""
