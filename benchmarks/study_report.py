@@ -43,6 +43,8 @@ class Effect(NamedTuple):
         return SUPPORTED if self.mean > 0 else NOT_SUPPORTED
 
     def __str__(self) -> str:
+        if len(self.differences) < 2:
+            return f"{self.mean:+.1f}"
         return f"{self.mean:+.1f} [{self.mean - self.half_width:+.1f}, {self.mean + self.half_width:+.1f}]"
 
 
