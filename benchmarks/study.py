@@ -1,333 +1,249 @@
-"""Run a miniature study on CIFAR-10: four methods and two combinations, equal wall time, several seeds.
+"""Test the papers' claims in miniature, with intervals over seeds: the experiments of benchmarks/study_claims.py.
 
-    CIFAR10_DIR=... python benchmarks/study.py OUT                   about an hour and a half on two CPU cores
-    CIFAR10_DIR=... python benchmarks/study.py OUT --seconds 600 --seeds 5 --methods mae emae
+    CIFAR10_DIR=... IMAGENET_SAMPLE_DIR=... python benchmarks/study.py OUT                 hours on two CPU cores
+    CIFAR10_DIR=... python benchmarks/study.py OUT --only E1 E2 [--seeds 5]
+    python benchmarks/study.py OUT --row "MAE 0.9" --seed 1                                one row and seed
 
-Everything is done by the commands that a user would run: shards, `pretrain`, `knn`, `linprobe`, `finetune`.
-Each result in OUT is kept and not computed again, so after an interruption the same command continues. First
-the speed of each method is measured alone, to find how many steps fit into the time; nothing else should run
-in those minutes. After that a run is a fixed number of steps, whatever else runs on the machine. Without a
-GPU, as many runs as cores are started at a time, one per core. Writes OUT/study.json, OUT/study.md and
-OUT/study.png.
+Every row runs as `python -m pipeline paper` runs its rows: the commands pretrain, linprobe, knn and finetune, each with
+a record OUT/runs/COMMAND-DIGEST.done.json. If interrupted or killed, repeat the command: it runs what has no record.
+The records are all that is needed: copied to another OUT, they continue the study there. Run directories are
+deleted when a row has all its records.
 
-CIFAR10_DIR contains train.tar and test.tar with <split>/<class>/<number>.jpg. Pre-training uses all 50,000
-training images; k-NN and probe use the labels of a fifth of them, fine-tuning those of a hundredth.
-Accuracies are top-1 on all 10,000 test images; k-NN and probe use the mean of the patch tokens. Disagreement
-and error are in pixel levels of 255, on 64 test images with five masks each; they are comparable only between
-methods with the same mask ratio, and losses only between methods with the same loss. The seed is that of
-pre-training, of the heads and of fine-tuning; the labeled images are always the same. The table has the mean
-over the seeds and half of its 95 % interval (Student's t).
+First, every method's learning rate is chosen by a linear probe of trials on held-out training images. Then the rows
+run one seed after another, one on each core, so that an interruption leaves complete seeds. OUT/study.md and a plot
+for each experiment are written after each row. With a GPU, the same command trains ten times as long (`--size`).
+
+CIFAR10_DIR contains train.tar and test.tar with <split>/<class>/<number>.jpg, IMAGENET_SAMPLE_DIR (for E3) photographs;
+E4 needs COCO_DIR and ADE_DIR, in the layout of COCO and of ADEChallengeData2016.
 """
 
 import argparse
-import json
-import math
+import logging
 import os
-import re
-import shlex
-import statistics
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import partial
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import matplotlib
-import torch
-from scipy.stats import t
+from study_claims import BASE_LRS, BATCH, METHODS, ROWS, STEP_SIZES, STUDIES, TASKS, UNIT_STEPS, Weights
+from study_report import Results, format_speed, format_study, plot_study
+from study_rows import HAS_GPU, NUM_PICTURES, Job, Planner, run_command, run_job, step_record, time_step, trial_job
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from pipeline.errors import StoppedEarly, UserError
+from pipeline.io.atomic import atomic_write, read_json
+from pipeline.methods.flops import training_flops
 
-SMALL = {
-    "data.image_size": 32,
-    "data.global_batch": 32,
-    "engine.micro_batch": 32,
-    "engine.precision": "fp32",
-    "model.name": "vit_tiny",
-    "model.patch_size": 4,
-    "model.width": 96,
-    "model.depth": 4,
-    "model.heads": 3,
-    "model.decoder_width": 64,
-    "model.decoder_depth": 2,
-    "model.decoder_heads": 4,
-    "method.lomar.window_size": 4,  # of 8 x 8 patches, as 7 is of 14 x 14
-    "method.efficient_mae.beta": 6.5,  # 26 px at patch 16, in patches of 4
-    "optim.base_lr": 8e-3,
-    "optim.warmup_steps": 200,
-    "train.log_every": 20,
-    "train.checkpoint_every": 10**6,
-}
-METHODS = {
-    "mae": {"method.name": "mae"},
-    "emae": {"method.name": "emae"},
-    "efficient_mae": {"method.name": "efficient_mae"},
-    "lomar": {"method.name": "lomar"},
-    "emae + difficulty": {"method.name": "emae", "method.emae.difficulty_flatten": "true"},
-    "lomar + difficulty": {"method.name": "lomar", "method.lomar.difficulty_flatten": "true"},
-}
-SPEED_STEPS = 100  # steps to measure a method's speed; the first fifth is not counted
-FEATURES = ("--resize", "32")
-EVAL_LABELS, FINETUNE_LABELS = 0.2, 0.01  # shares of the labels: for k-NN and the probe, and for fine-tuning
-NUM_PICTURES = 64
-ONE_CORE = {} if torch.cuda.is_available() else {"data.decode_threads": 1}
-NUM_PARALLEL = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-COLUMNS = {
-    "knn": "k-NN, %",
-    "probe": "linear probe, %",
-    "tuned": f"fine-tuned on {FINETUNE_LABELS:.0%} of labels, %",
-    "loss": "loss",
-    "disagreement": "disagreement",
-    "error": "error",
-    "images_per_s": "images/s",
-    "steps": "steps",
-}
+NUM_PARALLEL = 1 if HAS_GPU else len(os.sched_getaffinity(0))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--seconds", type=float, default=300, help="duration of each pre-training (default: 300)")
+    parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES), help="experiments (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--size", type=float, default=10 if HAS_GPU else 1, help="factor of the images to train on")
+    parser.add_argument("--row", choices=ROWS, help="run only this row, in the foreground")
+    parser.add_argument("--seed", type=int, default=0, help="of --row (default: 0)")
+    parser.add_argument("--trial", metavar="LR", choices=BASE_LRS, help="run a trial of --row with this learning rate")
+    parser.add_argument("--report", action="store_true", help="only write the tables and plots")
     options = parser.parse_args()
-    if "CIFAR10_DIR" not in os.environ:
-        sys.exit("CIFAR10_DIR is not set; set it to the folder with CIFAR-10's train.tar and test.tar")
-    out, seeds = options.out, range(options.seeds)
-    for split in ("train", "test"):
-        archive = Path(os.environ["CIFAR10_DIR"]) / f"{split}.tar"
-        _command("data_prep", "folder", archive, out / split, "--shard-size", "2500")
-    _extract_pictures(out)
-    speeds = {name: _measure_speed(out, name) for name in tqdm(options.methods, "speeds", disable=None)}
-    tasks = {("raw pixels", 0): lambda: _evaluate(out, out / "pixels", "pixels:32", tune=False)}
-    for seed in seeds:
-        tasks["random weights", seed] = partial(_run_random, out, seed)
-    for seed in seeds:
-        for name in options.methods:
-            steps = max(1, round(options.seconds * speeds[name] / SMALL["data.global_batch"]))
-            tasks[name, seed] = partial(_run_method, out, name, seed, steps)
-    results = _run_all(tasks)
-    rows = {name: [results[name, seed] for seed in seeds if (name, seed) in results] for name, _ in tasks}
-    for name, speed in speeds.items():
-        rows[name] = [result | {"images_per_s": speed} for result in rows[name]]
-    (out / "study.json").write_text(json.dumps({"seconds": options.seconds, "rows": rows}, indent=1) + "\n")
-    (out / "study.md").write_text(_table(rows))
-    _plot(rows, out / "study.png")
-    print(_table(rows))
+    try:
+        _run(options)
+    except StoppedEarly as error:
+        print(error, file=sys.stderr)
+        sys.exit(75)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
-def _run_all(tasks: dict[tuple[str, int], Callable[[], dict]]) -> dict[tuple[str, int], dict]:
-    """Run the tasks, NUM_PARALLEL at a time, and return their results."""
-    results = {}
-    with ThreadPoolExecutor(NUM_PARALLEL) as pool:
-        running = {pool.submit(task): key for key, task in tasks.items()}
+def _run(options: argparse.Namespace) -> None:
+    out, runs = options.out, options.out.absolute() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    planner = Planner(options.size, runs)
+    if options.report:
+        _write_report(out, options.only, planner, options.seeds)
+        return
+    names = [options.row] if options.row else [name for study in options.only for name in STUDIES[study].rows]
+    wanted = [ROWS[name] for name in dict.fromkeys(names)]
+    _build_shards(out, wanted)
+    if options.row:
+        job = trial_job(wanted[0].tuned_as, options.trial) if options.trial else Job(wanted[0], options.seed)
+        run_job(planner, job)
+        return
+    for size in STEP_SIZES if "E3" in options.only else ():
+        time_step(runs, size)
+    methods = [method for method in METHODS if any(row.tuned_as == method for row in wanted)]
+    trials = [trial_job(method, lr) for lr in BASE_LRS for method in methods]
+    JobPool(planner, out).run(trials, "trials", lambda: None)
+    jobs = [Job(row, seed) for seed in range(options.seeds) for row in wanted]
+    JobPool(planner, out).run(jobs, "study", lambda: _write_report(out, options.only, planner, options.seeds))
+    _write_report(out, options.only, planner, options.seeds)
+    print((out / "study.md").read_text())
+
+
+class JobPool:
+    """Runs jobs without records in their order, NUM_PARALLEL at a time, each in a process of its own."""
+
+    def __init__(self, planner: Planner, out: Path) -> None:
+        self.planner, self.out = planner, out
+        self.lock, self.processes, self.is_stopping = threading.Lock(), set(), threading.Event()
+
+    def run(self, jobs: Sequence[Job], title: str, report: Callable[[], None]) -> None:
+        """Run the jobs, and `report` after each.
+
+        Raises:
+            StoppedEarly: After SIGINT or SIGTERM.
+            UserError: If a job fails. The others are stopped; all can be continued.
+        """
+        missing = [job for job in jobs if not self.planner.is_done(job)]
+        costs = {job: self.planner.cost(job) for job in jobs}
+        done = sum(costs[job] for job in jobs if job not in missing)
+
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        handler = signal.signal(signal.SIGTERM, stop)
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, ETA {remaining}"
         try:
-            for future in tqdm(as_completed(running), "study", len(running), unit="run"):
-                results[running[future]] = future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return results
+            with tqdm(total=sum(costs.values()), initial=done, desc=title, bar_format=layout) as bar:
+                self._run_parallel(missing, lambda job: (bar.update(costs[job]), report()), bar.write)
+        except KeyboardInterrupt:
+            raise StoppedEarly("stopped; run the same command again to continue") from None
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    def _run_parallel(self, jobs: Sequence[Job], finish: Callable[[Job], object], log: Callable[[str], None]) -> None:
+        with ThreadPoolExecutor(NUM_PARALLEL) as pool:
+            try:
+                futures = [pool.submit(self._run_process, job, finish, log) for job in jobs]
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+            except BaseException:
+                self.is_stopping.set()
+                for process in list(self.processes):
+                    process.terminate()
+                raise
+
+    def _run_process(self, job: Job, finish: Callable[[Job], object], log: Callable[[str], None]) -> None:
+        words = [sys.executable, __file__, str(self.out), "--size", str(self.planner.size), "--row", job.row.name]
+        words += ["--trial", job.trial] if job.trial else ["--seed", str(job.seed)]
+        with self.lock:
+            if self.is_stopping.is_set():
+                return
+            log(f"{time.strftime('%H:%M:%S')} {job}")
+            process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+            self.processes.add(process)
+        _, printed = process.communicate()
+        with self.lock:
+            self.processes.discard(process)
+            if self.is_stopping.is_set():
+                return
+            if process.returncode:
+                raise UserError(
+                    f"{printed[-3000:]}\n{job}: ended with exit code {process.returncode}; fix it, and run the same "
+                    "command again to continue"
+                )
+            finish(job)
 
 
-def _measure_speed(out: Path, name: str) -> float:
-    """Return images per second of a short run."""
-    run = out / "speed" / _file_name(name)
+def _build_shards(out: Path, rows: Sequence[Weights]) -> None:
+    """Build the shard sets that the rows need, and a folder of pictures.
 
-    def measure() -> dict:
-        _pretrain(out, run, name, 0, SPEED_STEPS)
-        return {"images_per_s": statistics.median(line["images_per_s"] for line in _metrics(run)[1:])}
+    CIFAR-10: train (nine tenths of the training images), valid (the others) and test.
+    """
+    shards = out / "shards"
+    if any(not row.task for row in rows) and not (shards / "pictures").exists():
+        cifar = _data_folder("CIFAR10_DIR", "train.tar and test.tar of CIFAR-10")
+        with tarfile.open(cifar / "train.tar") as archive:
+            members = [member for member in archive if member.isfile()]
+            for name, is_held_out in (("valid", True), ("train", False)):
+                part = [member for member in members if (int(Path(member.name).stem) % 10 == 9) == is_held_out]
+                _copy_members(archive, part, shards / f"{name}.tar")
+                _build(shards / f"{name}.tar", shards / name)
+                (shards / f"{name}.tar").unlink()
+        _build(cifar / "test.tar", shards / "test")
+        _extract_pictures(cifar / "test.tar", shards / "pictures")
+    if any(row.size == "photos" for row in rows):
+        _build(_data_folder("IMAGENET_SAMPLE_DIR", "photographs"), shards / "photos", "--resize", "128")
+    for name in {row.task for row in rows if row.task}:
+        task = TASKS[name]
+        folder = _data_folder(task.variable, "a data set")
+        _build(folder / task.photographs, shards / f"{name}-photographs", "--resize", "128")
+        for part, split in zip(("train", "val"), task.splits, strict=True):
+            if not (shards / f"{name}-{part}" / "manifest.json").exists():
+                run_command("data_prep", task.builder, str(folder), str(shards / f"{name}-{part}"), "--split", split)
 
-    return _cached(run.with_suffix(".json"), measure)["images_per_s"]
+
+def _copy_members(archive: tarfile.TarFile, members: Sequence[tarfile.TarInfo], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as output:
+        for member in members:
+            output.addfile(member, archive.extractfile(member))
 
 
-def _run_method(out: Path, name: str, seed: int, steps: int) -> dict:
-    run = out / "runs" / f"{_file_name(name)}-{seed}-{steps}"
-    folder = run.with_name(run.name + ".evaluated")
-    loss = _cached(folder / "loss.json", lambda: _pretrain(out, run, name, seed, steps))["loss"]
-    agreement = _cached(folder / "agreement.json", lambda: _agreement(out, run, folder / "agreement.png"))
-    run_results = {"loss": loss, **agreement, "steps": steps}
-    return {**_evaluate(out, folder, str(run), seed), **run_results}
-
-
-def _extract_pictures(out: Path) -> None:
+def _extract_pictures(test: Path, folder: Path) -> None:
     """Extract the first test images of every class."""
-    images = out / "pictures"
-    if not images.exists():
-        new = images.with_name("pictures.new")
-        new.mkdir(exist_ok=True)
-        with tarfile.open(Path(os.environ["CIFAR10_DIR"]) / "test.tar") as archive:
-            members = sorted((m for m in archive if m.isfile()), key=lambda member: Path(member.name).stem)
-            for member in members[:NUM_PICTURES]:
-                (new / member.name.replace("/", "-")).write_bytes(archive.extractfile(member).read())
-        new.rename(images)
+    new = folder.with_name("pictures.new")
+    new.mkdir(exist_ok=True)
+    with tarfile.open(test) as archive:
+        members = sorted((m for m in archive if m.isfile()), key=lambda member: Path(member.name).stem)
+        for member in members[:NUM_PICTURES]:
+            (new / member.name.replace("/", "-")).write_bytes(archive.extractfile(member).read())
+    new.rename(folder)
 
 
-def _agreement(out: Path, run: Path, picture: Path) -> dict:
-    """Parse disagreement and error from the output of `reconstruct`."""
-    options = ("--kind", "agreement", "--count", NUM_PICTURES, "--seeds", 5)
-    output = _command("pipeline", "reconstruct", run, "--images", out / "pictures", "--out", picture, *options)
-    disagreement, error = re.search(r"disagreement ([\d.]+), error ([\d.]+) levels of 255", output).groups()
-    return {"disagreement": float(disagreement), "error": float(error)}
+def _build(source: Path, out: Path, *options: str) -> None:
+    if not (out / "manifest.json").exists():
+        run_command("data_prep", "folder", str(source), str(out), "--shard-size", "2500", *options)
 
 
-def _evaluate(out: Path, folder: Path, weights: str, seed: int = 0, tune: bool = True) -> dict:
-    """Evaluate weights: k-NN (k = 20), a linear probe on center crops, fine-tuning on few labels."""
-    sets = ("--data", out / "train", "--val", out / "test")
-    pool = () if weights.startswith("pixels") else ("--pool", "mean")
-    options = ("--labels", EVAL_LABELS, *FEATURES, *pool, "--cache", folder / "features")
-
-    def knn() -> dict:
-        return json.loads(_command("pipeline", "knn", "--weights", weights, *sets, *options, "--k", "20", "--json"))
-
-    def probe() -> dict:
-        settings = _overrides({"data.global_batch": 1024, "train.epochs": 60, "seed": seed})
-        arguments = ("--weights", weights, *sets, *options, "--run", folder / "probe", *settings)
-        return json.loads(_command("pipeline", "linprobe", *arguments, "--center-crops", "--json"))
-
-    def finetune() -> dict:
-        settings = {
-            "data.image_size": 32,
-            "data.subset": FINETUNE_LABELS,
-            "data.subset_by_class": "true",
-            "evaluation.resize": 32,
-            "evaluation.every_epochs": "null",
-            "train.epochs": 30,
-            "engine.micro_batch": 64,
-            "train.checkpoint_every": 10**6,
-            "seed": seed,
-            **ONE_CORE,
-        }
-        arguments = ("finetune_tiny", "--weights", weights, *sets, "--run", folder / "tuned")
-        _command("pipeline", "finetune", *arguments, *_overrides(settings))
-        return json.loads((folder / "tuned" / "results.json").read_text())
-
-    results = {
-        "knn": _cached(folder / "knn.json", knn)["knn"][0]["top1"]["accuracy"],
-        "probe": _cached(folder / "probe.json", probe)["top1"]["accuracy"],
-    }
-    if tune:
-        results["tuned"] = _cached(folder / "tuned.json", finetune)["top1"]["accuracy"]
-    return results
+def _data_folder(variable: str, content: str) -> Path:
+    folder = Path(os.environ.get(variable, ""))
+    if not os.environ.get(variable) or not folder.is_dir():
+        raise UserError(f"{variable}: names no folder; set it to the folder with {content}")
+    return folder
 
 
-def _run_random(out: Path, seed: int) -> dict:
-    return _evaluate(out, out / f"random-{seed}", _random_weights(out, seed), seed)
+def _write_report(out: Path, studies: Sequence[str], planner: Planner, num_seeds: int) -> None:
+    parts = []
+    for name in studies:
+        study = STUDIES[name]
+        results, compute, images = _collect(planner, study.rows, num_seeds)
+        plot_study(study, results, out / f"{name}.png")
+        parts.append(format_study(name, study, results, compute, images))
+        if name == "E3":
+            records = {size: step_record(planner.runs, size) for size in STEP_SIZES}
+            parts.append(format_speed({size: read_json(path) for size, path in records.items() if path.exists()}))
+    atomic_write(out / "study.md", "\n".join([*parts, _format_trials(planner)]))
 
 
-def _random_weights(out: Path, seed: int) -> str:
-    """Write a recipe and return the name of its random weights, the initial weights of the runs of this seed."""
-    path = out / f"random-{seed}.yaml"
-    recipe = _command(
-        sys.executable,
-        "-c",
-        "import sys; from pipeline.recipe import load_recipe; print(load_recipe('vitb16_mae', sys.argv[1:]).to_yaml())",
-        *(f"{key}={value}" for key, value in {**_settings("mae", seed), "train.steps": 1}.items()),
-    )
-    path.write_text(recipe)
-    return f"random:{path}"
+def _collect(planner: Planner, rows: Sequence[str], num_seeds: int) -> tuple[Results, dict[str, float], dict[str, int]]:
+    """Return the results of the rows, and the operations (10^15) and images of their pre-training."""
+    results: Results = {}
+    compute, images = {}, {}
+    for row in map(ROWS.__getitem__, rows):
+        units = planner.units(row)
+        images[row.name] = round(units * UNIT_STEPS * planner.size) * BATCH
+        compute[row.name] = training_flops(planner.flops(row)) * images[row.name] / 1e15 if units else 0.0
+        values = {seed: planner.read(Job(row, seed)) for seed in range(num_seeds)}
+        results[row.name] = {seed: value for seed, value in values.items() if value}
+    return results, compute, images
 
 
-def _pretrain(out: Path, run: Path, name: str, seed: int, steps: int) -> dict:
-    settings = {**_settings(name, seed), "train.steps": steps}
-    _command("pipeline", "pretrain", "vitb16_mae", "--data", out / "train", "--run", run, *_overrides(settings))
-    return {"loss": _metrics(run)[-1]["loss"]}
-
-
-def _settings(name: str, seed: int) -> dict:
-    return {**SMALL, **ONE_CORE, **METHODS[name], "seed": seed}
-
-
-def _overrides(settings: dict) -> list[str]:
-    return [f"--set={key}={value}" for key, value in settings.items()]
-
-
-def _cached(path: Path, compute: Callable[[], dict]) -> dict:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result = compute()
-        new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps(result))
-        new.replace(path)
-    return json.loads(path.read_text())
-
-
-def _command(program: str, *arguments: object) -> str:
-    """Run a command and return its stdout."""
-    words = [str(word) for word in arguments]
-    command = [program, *words] if program == sys.executable else [sys.executable, "-m", program, *words]
-    threads = {"OMP_NUM_THREADS": "1"} if ONE_CORE else {}
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
-    if result.returncode:
-        last = result.stderr[-2000:]
-        sys.exit(
-            f"{last}\n{shlex.join(command)}\nfailed with exit code {result.returncode}; "
-            "fix the problem and run the study again to continue"
-        )
-    return result.stdout
-
-
-def _metrics(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "event" not in line]
-
-
-def _file_name(name: str) -> str:
-    return name.replace(" + ", "-")
-
-
-def _table(rows: dict[str, list[dict]]) -> str:
-    lines = [f"| weights | {' | '.join(COLUMNS.values())} |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    for name, seeds in rows.items():
-        cells = []
-        for column in COLUMNS:
-            values = [seed[column] for seed in seeds if column in seed]
-            cells.append(_format_cell(values, column))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+def _format_trials(planner: Planner) -> str:
+    lines = ["### Learning rates", "", f"| method | {' | '.join(BASE_LRS)} |", "| --- " * (1 + len(BASE_LRS)) + "|"]
+    for method in METHODS:
+        scores = [planner.read(trial_job(method, lr)).get("linprobe") for lr in BASE_LRS]
+        lines.append(f"| {method} | {' | '.join('' if score is None else f'{score:.1f}' for score in scores)} |")
     return "\n".join(lines) + "\n"
 
 
-def _format_cell(values: list[float], column: str) -> str:
-    if not values:
-        return ""
-    if column in ("steps", "images_per_s"):
-        return f"{statistics.mean(values):,.0f}"
-    if column == "loss":
-        return f"{statistics.mean(values):.3f}"
-    if column in ("disagreement", "error"):
-        return f"{statistics.mean(values):.1f}"
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * _confidence_half_width(values):.1f}"
-
-
-def _confidence_half_width(values: list[float]) -> float:
-    """Return half of Student's 95 % interval of the mean over seeds."""
-    return t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def _plot(rows: dict[str, list[dict]], path: Path) -> None:
-    """Plot a dot per seed and a line at the mean."""
-    titles = {"knn": "k-NN", "probe": "linear probe", "tuned": f"fine-tuned, {FINETUNE_LABELS:.0%} of the labels"}
-    figure, panels = plt.subplots(1, 3, figsize=(12, 0.5 * len(rows) + 1.4), sharey=True)
-    for panel, (key, title) in zip(panels, titles.items(), strict=True):
-        for row, seeds in enumerate(rows.values()):
-            values = [100 * seed[key] for seed in seeds if key in seed]
-            panel.plot(values, [row] * len(values), "o", color="tab:blue", alpha=0.6)
-            if values:
-                panel.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color="black")
-        panel.set_title(title)
-        panel.set_xlabel("top-1, %")
-        panel.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(rows)), list(rows))
-    panels[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 if __name__ == "__main__":
+    logging.getLogger("pipeline").setLevel(logging.WARNING)
     main()

@@ -32,6 +32,7 @@ def add_to(commands) -> None:
     add = command.add_argument
     _add_encoder_arguments(command)
     add("--k", type=positive_int, nargs="+", metavar="N", help="numbers of neighbors (default: 5 10 20 50 100 200)")
+    add("--run", type=Path, metavar="DIR", help="also write the result to DIR/results.json")
     add_json_argument(command)
 
     command = add_command(
@@ -111,10 +112,14 @@ def _knn(args: argparse.Namespace) -> None:
     import json
 
     from pipeline.evals.knn import format_knn, knn
+    from pipeline.io.atomic import write_json
 
     options = {name: getattr(args, name) for name in ("labels", "image_size", "pool", "resize", "precision")}
     result = knn(args.weights, args.data, args.val, ks=args.k, cache=_cache_directory(args), **options)
     if not env_rank():
+        if args.run:
+            args.run.mkdir(parents=True, exist_ok=True)
+            write_json(args.run / "results.json", result)
         print(json.dumps(result, indent=1) if args.json else format_knn(result))
 
 

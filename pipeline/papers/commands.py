@@ -21,6 +21,7 @@ from pipeline.recipe.tasks import load_finetune_recipe
 
 logger = logging.getLogger(__name__)
 KINDS: dict[Step, type[RecipeFile]] = {"pretrain": Recipe, "finetune": ClassificationRecipe, "linprobe": ProbeRecipe}
+NUM_NEIGHBORS = 20
 SET_BY_COMMAND = {"weights"}
 """Keys that a command sets by an option."""
 DIGEST_KEYS = {"method.efficient_mae.num_nearest": "method.efficient_mae.k"}
@@ -36,17 +37,20 @@ class Command(NamedTuple):
     run: str
     """Name of its run directory in the experiment's directory."""
     recipe: str
-    """Empty for the linear probe."""
+    """Empty for the linear probe and k-NN."""
     options: tuple[str, ...]
     """Options that decide the result; those with paths are not included."""
     weights: str = ""
-    """Name of the run directory with the pre-trained weights; empty for pre-training."""
+    """Name of the run directory with the pre-trained weights, or Row.weights; empty for pre-training."""
+    is_pretrained: bool = True
+    """Whether `weights` names a run directory."""
 
     def words(self, directory: str, data: str, val: str | None) -> list[str]:
         """Return all arguments, for `python -m pipeline`."""
         paths = ["--data", data]
         if self.weights:
-            paths = ["--weights", f"{directory}/{self.weights}", *paths, "--val", val or VAL]
+            weights = f"{directory}/{self.weights}" if self.is_pretrained else self.weights
+            paths = ["--weights", weights, *paths, "--val", val or VAL]
         recipe = [self.recipe] if self.recipe else []
         return [self.step, *recipe, *paths, "--run", f"{directory}/{self.run}", *self.options]
 
@@ -93,20 +97,39 @@ def _plan_row(experiment: Experiment, row: Row, given: dict[Step, list[str]]) ->
     name = row.recipe or experiment.recipe
     settings = _merge(experiment.settings, row.settings, given["pretrain"])
     recipe = load_recipe(name, settings)
+    pretrain = _command("pretrain", recipe, name, _sets(settings))
+    weights = row.weights or pretrain.run
     commands: list[Command] = []
     for step in experiment.steps:
         if step == "pretrain":
-            commands.append(_command(step, recipe, name, _sets(settings)))
-        elif step == "finetune":
+            if not row.weights:
+                commands.append(pretrain)
+            continue
+        if step == "finetune":
             finetune = row.finetune_recipe or experiment.finetune_recipe
             settings = _merge(row.finetune_settings, given[step])
-            tuned = load_finetune_recipe(finetune, commands[0].run, settings)
-            commands.append(_command(step, tuned, finetune, _sets(settings), commands[0].run))
+            tuned = load_finetune_recipe(finetune, weights, settings)
+            command = _command(step, tuned, finetune, _sets(settings), weights)
+        elif step == "linprobe":
+            command = _plan_probe(experiment, weights, given[step])
         else:
-            settings = _merge((f"train.epochs={experiment.probe_epochs}", "data.holdout=0"), given[step])
-            probe = load_probe_recipe({"probe": {"weights": commands[0].run, "base_lrs": [0.1]}}, settings)
-            commands.append(_command(step, probe, "", ["--lr", "0.1", *_sets(settings)], commands[0].run))
+            options = ("--k", str(NUM_NEIGHBORS), *experiment.features.options)
+            command = Command(step, f"{step}-{_digest([weights, *options])}", "", options, weights)
+        commands.append(command._replace(is_pretrained=not row.weights))
     return RowPlan(row, recipe, tuple(commands))
+
+
+def _plan_probe(experiment: Experiment, weights: str, given: list[str]) -> Command:
+    lrs, features = experiment.probe_lrs, experiment.features
+    holdout = ["data.holdout=0"] if len(lrs) == 1 else []  # else needed to choose among them
+    settings = _merge((f"train.epochs={experiment.probe_epochs}", *holdout), given)
+    probe: dict[str, object] = {"weights": weights, "base_lrs": lrs, "center_crops": experiment.center_crops}
+    probe |= {"pool": features.pool, "resize": features.resize}
+    data = {"subset": features.labels, "subset_by_class": True} if features.labels else {}
+    data |= {"image_size": features.image_size} if features.image_size else {}
+    recipe = load_probe_recipe({"probe": probe, "data": data}, settings)
+    options = ["--lr", *map(str, lrs), *(["--center-crops"] if experiment.center_crops else []), *features.options]
+    return _command("linprobe", recipe, "", [*options, *_sets(settings)], weights)
 
 
 def _command(step: Step, recipe: RecipeFile, name: str, options: list[str], weights: str = "") -> Command:
@@ -114,8 +137,11 @@ def _command(step: Step, recipe: RecipeFile, name: str, options: list[str], weig
     execution_only = mutable_keys(type(recipe)) - {"train.steps", "train.epochs"}
     keys = flatten(recipe.model_dump(mode="json"))
     deciding = {DIGEST_KEYS.get(key, key): value for key, value in keys.items() if key not in execution_only}
-    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
-    return Command(step, f"{step}-{digest[:8]}", name, tuple(options), weights)
+    return Command(step, f"{step}-{_digest(deciding)}", name, tuple(options), weights)
+
+
+def _digest(deciding: object) -> str:
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _merge(*groups: Sequence[str]) -> list[str]:

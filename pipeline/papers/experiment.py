@@ -4,9 +4,9 @@ from typing import Literal, NamedTuple
 
 from pipeline.recipe.loading import MUTUALLY_EXCLUSIVE
 
-Step = Literal["pretrain", "finetune", "linprobe"]
+Step = Literal["pretrain", "finetune", "linprobe", "knn"]
 Computed = Literal["patches", "neighbors", "gmacs", "memory", "compute"]
-ColumnName = Computed | Literal["loss", "finetune", "linprobe"]
+ColumnName = Computed | Literal["loss", "finetune", "linprobe", "knn"]
 
 
 class Column(NamedTuple):
@@ -25,7 +25,30 @@ COLUMNS: dict[ColumnName, Column] = {
     "loss": Column("pre-training loss", "pretrain", 3),
     "finetune": Column("fine-tuned top-1, %", "finetune", 1),
     "linprobe": Column("linear probe top-1, %", "linprobe", 1),
+    "knn": Column("k-NN top-1, %", "knn", 1),
 }
+
+
+class Features(NamedTuple):
+    """Frozen features that `linprobe` and `knn` evaluate. The defaults of both are MAE's."""
+
+    pool: Literal["class_token", "mean"] = "class_token"
+    labels: float | None = None
+    """Class-balanced share of the labels; None: all."""
+    image_size: int | None = None
+    """None: as trained."""
+    resize: int | None = None
+    """Shorter side in pixels before the center crop; None: as MAE."""
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Return the options of the commands that differ from the defaults."""
+        return tuple(
+            word
+            for name, value in self._asdict().items()
+            if value != self._field_defaults[name]
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        )
 
 
 class Row(NamedTuple):
@@ -39,6 +62,8 @@ class Row(NamedTuple):
     finetune_recipe: str | None = None
     """Fine-tuning recipe instead of the experiment's."""
     finetune_settings: tuple[str, ...] = ()
+    weights: str = ""
+    """Evaluate these weights, for example pixels:32, instead of pre-training."""
     encoder_only: bool = False
     """Compute the cost of the encoder on whole images."""
 
@@ -56,6 +81,11 @@ class Experiment(NamedTuple):
     """Overrides of the pre-training recipe."""
     finetune_recipe: str = ""
     probe_epochs: int = 50
+    probe_lrs: tuple[float, ...] = (0.1,)
+    """Base learning rates of the linear probe; of several, the best on held-out training samples counts."""
+    center_crops: bool = False
+    """Train the linear probe on features of center crops, extracted once."""
+    features: Features = Features()
     notes: tuple[str, ...] = ()
     """Deviations from the paper, and remarks on its numbers."""
     plot: Literal["cost"] | None = None
@@ -68,7 +98,7 @@ class Experiment(NamedTuple):
         """Return the commands that each row needs, in order."""
         needed = {COLUMNS[column].step for column in self.columns} - {None}
         steps: list[Step] = ["pretrain"] if needed or self.profile else []
-        for step in ("finetune", "linprobe"):
+        for step in ("finetune", "linprobe", "knn"):
             if step in needed:
                 steps.append(step)
         return steps

@@ -162,7 +162,8 @@ def _read_result(command: Command, run: Path) -> dict[str, list[float]]:
     if command.step == "pretrain":
         losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")[0] if "loss" in line]
         return {"loss": [losses[-1]]} if losses else {}
-    accuracy = read_json(RunDirectory(run).existing_results)["top1"]
+    results = read_json(RunDirectory(run).existing_results)
+    accuracy = results["knn"][0]["top1"] if command.step == "knn" else results["top1"]
     return {command.step: [100 * accuracy[key] for key in ("accuracy", "low", "high")]}
 
 

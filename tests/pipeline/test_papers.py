@@ -15,7 +15,7 @@ from pipeline.errors import Diverged, StoppedEarly, UserError
 from pipeline.methods import build_method
 from pipeline.papers.commands import plan_experiment
 from pipeline.papers.difficulty_profile import compute_profile
-from pipeline.papers.experiment import COLUMNS
+from pipeline.papers.experiment import COLUMNS, Features, Row
 from pipeline.papers.measures import compute
 from pipeline.papers.registry import EXPERIMENTS, find_experiment
 from pipeline.papers.report import Measured, format_table
@@ -240,7 +240,9 @@ FINISH = """
 if step == "pretrain":
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\\n')
 else:
-    (run / "results.json").write_text('{"top1": {"accuracy": 0.5, "low": 0.4, "high": 0.6}}')
+    top1 = {"accuracy": 0.5, "low": 0.4, "high": 0.6}
+    results = {"knn": [{"k": 20, "top1": top1}]} if step == "knn" else {"top1": top1}
+    (run / "results.json").write_text(json.dumps(results))
 """
 
 
@@ -272,6 +274,23 @@ def test_results_are_kept_and_those_of_other_shard_sets_rejected(tmp_path):
     assert "50.0" not in run_experiment(experiment, out, None, None, [], "false").read_text()  # other settings
     with pytest.raises(UserError, match="was made with other shard sets"):
         run_experiment(experiment, out, "train", "other", ["seed=1"], "false")
+
+
+def test_options_of_frozen_features_reach_probe_and_knn(tmp_path):
+    row = Row("pixels", {}, weights="pixels:32")
+    experiment = find_experiment("efficient_mae.table2")._replace(
+        name="baseline", columns=("linprobe", "knn"), rows=(row,), center_crops=True, probe_lrs=(0.1, 1.0)
+    )
+    experiment = experiment._replace(features=Features(pool="mean", labels=0.1, resize=32))
+    probe, knn = (command.words(".", "train", "val") for command in plan_experiment(experiment)[0].commands)
+    for words in (probe, knn):
+        args = build_parser().parse_args(words)
+        assert (args.weights, args.pool, args.labels, args.resize) == ("pixels:32", "mean", 0.1, 32)
+    assert (
+        build_parser().parse_args(probe).lr == [0.1, 1.0] and "--center-crops" in probe and "--center-crops" not in knn
+    )
+    table = run_experiment(experiment, tmp_path / "out", "train", "val", [], fake_launcher(tmp_path, FINISH))
+    assert table.read_text().count("50.0 [40.0, 60.0]") == 2
 
 
 def test_a_table_has_published_and_measured_values():
