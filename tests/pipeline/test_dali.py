@@ -111,7 +111,7 @@ def assert_same_pixels(ours, expected):
         assert images.shape == others.shape and images.dtype == others.dtype == torch.float32
         difference = (images - others).abs() * 255
         # Pillow's resize rounds and clamps between its two passes, which changes few pixels at edges by more.
-        assert difference.mean() < 0.3 and (difference > 1.01).float().mean() < 0.001
+        assert difference.mean() < 0.3 and (difference > 1.01).float().mean() < 0.003
 
 
 @pytest.mark.parametrize("crops", [1, 2])
