@@ -34,12 +34,14 @@ def hog_features(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     if patch_size % CELL:
         raise ValueError(f"patch_size: {patch_size} px is not a multiple of {CELL}, the side of HOG's cells")
     images = images if images.dtype == torch.float64 else images.float()
-    channels, height, width = images.shape[1:]
-    sobel = images.new_tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
+    channels = images.shape[1]
+    # Sobel's filter [[1, 0, -1], [2, 0, -2], [1, 0, -1]], made on the device: a copy from the host would wait for it.
+    steps = torch.arange(-1, 2, dtype=images.dtype, device=images.device)
+    sobel = (steps.abs() - 2)[:, None] * steps
     filters = torch.stack([sobel, sobel.T])[:, None].repeat(channels, 1, 1, 1)
     gradient = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), filters, groups=channels)
     along_x, along_y = gradient.unflatten(1, (channels, 2)).unbind(2)
-    magnitude = torch.stack([along_x, along_y]).norm(dim=0) * _gaussian_window(height, width).to(images)
+    magnitude = torch.stack([along_x, along_y]).norm(dim=0) * _gaussian_window(images)
     # The orientation modulo pi, in bins.
     orientation = (torch.atan2(along_x, along_y) / math.pi * NUM_BINS).floor().long() % NUM_BINS
     histogram = magnitude.unsqueeze(2) * (
@@ -53,13 +55,14 @@ def hog_features(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     return cells.permute(0, 3, 5, 1, 2, 4, 6).flatten(3).flatten(1, 2)
 
 
-def _gaussian_window(height: int, width: int) -> torch.Tensor:
-    """Return the weights (height, width) of the pixels: a Gaussian, repeated, the sum of a tile being 1."""
-    offset = torch.arange(WINDOW, dtype=torch.float64) - (WINDOW - 1) / 2
+def _gaussian_window(images: torch.Tensor) -> torch.Tensor:
+    """Return the weights (H, W) of the pixels of images (..., H, W): a repeated Gaussian, the sum of a tile being 1."""
+    height, width = images.shape[-2:]
+    offset = torch.arange(WINDOW, dtype=torch.float64, device=images.device) - (WINDOW - 1) / 2
     gaussian = (-0.5 * (offset / (WINDOW / 2)) ** 2).exp()
     tile = gaussian[:, None] * gaussian
     tile = tile / tile.sum()
-    return tile.repeat(-(-height // WINDOW), -(-width // WINDOW))[:height, :width]
+    return tile.repeat(-(-height // WINDOW), -(-width // WINDOW))[:height, :width].to(images)
 
 
 def draw_hog(features: torch.Tensor, patch_size: int) -> torch.Tensor:
