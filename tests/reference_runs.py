@@ -7,8 +7,8 @@
 `record` runs the commands of a checkout in small fp32 runs on the CPU: every pre-training method and
 combination on one rank or two, one fine-tuning, one linear probe, k-NN, and a build of every kind of data source.
 It records all metrics (repr), sample traces, checksums of the weights and of every file of the
-shard sets. `resume` starts runs with the old checkout, kills them after their first checkpoint, continues
-them with the new one, and compares the losses with an uninterrupted run. A difference ends with exit code 1.
+shard sets. `resume` starts runs with the old checkout, kills them after their first checkpoint, continues them with
+the new one, and compares the losses with uninterrupted runs of the old one. A difference ends with exit code 1.
 
 The processes import `pipeline` and `data_prep` from the checkout that they run in, and everything else from
 this Python environment. Use it before and after a change that must not change behavior.
@@ -153,9 +153,9 @@ def resume(old: Path, new: Path) -> int:
     failed = 0
     with tempfile.TemporaryDirectory(prefix="reference") as temporary:
         place = Path(temporary)
-        shards, train, val = _shard_sets(new, place, {})
+        shards, train, val = _shard_sets(old, place, {})
         weights = place / "weights"
-        _run(new, 1, _pretrain("demo_emae", shards, weights, {}))
+        _run(old, 1, _pretrain("demo_emae", shards, weights, {}))
         cases = {
             "pretraining": lambda run: _pretrain("demo_emae", shards, run, {"train.steps": 200}),
             "fine-tuning": lambda run: _finetune(weights, train, val, run, {"train.steps": 200}),
@@ -163,7 +163,7 @@ def resume(old: Path, new: Path) -> int:
         }
         for name, arguments in cases.items():
             whole, killed = place / f"{name}-whole", place / f"{name}-killed"
-            _run(new, 2, arguments(whole))
+            _run(old, 2, arguments(whole))
             processes = _start(old, 2, arguments(killed))
             while not (killed / "checkpoints/latest").exists():
                 assert all(process.poll() is None for process in processes), _output(processes)
