@@ -232,9 +232,13 @@ def _run_task(planner: Planner, job: Job) -> None:
         arguments = ["demo_emae", "--data", photographs, "--run", weights, *settings, f"--set=train.steps={steps}"]
         run_command("pipeline", "pretrain", *arguments)
     arguments = [row.task, "--weights", weights, "--data", train, "--val", val, "--run", name, *settings]
-    run_command("pipeline", "finetune", *arguments, f"--set=train.steps={task.steps}")
-    result = {task.measure: [100 * read_json(Path(name) / "results.json")[task.measure]]}
-    write_json(planner.records(job)[0], {"command": ["finetune", *arguments], "result": result})
+    run_command("pipeline", "finetune", *arguments, *(f"--set={setting}" for setting in task.settings))
+    of_training = json.loads(run_command("pipeline", "evaluate", name, "--val", train, "--json"))
+    result = {
+        task.measure: [100 * read_json(Path(name) / "results.json")[task.measure]],
+        f"{task.measure}_of_training": [100 * of_training[task.measure]],
+    }
+    write_json(planner.records(job)[0], {"command": ["finetune", *arguments, *task.settings], "result": result})
     shutil.rmtree(name)
     shutil.rmtree(f"{name}-weights", ignore_errors=True)
     Path(f"{name}.yaml").unlink(missing_ok=True)
